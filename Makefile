@@ -1,0 +1,58 @@
+# Every target works alone in a clean clone: each needs Python 3.11 or later with pip, a C compiler for torch.compile, and no more.
+# Another interpreter: make PYTHON=python3.13 VENV=.venv313 test
+
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+# Requirements beside the project's own, for example 'arviz>=1'
+REQUIREMENTS ?=
+
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format tutorials bench clean
+
+help:
+	@echo "make demo       fit eight schools with three guides, compare with NUTS, write plots"
+	@echo "make test       run the tests"
+	@echo "make lint       ruff (rules and format) and mypy"
+	@echo "make format     let ruff rewrite the code"
+	@echo "make tutorials  execute tutorials/*.ipynb; any error in a cell fails"
+	@echo "make bench      step times beside Pyro's"
+	@echo "make clean      remove environments and caches"
+
+# Made once, and again when the project's requirements change.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 that runs; pass PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or later is needed, pass PYTHON=/path/to/python")'
+	@echo "Making $(VENV) and installing into it (the first time takes some minutes) ..."
+	@# Debian's Python without python3-venv has no ensurepip: then the system's pip puts pip into the environment
+	@$(PYTHON) -m venv --clear $(VENV) >/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]' $(if $(REQUIREMENTS),'$(REQUIREMENTS)')
+	@touch $@
+
+$(VENV): $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m pyro_elbo_ext demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+tutorials: $(STAMP)
+	$(BIN)/python tests/run_tutorials.py tutorials
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:
+	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

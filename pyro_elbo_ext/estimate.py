@@ -1,0 +1,228 @@
+"""One particle: from a pair of traces to its terms, their sums, and what the surrogate's gradient needs.
+
+With weight ``w`` on ``kl_prior`` the objective is ``sum reconstruction - w sum kl_prior``. Its gradient is the pathwise one
+and, for each guide site whose draw is not reparameterized, ``grad log q(site)`` times the cost of the terms that share
+the site's plates (Ranganath, Gerrish and Blei 2014; the Rao-Blackwellization over plates is Pyro's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyro.distributions import Unit
+from pyro.distributions.util import is_identically_zero
+from pyro.infer.util import MultiFrameTensor
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_elbo_ext.history import VALUES, SiteInfo
+from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.terms import Node, Site, Term, log_prob, score_parts
+
+_NAN = float("nan")
+
+
+class Slots(NamedTuple):
+    """Where a term's sums stand in the :class:`Ledger`."""
+
+    log_p: int | None
+    log_q: tuple[int, ...]
+    kl_prior: int | None  # None: log q - log p
+    scale: float | int  # an int is a place in the ledger
+    num_observations: float | int
+
+
+class Particle(NamedTuple):
+    """The terms of one draw (or of all draws, if vectorized), detached, and where their sums stand."""
+
+    terms: list[Term]
+    slots: list[Slots]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The scalars of one step, gathered so that one transfer brings all of them to the host.
+
+    Attributes
+    ----------
+    scalars : list of Tensor
+        Sums over sites' batches.
+    weights : list of float or None
+        What the surrogate multiplies each with; None for those that only the record needs.
+    extra : list of Tensor
+        Scalars that only the surrogate needs: score-function terms.
+    """
+
+    scalars: list[Tensor] = field(default_factory=list)
+    weights: list[float | None] = field(default_factory=list)
+    extra: list[Tensor] = field(default_factory=list)
+
+    def add(self, density: Tensor, weight: float | None) -> int:
+        self.scalars.append(density.sum() if density.dim() else density)
+        self.weights.append(weight)
+        return len(self.scalars) - 1
+
+    def surrogate(self) -> Tensor:
+        """Scalar whose gradient estimates that of the objective, summed over particles."""
+        used = [(scalar, weight) for scalar, weight in zip(self.scalars, self.weights, strict=True) if weight is not None]
+        if not used:
+            total = torch.zeros(())
+        else:
+            stacked = _stack([scalar for scalar, _ in used])
+            total = (stacked * stacked.new_tensor([weight for _, weight in used])).sum()
+        for scalar in self.extra:
+            total = total + scalar
+        return total
+
+    def to_host(self) -> list[float]:
+        """Read every scalar: the one point of a step that waits for the device."""
+        return _stack(self.scalars).detach().tolist() if self.scalars else []
+
+
+def _stack(scalars: list[Tensor]) -> Tensor:
+    device = scalars[0].device
+    if any(scalar.device != device for scalar in scalars):  # e.g. a factor computed on the host
+        device = next((scalar.device for scalar in scalars if scalar.device.type != "cpu"), device)
+        scalars = [scalar.to(device) for scalar in scalars]
+    return torch.stack(scalars)
+
+
+def evaluate(
+    sites: Sequence[Site],
+    kls: Sequence[KLPrior | None],
+    model_trace: Trace,
+    guide_trace: Trace,
+    *,
+    kl_weight: float,
+    max_plate_nesting: float,
+    ledger: Ledger,
+) -> Particle:
+    """Compute the terms of one pair of traces and enter their sums into the ledger.
+
+    Parameters
+    ----------
+    sites
+        From :func:`pyro_elbo_ext.terms.read_sites`.
+    kls
+        For each site how its ``kl_prior`` is computed; None for observed sites.
+    kl_weight
+        Weight of ``kl_prior`` in the objective.
+    max_plate_nesting
+        For Pyro's validation of shapes; ``inf`` if unknown.
+    """
+    terms: list[Term] = []
+    slots: list[Slots] = []
+    scored: list[tuple[Node, Tensor, Tensor | None]] = []  # guide node, its log q, its kl_prior if that is analytic
+    for site, kl in zip(sites, kls, strict=True):
+        if kl is None:
+            assert site.p is not None
+            log_p = log_prob(site.p, model_trace, max_plate_nesting)
+            at = ledger.add(log_p, 1.0)
+            slots.append(Slots(at, (), None, _scale(site.p, ledger), _num_observations(site.p, log_p, ledger)))
+            terms.append(_term(site, log_p, (), None))
+            continue
+        analytic = kl.method == "analytic"
+        log_p, p_at = None, None
+        if site.p is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not analytic):
+                log_p = log_prob(site.p, model_trace, max_plate_nesting)
+            p_at = ledger.add(log_p, None if analytic else kl_weight)
+        log_qs: tuple[Tensor, ...] = ()
+        q_at: tuple[int, ...] = ()
+        if kl.log_q is not None:
+            log_qs = (kl.log_q,)
+            q_at = (ledger.add(kl.log_q, None if analytic else -kl_weight),)
+        else:
+            for node in site.q:
+                log_q, score, entropy_term = score_parts(node, guide_trace, max_plate_nesting)
+                log_qs += (log_q,)
+                pathwise = not analytic and entropy_term is log_q
+                q_at += (ledger.add(log_q if pathwise else log_q.detach(), -kl_weight if pathwise else None),)
+                if not analytic and not pathwise and not is_identically_zero(entropy_term):
+                    ledger.extra.append(-kl_weight * entropy_term.sum())  # partly reparameterized
+                if not is_identically_zero(score):
+                    scored.append((node, score, kl.value))
+        kl_at = None if kl.value is None else ledger.add(kl.value, -kl_weight)
+        slots.append(Slots(p_at, q_at, kl_at, _scale(site.p or site.q[-1], ledger), 0.0))
+        terms.append(_term(site, log_p, log_qs, kl))
+    if scored:
+        costs = _costs(sites, terms, kl_weight)
+        for node, score, own in scored:
+            cost = costs.sum_to(node["cond_indep_stack"])
+            if own is not None:  # given its parents an analytic kl_prior does not depend on the draw
+                cost = cost + kl_weight * own.detach()
+            ledger.extra.append((cost * score).sum())
+    return Particle(terms, slots)
+
+
+def _costs(sites: Sequence[Site], terms: Sequence[Term], kl_weight: float) -> MultiFrameTensor:
+    costs = MultiFrameTensor()
+    for site, term in zip(sites, terms, strict=True):
+        stack = tuple(frame for frame in (site.p or site.q[-1])["cond_indep_stack"] if frame.vectorized)
+        if term.kind == "observed":
+            assert term.log_p is not None
+            costs.add((stack, term.log_p))
+        else:
+            assert term.kl_prior is not None
+            costs.add((stack, -kl_weight * term.kl_prior))
+    return costs
+
+
+def _term(site: Site, log_p: Tensor | None, log_qs: tuple[Tensor, ...], kl: KLPrior | None) -> Term:
+    node = site.p or site.q[-1]
+    scale, mask = node["scale"], node["mask"]
+    return Term(
+        site.name,
+        site.kind,
+        None if log_p is None else log_p.detach(),
+        tuple(log_q.detach() for log_q in log_qs),
+        None if kl is None or kl.value is None else kl.value.detach(),
+        None if kl is None else kl.method,
+        None if kl is None else kl.reason,
+        node["cond_indep_stack"],
+        scale.detach() if isinstance(scale, Tensor) else scale,
+        mask,
+    )
+
+
+def _scale(node: Node, ledger: Ledger) -> float | int:
+    scale = node["scale"]
+    if isinstance(scale, Tensor):
+        return ledger.add(scale.detach().mean(dtype=torch.get_default_dtype()), None)
+    return float(scale)
+
+
+def _num_observations(node: Node, log_p: Tensor, ledger: Ledger) -> float | int:
+    """How many data elements the scaled term stands for; none for ``pyro.factor``."""
+    scale, mask = node["scale"], node["mask"]
+    if mask is False or isinstance(node["fn"], Unit):
+        return 0.0
+    if not isinstance(mask, Tensor) and not isinstance(scale, Tensor):
+        return float(log_p.numel() * scale)
+    counted = log_p.new_full((), 1.0) * scale
+    if isinstance(mask, Tensor):
+        counted = counted * mask
+    return ledger.add(counted.detach().expand(log_p.shape), None)
+
+
+def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]) -> NDArray[np.float64]:
+    """Values of one particle as :class:`pyro_elbo_ext.history.History` takes them, shape ``(n_sites, 5)``."""
+    values = np.empty((len(slots), len(VALUES)))
+    for i, (slot, info) in enumerate(zip(slots, kinds, strict=True)):
+        log_p = _NAN if slot.log_p is None else host[slot.log_p]
+        log_q = sum([host[at] for at in slot.log_q]) if slot.log_q else _NAN
+        if slot.kl_prior is not None:
+            kl_prior = host[slot.kl_prior]
+        elif info.kind == "observed":
+            kl_prior = _NAN
+        else:
+            kl_prior = log_q if slot.log_p is None else log_q - log_p
+        scale = host[slot.scale] if type(slot.scale) is int else slot.scale
+        count = host[slot.num_observations] if type(slot.num_observations) is int else slot.num_observations
+        values[i] = (log_p, log_q, kl_prior, scale, count)
+    return values

@@ -1,0 +1,106 @@
+"""Parameters that a loss reaches but that ``pyro.infer.SVI`` would never update."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyro
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor, nn
+
+_MAX_DEPTH = 4
+
+
+def collects_parameters() -> bool:
+    """Whether the caller gathers parameters from ``pyro.param`` messages, as ``SVI.step`` does.
+
+    Otherwise it has its own way to them, e.g. an ``ELBOModule``'s ``parameters()``.
+    """
+    return any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK)
+
+
+def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args: object) -> None:
+    """Raise if ``loss`` depends on ``nn.Parameter`` objects that Pyro does not know.
+
+    Parameters
+    ----------
+    loss : Tensor
+        The differentiable loss, before its graph is freed.
+    programs
+        Model and guide, searched for the modules that hold the parameters.
+    args
+        Their arguments, searched too.
+
+    Raises
+    ------
+    ValueError
+        Naming each module and parameter, with the remedy.
+    """
+    known = {id(parameter) for parameter in pyro.get_param_store()._params.values()}
+    missing = {id(leaf): leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in known}
+    if not missing:
+        return
+    names = {}
+    for path, module in _modules({"model and guide": tuple(programs), "arguments": args}):
+        for name, parameter in module.named_parameters():
+            if id(parameter) in missing:
+                names.setdefault(id(parameter), f"{path}.{name} ({type(module).__name__})")
+    listed = ", ".join(names.get(key, f"an nn.Parameter of shape {tuple(leaf.shape)}") for key, leaf in missing.items())
+    raise ValueError(
+        f"the loss depends on parameters that are not registered with Pyro, so SVI would never train them: {listed}. "
+        "Call pyro.module(name, module) in the model or guide (or make it a PyroModule with "
+        "pyro.settings.set(module_local_params=False)), or train through elbo(model, guide).parameters() and a "
+        "torch optimizer; if they are meant to stay fixed, call module.requires_grad_(False)."
+    )
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _modules(root: object) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a program can reach by name: through closures, globals, attributes and containers."""
+    seen: set[int] = set()
+    queue: list[tuple[str, object, int]] = [("", root, 0)]
+    while queue:
+        path, value, depth = queue.pop(0)
+        if id(value) in seen or depth > _MAX_DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield path or type(value).__name__, value
+        for name, child in _children(value):
+            queue.append((name, child, depth + 1))
+
+
+def _children(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        yield from ((str(key), child) for key, child in value.items())
+    elif isinstance(value, list | tuple):
+        yield from (("", child) for child in value)
+    elif isinstance(value, functools.partial):
+        yield from (("", child) for child in (value.func, *value.args, *value.keywords.values()))
+    elif inspect.ismethod(value):
+        yield from (("self", value.__self__), ("", value.__func__))
+    elif inspect.isfunction(value):
+        variables = inspect.getclosurevars(value)
+        yield from (*variables.nonlocals.items(), *variables.globals.items())
+        if hasattr(value, "__wrapped__"):
+            yield "", value.__wrapped__
+    elif isinstance(value, Messenger) or (hasattr(value, "__dict__") and callable(value) and not inspect.isclass(value)):
+        yield from vars(value).items()

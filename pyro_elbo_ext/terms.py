@@ -1,0 +1,419 @@
+"""From a Pyro model and guide to the terms of the ELBO.  The only reader of Pyro traces.
+
+For one draw ``z`` of the guide ``q`` and a model ``p(x, z)``, with the sites of each plate, mask and scale weighted as
+Pyro weighs them::
+
+    ELBO = sum over observed sites of log p(x | z)  -  sum over guide sites of (log q(z) - log p(z))
+           `------- reconstruction -------'            `------------- kl_prior -------------'
+
+``kl_prior`` is ``KL(q || prior)``, the part of the ELBO; it is not the gap ``KL(q || posterior)`` between the ELBO and
+``log p(x)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
+from torch import Tensor
+
+from pyro_elbo_ext.dependencies import DependencyTracker
+
+Kind = Literal["observed", "latent", "auxiliary"]
+Method = Literal["analytic", "sampled"]
+Node = dict[str, Any]  # one site of a Pyro trace
+PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's name for it
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running guide and model
+
+
+def run_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    max_plate_nesting: float = math.inf,
+    tracker: DependencyTracker | None = None,
+) -> tuple[Trace, Trace]:
+    """Run the guide once, replay the model against it once, and check that they belong together.
+
+    Returns the model's and the guide's trace without subsample sites. Log densities are not computed yet.
+
+    Raises
+    ------
+    ValueError
+        If a latent site of the model is missing from the guide, a site is marked for enumeration, or shapes disagree.
+    """
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
+        guide(*args, **kwargs)
+        model_trace, guide_trace = unwrapped.get_traces()
+    else:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        if tracker is not None:
+            tracker.enter_model()
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    _check_sites(model_trace, guide_trace)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+    for trace, where in ((guide_trace, "guide"), (model_trace, "model")):
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample":
+                continue
+            if node["infer"].get("enumerate") and not node["is_observed"]:
+                raise ValueError(
+                    f"site '{name}' of the {where} is marked for enumeration (infer={{'enumerate': ...}}), which this ELBO "
+                    "does not do. Use pyro.infer.TraceEnum_ELBO, or remove the mark to sample the site."
+                )
+            if where == "model" and not node["is_observed"] and name not in guide_trace:
+                if type(node["fn"]).__name__ == "_Subsample":
+                    continue
+                raise ValueError(
+                    f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log q. "
+                    f"Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log densities of single sites, kept in the trace as Pyro keeps them
+
+
+def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> Tensor:
+    """Scaled and masked log density of a site, shape ``batch_shape``.  Computed once per trace."""
+    if "log_prob" not in node:
+        fn = node["fn"]
+        with _naming(node, trace):
+            unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
+        node["unscaled_log_prob"] = unscaled
+        node["log_prob"] = scale_and_mask(unscaled, node["scale"], node["mask"])
+        _check_shape(node, max_plate_nesting)
+    return node["log_prob"]
+
+
+def score_parts(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> ScoreParts:
+    """Scaled and masked ``(log_prob, score_function, entropy_term)`` of a guide site.  Computed once per trace."""
+    if "score_parts" not in node:
+        fn = node["fn"]
+        if type(fn) is Delta and _is_own_draw(fn, node["value"]):
+            parts = ScoreParts(fn.log_density, 0, fn.log_density)  # the point mass sits at its own draw
+        else:
+            with _naming(node, trace):
+                parts = fn.score_parts(node["value"], *node["args"], **node["kwargs"])
+        node["unscaled_log_prob"] = parts.log_prob
+        if node["mask"] is not None or not (isinstance(node["scale"], float) and node["scale"] == 1.0):
+            parts = parts.scale_and_mask(node["scale"], node["mask"])
+        node["score_parts"] = parts
+        node["log_prob"] = parts.log_prob
+        _check_shape(node, max_plate_nesting)
+    return node["score_parts"]
+
+
+def _is_own_draw(fn: Delta, value: Tensor) -> bool:
+    return value.data_ptr() == fn.v.data_ptr() and value.shape == fn.v.shape and value.stride() == fn.v.stride()
+
+
+class _naming:
+    """Context in which a ValueError says at which site it arose, with the trace's shapes, as Pyro's do."""
+
+    __slots__ = ("node", "trace")
+
+    def __init__(self, node: Node, trace: Trace) -> None:
+        self.node = node
+        self.trace = trace
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, ValueError | RuntimeError):
+            name = self.node["name"]
+            shapes = self.trace.format_shapes(last_site=name)
+            raise type(error)(f"Error while computing log_prob at site '{name}':\n{error}\n{shapes}") from error
+
+
+def _check_shape(node: Node, max_plate_nesting: float) -> None:
+    """Reject log densities that came about by accidental broadcasting, or that cover no data at all."""
+    shape = node["log_prob"].shape
+    fn, value, name = node["fn"], node["value"], node["name"]
+    batch_shape = getattr(fn, "batch_shape", shape)
+    if shape != batch_shape:
+        value_batch = value.shape[: value.dim() - fn.event_dim]
+        if shape != value_batch:
+            raise ValueError(
+                f"at site '{name}', a value with batch shape {tuple(value_batch)} was broadcast against a distribution with "
+                f"batch shape {tuple(batch_shape)} into a log density of shape {tuple(shape)}. Make the shapes agree, with "
+                ".to_event(...), pyro.plate(...) or an unsqueeze."
+            )
+    if 0 in shape or (0 in value.shape and type(fn).__name__ != "Unit"):
+        raise ValueError(f"site '{name}' is empty: its value has shape {tuple(value.shape)}. Skip empty batches.")
+    if is_validation_enabled():
+        check_site_shape(node, max_plate_nesting)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sites: which nodes of the two traces belong together
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The nodes of model and guide that make up one term; see :class:`Term` for the kinds.
+
+    ``q`` holds one node, or two where an autoguide's auxiliary draw and its Delta are read as one density.
+    """
+
+    name: str
+    kind: Kind
+    p: Node | None
+    q: tuple[Node, ...]
+
+
+def read_sites(model_trace: Trace, guide_trace: Trace, pairs: Mapping[str, str] | None = None) -> list[Site]:
+    """List the sites that contribute to the ELBO, model sites first, in the order of the program.
+
+    Parameters
+    ----------
+    model_trace, guide_trace
+        As :func:`run_pair` returns them.
+    pairs
+        Latent site -> auxiliary guide site whose draw its Delta transforms; they are read as one, and the auxiliary site
+        is not listed by itself.
+    """
+    pairs = pairs or {}
+    sites = []
+    for name, node in model_trace.nodes.items():
+        if node["type"] != "sample" or node["infer"].get("_deterministic"):
+            continue
+        if node["is_observed"]:
+            sites.append(Site(name, "observed", node, ()))
+        else:
+            q = guide_trace.nodes[name]
+            auxiliary = (guide_trace.nodes[pairs[name]],) if name in pairs else ()
+            sites.append(Site(name, "latent", node, (*auxiliary, q)))
+    paired = set(pairs.values())
+    for name, node in guide_trace.nodes.items():
+        if node["type"] != "sample" or name in paired or node["infer"].get("_deterministic"):
+            continue
+        if name not in model_trace or model_trace.nodes[name]["is_observed"]:
+            sites.append(Site(name, "auxiliary", None, (node,)))
+    return sites
+
+
+def latent_values(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+    """Detached draws of the model's latent sites, in the model's order."""
+    return {
+        name: guide_trace.nodes[name]["value"].detach()
+        for name, node in model_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One site's contribution to the ELBO.
+
+    Attributes
+    ----------
+    site : str
+        Name of the site.
+    kind : {"observed", "latent", "auxiliary"}
+        Observed data or ``pyro.factor`` in the model; latent in both; or a guide site that the model does not have.
+    log_p : Tensor or None
+        Scaled and masked log density of the model at the draw, in nats, shape ``(*particles, *batch_shape)``; None for an
+        auxiliary site.
+    log_q_parts : tuple of Tensor
+        ``log_q`` is their sum; two where an autoguide's auxiliary draw and its Delta are read as one density.
+    analytic_kl_prior : Tensor or None
+        ``KL(q || prior)`` in closed form, scaled and masked, same shape; None where it is sampled.
+    kl_method : {"analytic", "sampled"} or None
+        How ``kl_prior`` is computed; None for observed sites.
+    kl_reason : str or None
+        Why.
+    cond_indep_stack : tuple of CondIndepStackFrame
+        Pyro's enclosing plates; see ``plates`` for their names.
+    scale : float or Tensor
+        Weight of the site, e.g. data size over batch size.
+    mask : bool, Tensor or None
+        Which elements count.
+    """
+
+    site: str
+    kind: Kind
+    log_p: Tensor | None
+    log_q_parts: tuple[Tensor, ...]
+    analytic_kl_prior: Tensor | None
+    kl_method: Method | None
+    kl_reason: str | None
+    cond_indep_stack: tuple[CondIndepStackFrame, ...]
+    scale: float | Tensor
+    mask: bool | Tensor | None
+
+    @property
+    def log_q(self) -> Tensor | None:
+        """Scaled and masked log density of the guide at the draw, shape as ``log_p``; None for an observed site."""
+        return functools.reduce(torch.add, self.log_q_parts) if self.log_q_parts else None
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """Names of the enclosing plates, outermost first, without the particle plate."""
+        return tuple(frame.name for frame in self.cond_indep_stack if frame.name != PARTICLE_PLATE)
+
+    @property
+    def reconstruction(self) -> Tensor | None:
+        """``log p(x | z)``, shape ``(*particles, *batch_shape)``; None unless the site is observed."""
+        return self.log_p if self.kind == "observed" else None
+
+    @property
+    def kl_prior(self) -> Tensor | None:
+        """The site's share of ``KL(q || prior)``, same shape: analytic, or ``log q - log p``; None if observed."""
+        if self.kind == "observed":
+            return None
+        if self.analytic_kl_prior is not None:
+            return self.analytic_kl_prior
+        assert self.log_q is not None
+        return self.log_q if self.log_p is None else self.log_q - self.log_p
+
+
+@dataclass(frozen=True, slots=True)
+class Terms(Mapping[str, Term]):
+    """The terms of the ELBO by site, for one or several particles.  Without the ``kl_weight``: the true ELBO.
+
+    Attributes
+    ----------
+    by_site : dict of str to Term
+    num_particles : int
+        If more than one, dimension 0 of every tensor is the particle.
+    """
+
+    by_site: dict[str, Term]
+    num_particles: int = 1
+
+    def __getitem__(self, site: str) -> Term:
+        return self.by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+    @property
+    def reconstruction(self) -> float:
+        """``E_q[log p(x | z)]``, averaged over particles, in nats."""
+        return self._mean(term.reconstruction for term in self.by_site.values())
+
+    @property
+    def kl_prior(self) -> float:
+        """``KL(q || prior)``, averaged over particles, in nats."""
+        return self._mean(term.kl_prior for term in self.by_site.values())
+
+    @property
+    def elbo(self) -> float:
+        """``reconstruction - kl_prior``, in nats."""
+        return self.reconstruction - self.kl_prior
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log p(x, z) - log q(z)`` of each particle from the sampled densities, shape ``(num_particles,)``."""
+        total: Tensor | float = 0.0
+        for term in self.by_site.values():
+            for value, sign in ((term.log_p, 1.0), (term.log_q, -1.0)):
+                if value is not None:
+                    total = total + sign * self._by_particle(value)
+        return torch.as_tensor(total).expand(self.num_particles)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per site: summed over the batch, averaged over particles, in nats."""
+        rows = [
+            {
+                "site": term.site,
+                "kind": term.kind,
+                "log_p": math.nan if term.log_p is None else self._mean([term.log_p]),
+                "log_q": math.nan if term.log_q is None else self._mean([term.log_q]),
+                "reconstruction": self._mean([term.reconstruction]),
+                "kl_prior": self._mean([term.kl_prior]),
+                "kl_method": term.kl_method,
+                "kl_reason": term.kl_reason,
+                "scale": float(torch.as_tensor(term.scale, dtype=torch.float64).mean()),
+                "plates": term.plates,
+            }
+            for term in self.by_site.values()
+        ]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        head = f"Terms(elbo={self.elbo:.4f}, reconstruction={self.reconstruction:.4f}, kl_prior={self.kl_prior:.4f})"
+        if not self.by_site:
+            return head
+        return head + "\n" + self.to_dataframe().drop(columns=["kl_reason"]).to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(index=False, na_rep="", float_format="{:.4f}".format)
+
+    def _by_particle(self, value: Tensor) -> Tensor:
+        if self.num_particles == 1:
+            return value.sum()
+        return value.flatten(1).sum(1) if value.dim() > 1 else value
+
+    def _mean(self, values: Iterable[Tensor | None]) -> float:
+        total = math.fsum(float(value.sum()) for value in values if value is not None)
+        return total / self.num_particles
+
+
+def stack_particles(particles: list[Terms]) -> Terms:
+    """Join the terms of looped particles, each with ``num_particles=1``, along a new dimension 0.
+
+    A site that only some particles have (a model whose structure varies) contributes zeros in the others; where its shape
+    varies too, sums over its batch are joined.
+    """
+    if len(particles) == 1:
+        return particles[0]
+    joined = {}
+    for name in dict.fromkeys(name for terms in particles for name in terms):
+        present = [terms.by_site.get(name) for terms in particles]
+        first = next(term for term in present if term is not None)
+        analytic = [None if term is None else term.analytic_kl_prior for term in present]
+        if any(kl is None for kl in analytic):  # not all analytic: join what they amount to
+            analytic = [None if term is None or first.analytic_kl_prior is None else term.kl_prior for term in present]
+        log_q = _join([None if term is None else term.log_q for term in present])
+        joined[name] = replace(
+            first,
+            log_p=_join([None if term is None else term.log_p for term in present]),
+            log_q_parts=() if log_q is None else (log_q,),
+            analytic_kl_prior=_join(analytic),
+        )
+    return Terms(joined, len(particles))
+
+
+def _join(values: list[Tensor | None]) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if any(value.shape != known[0].shape for value in known):
+        known, values = [known[0].sum()], [None if value is None else value.sum() for value in values]
+    return torch.stack([torch.zeros_like(known[0]) if value is None else value for value in values])

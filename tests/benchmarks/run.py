@@ -1,0 +1,215 @@
+"""Step time of ``pyro.infer.SVI`` with ``DecomposedELBO`` over that with ``Trace_ELBO``, in one process.
+
+    python tests/benchmarks/run.py [--steps N] [--blocks B] [--only NAME]
+
+Each block builds model, guide, optimizer and objective anew under the block's seed, takes a few steps to warm up, and
+times the next ones; the objectives take turns (A B C A B C ...), so that a change in the machine's speed hits all of
+them. Ratios are taken within a block and their median, least and greatest are printed. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam  # type: ignore[attr-defined]  # Pyro defines it at run time
+from torch import Tensor, nn
+
+from pyro_elbo_ext.objective import DecomposedELBO
+
+WARM_UP = 10
+
+
+class Problem(NamedTuple):
+    """A model with its guide and data, built anew for each block; ``steps`` is the block's default length."""
+
+    build: Callable[[], tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]]
+    steps: int
+
+
+class Timing(NamedTuple):
+    """Seconds a step took on average, by the wall clock and by the processor, and the loss of the last step."""
+
+    wall: float
+    cpu: float
+    loss: float
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def eight_schools() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """Eight schools (Rubin, 1981), non-centered, with AutoNormal."""
+    effect = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    error = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model(effect: Tensor, error: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("school", 8):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * theta, error), obs=effect)
+
+    return model, AutoNormal(model), (effect, error)
+
+
+def logistic_regression() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """Logistic regression with 1000 rows and 20 predictors, with AutoNormal."""
+    x = torch.randn(1000, 20)
+    y = dist.Bernoulli(logits=x @ torch.randn(20)).sample()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        bias = pyro.sample("bias", dist.Normal(0.0, 5.0))
+        with pyro.plate("row", 1000):
+            pyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
+
+    return model, AutoNormal(model), (x, y)
+
+
+def fifty_sites() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """Fifty scalar latents, each a site of its own, with AutoNormal."""
+    y = torch.randn(50)
+
+    def model(y: Tensor) -> None:
+        z = [pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0)) for i in range(50)]
+        with pyro.plate("row", 50):
+            pyro.sample("y", dist.Normal(torch.stack(z), 1.0), obs=y)
+
+    return model, AutoNormal(model), (y,)
+
+
+class Encoder(nn.Module):
+    """784 pixels to the location and scale of 50 latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(784, 400)
+        self.loc = nn.Linear(400, 50)
+        self.log_scale = nn.Linear(400, 50)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and scale, each of shape (batch, 50)."""
+        hidden = nn.functional.softplus(self.hidden(x))
+        return self.loc(hidden), self.log_scale(hidden).exp()
+
+
+def vae() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """A variational autoencoder 784-400-50 on a batch of 256 random binary images (Kingma and Welling, 2014)."""
+    encoder = Encoder()
+    decoder = nn.Sequential(nn.Linear(50, 400), nn.Softplus(), nn.Linear(400, 784))
+    x = torch.bernoulli(torch.full((256, 784), 0.3))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("image", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 50), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("image", len(x)):
+            pyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
+
+    return model, guide, (x,)
+
+
+PROBLEMS = {
+    "eight_schools": Problem(eight_schools, 100),
+    "logistic_regression": Problem(logistic_regression, 100),
+    "fifty_sites": Problem(fifty_sites, 15),
+    "vae": Problem(vae, 15),
+}
+OBJECTIVES: dict[str, Callable[[], ELBO]] = {
+    "Trace_ELBO()": Trace_ELBO,  # the one the others are divided by
+    'DecomposedELBO(kl="sampled")': lambda: DecomposedELBO(kl="sampled"),
+    "DecomposedELBO()": DecomposedELBO,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def time_block(problem: Problem, objective: Callable[[], ELBO], steps: int, seed: int) -> Timing:
+    """Time ``steps`` SVI steps after a warm-up, everything built anew under ``seed``."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    model, guide, data = problem.build()
+    svi = SVI(model, guide, Adam({"lr": 1e-3}), loss=objective())
+    for _ in range(WARM_UP):
+        svi.step(*data)
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        loss = svi.step(*data)
+    return Timing((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps, float(loss))
+
+
+def measure(problem: Problem, steps: int, blocks: int) -> dict[str, list[Timing]]:
+    """Return the timings of each objective, one per block; in each block the objectives run one after the other."""
+    timings: dict[str, list[Timing]] = {name: [] for name in OBJECTIVES}
+    for seed in range(blocks):
+        for name, objective in OBJECTIVES.items():
+            timings[name].append(time_block(problem, objective, steps, seed))
+    return timings
+
+
+def print_rows(label: str, validation: bool, timings: dict[str, list[Timing]]) -> None:
+    """Print one row per objective; the ratios are to the first objective in the same block."""
+    reference = next(iter(timings.values()))
+    for name, blocks in timings.items():
+        wall = [block.wall / other.wall for block, other in zip(blocks, reference, strict=True)]
+        cpu = [block.cpu / other.cpu for block, other in zip(blocks, reference, strict=True)]
+        same = all(abs(b.loss - r.loss) <= 1e-5 * abs(r.loss) for b, r in zip(blocks, reference, strict=True))
+        milliseconds = 1e3 * statistics.median(block.wall for block in blocks)
+        print(
+            f"| {label} | {'on' if validation else 'off'} | `{name}` | {milliseconds:.3f} "
+            f"| {statistics.median(wall):.3f} | {min(wall):.3f} to {max(wall):.3f} | {statistics.median(cpu):.3f} "
+            f"| {'yes' if same else 'no'} |",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the chosen problems with Pyro's validation off and on, and print a table."""
+    parser = argparse.ArgumentParser(description="Step time with DecomposedELBO over that with Trace_ELBO.")
+    parser.add_argument("--steps", type=int, help="steps timed in a block (default: 100, in the slower problems 15)")
+    parser.add_argument("--blocks", type=int, default=15, help="blocks per problem (default: 15)")
+    parser.add_argument("--only", choices=PROBLEMS, help="measure this problem alone")
+    arguments = parser.parse_args(argv)
+    if arguments.blocks < 1 or (arguments.steps is not None and arguments.steps < 1):
+        parser.error("--steps and --blocks must be at least 1")
+
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, Pyro {pyro.__version__}, "
+        f"{platform.machine()}, one thread, {arguments.blocks} blocks\n\n"
+        "| problem | validation | objective | ms a step "
+        "| ratio (median) | least to greatest | ratio of CPU time | same loss |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    for name, problem in PROBLEMS.items():
+        if arguments.only in (None, name):
+            for validation in (False, True):
+                with pyro.validation_enabled(validation):
+                    timings = measure(problem, arguments.steps or problem.steps, arguments.blocks)
+                print_rows(name, validation, timings)
+    pyro.clear_param_store()
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
