@@ -129,7 +129,10 @@ def evaluate(
         analytic = kl.method == "analytic"
         log_p, p_at = None, None
         if site.p is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not analytic):
+            if analytic:
+                with torch.no_grad():
+                    log_p = log_prob(site.p, model_trace, max_plate_nesting)
+            else:
                 log_p = log_prob(site.p, model_trace, max_plate_nesting)
             p_at = ledger.add(log_p, None if analytic else kl_weight)
         log_qs: tuple[Tensor, ...] = ()

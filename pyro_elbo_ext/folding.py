@@ -21,7 +21,16 @@ from pyro.distributions import Delta
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, Transform, biject_to
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Independent,
+    IndependentTransform,
+    MultivariateNormal,
+    Normal,
+    Transform,
+    biject_to,
+)
 
 from pyro_elbo_ext.terms import Node
 
@@ -40,11 +49,14 @@ class Fold:
         The part of the auxiliary vector that belongs to the site; None if all of it does (AutoNormal).
     earlier : frozenset of str
         Latent sites made from earlier blocks of the same vector.
+    identity : bool
+        Whether the site is its block, unchanged, so that the Delta's density is 1.
     """
 
     auxiliary: str
     block: slice | None
     earlier: frozenset[str]
+    identity: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +93,7 @@ def find_folds(model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
         partner = name.removesuffix("_unconstrained")
         if partner in deltas and isinstance(_leaf(node["fn"]), Normal):
             if _agrees(node["value"], model_trace.nodes[partner], nodes[partner]):
-                folds[partner] = Fold(name, None, frozenset())
+                folds[partner] = Fold(name, None, frozenset(), is_identity(transform_of(model_trace.nodes[partner])))
         elif node["fn"].event_dim == 1 and isinstance(_leaf(node["fn"]), Normal | MultivariateNormal):
             folds.update(_unpack(name, node["value"], [d for d in deltas if d not in folds], model_trace, guide_trace))
     return folds
@@ -93,14 +105,14 @@ def _unpack(auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace
     start = 0
     for name in names:
         site = model_trace.nodes[name]
-        shape = biject_to(site["fn"].support).inverse_shape(site["value"].shape)
+        shape = transform_of(site).inverse_shape(site["value"].shape)
         size, rest = divmod(math.prod(shape), math.prod(vector.shape[:-1]))
         block = slice(start, start + size)
         if rest or block.stop > vector.shape[-1]:
             return {}
         if not _agrees(vector[..., block].reshape(shape), site, guide_trace.nodes[name]):
             return {}
-        folds[name] = Fold(auxiliary, block, frozenset(folds))
+        folds[name] = Fold(auxiliary, block, frozenset(folds), is_identity(transform_of(site)))
         start = block.stop
     return folds if start == vector.shape[-1] else {}
 
@@ -108,7 +120,7 @@ def _unpack(auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace
 @torch.no_grad()
 def _agrees(unconstrained: Tensor, site: Node, delta: Node) -> bool:
     """Whether ``delta`` is the image of ``unconstrained`` under the bijection to the site's support."""
-    transform = biject_to(site["fn"].support)
+    transform = transform_of(site)
     fn = delta["fn"]
     value = transform(unconstrained)
     if value.shape != fn.v.shape or not torch.equal(value, fn.v):
@@ -119,8 +131,29 @@ def _agrees(unconstrained: Tensor, site: Node, delta: Node) -> bool:
 
 
 def transform_of(site: Node) -> Transform:
-    """Bijection from unconstrained space to the support of a model site."""
-    return biject_to(site["fn"].support)
+    """Bijection from unconstrained space to the support of a model site, as simple as it can be written.
+
+    Independent only changes event dims; and torch writes the positive reals as ``exp`` followed by ``0 + 1 * x``.
+    """
+    parts: list[Transform] = []
+    queue = [biject_to(site["fn"].support)]
+    while queue:
+        transform = queue.pop(0)
+        if isinstance(transform, IndependentTransform):
+            queue.insert(0, transform.base_transform)
+        elif isinstance(transform, ComposeTransform):
+            queue[:0] = transform.parts
+        elif not (isinstance(transform, AffineTransform) and _is(transform.loc, 0) and _is(transform.scale, 1)):
+            parts.append(transform)
+    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+
+
+def _is(value: object, number: int) -> bool:
+    return not isinstance(value, Tensor) and value == number
+
+
+def is_identity(transform: Transform) -> bool:
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def gaussian_block(fold: Fold, site: Node, auxiliary: Node, *, given_earlier: bool) -> GaussianBlock:

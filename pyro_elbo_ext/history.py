@@ -159,7 +159,7 @@ class History:
         row, start, end = self._rows, self._used, self._used + values.size
         if end > self._flat.size:
             rows_left = self._steps.size - row
-            self._flat = _resized(self._flat, max(start + rows_left * values.size, start * 3 // 2))
+            self._flat = _resized(self._flat, max(start + rows_left * values.size, start * 9 // 8))
         self._flat[start:end] = values.ravel()
         self._steps[row] = step
         self._objective[row] = objective
@@ -220,7 +220,8 @@ class History:
         kept, used = np.flatnonzero(keep), int(lengths[keep].sum())
         if (lengths == lengths[0]).all():
             table = self._flat[: self._used].reshape(self._rows, -1)
-            for i in range(0, rows, 256):  # by blocks: a copy of all at once costs more than the rest of the pass
+            still = int((kept == np.arange(rows)).sum())  # rows at the start that stay where they are
+            for i in range(still, rows, 256):  # by blocks: a copy of all at once costs more than the rest of the pass
                 table[i : i + 256][: rows - i] = table[kept[i : i + 256]]
         else:
             self._flat[:used] = self._flat[: self._used][np.repeat(keep, lengths)]

@@ -22,7 +22,7 @@ from torch.distributions import transforms as T
 from pyro_elbo_ext import closed_forms
 from pyro_elbo_ext.closed_forms import Weight
 from pyro_elbo_ext.dependencies import DependencyTracker, Sites
-from pyro_elbo_ext.folding import Fold, GaussianBlock, find_folds, gaussian_block, transform_of
+from pyro_elbo_ext.folding import Fold, GaussianBlock, find_folds, gaussian_block, is_identity, transform_of
 from pyro_elbo_ext.terms import Method, Node, Site, read_sites
 
 KLChoice = Literal["auto", "analytic", "sampled"]
@@ -55,9 +55,13 @@ class Structure:
     parents: Mapping[str, Sites | None] = field(default_factory=dict)
     drawn_from: Mapping[str, Sites] = field(default_factory=dict)
 
-    def pairs(self, *, joint: bool) -> dict[str, str]:
-        """Folded sites and their auxiliary sites; with ``joint``, also those that share one."""
-        return {name: fold.auxiliary for name, fold in self.folds.items() if joint or fold.block is None}
+    def densities(self, *, joint: bool) -> dict[str, tuple[str, ...]]:
+        """Folded sites and the guide sites that make up their density; with ``joint``, also where they share one."""
+        return {
+            name: (fold.auxiliary,) if fold.identity else (fold.auxiliary, name)
+            for name, fold in self.folds.items()
+            if joint or fold.block is None
+        }
 
 
 def read_structure(model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker | None) -> Structure:
@@ -85,7 +89,7 @@ def kl_prior(site: Site, structure: Structure) -> KLPrior:
     Parameters
     ----------
     site
-        From :func:`read_sites` with ``structure.pairs(joint=True)``.
+        From :func:`read_sites` with ``structure.densities(joint=True)``.
     structure
         From :func:`read_structure`, for the same model and guide.
     """
@@ -150,7 +154,9 @@ def _kl_of_block(
         invalid = f"a parent of '{p['name']}' in the model comes later in the guide's vector '{fold.auxiliary}'"
     block = gaussian_block(fold, p, auxiliary, given_earlier=bool(siblings))
     log_q = sum_rightmost(block.log_q, block.log_q.dim() - len(p["fn"].batch_shape))
-    log_q = _weight(auxiliary)(log_q) + _weight(delta)(delta["fn"].log_density)
+    log_q = _weight(auxiliary)(log_q)
+    if not fold.identity:
+        log_q = log_q + _weight(delta)(delta["fn"].log_density)
     if invalid is None:
         try:
             return _kl_of_gaussian(block, p, auxiliary, delta)._replace(log_q=log_q)
@@ -167,10 +173,8 @@ def _kl_of_gaussian(block: GaussianBlock, p: Node, auxiliary: Node, delta: Node)
     """
     prior, q_weight = p["fn"], _weight(auxiliary)
     transform = transform_of(p)
-    while isinstance(transform, T.IndependentTransform):
-        transform = transform.base_transform
     normal: torch.distributions.Distribution = Normal(block.loc, block.scale, validate_args=False)
-    if not (isinstance(transform, T.ComposeTransform) and not transform.parts):
+    if not is_identity(transform):
         if transform.domain.event_dim:
             raise NotImplementedError(f"no closed form is known for a Gaussian through {type(transform).__name__}")
         if not q_weight.same_as(_weight(delta)):

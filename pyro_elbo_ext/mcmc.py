@@ -616,6 +616,7 @@ def _sample_nutpie(
     init: float | Mapping[str, Any],
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     import nutpie
+    import pyarrow  # comes with nutpie, whose results it reads
     from nutpie.compiled_pyfunc import from_pyfunc
 
     def expand(x: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
@@ -650,7 +651,7 @@ def _sample_nutpie(
         sampler.cancel()
         raise
     draws = np.stack(
-        [batch.column("x").slice(warmup).flatten().to_numpy().reshape(num_samples, density.size) for batch in batches]
+        [pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.size)[warmup:] for batch in batches]
     )
     names = {
         "diverging": "diverging",
@@ -662,7 +663,7 @@ def _sample_nutpie(
         "lp": "logp",
     }
     stats = {
-        ours: np.stack([record.column(theirs).slice(warmup).to_numpy(zero_copy_only=False) for record in records])
+        ours: np.stack([pyarrow.array(r.column(theirs)).to_numpy(zero_copy_only=False)[warmup:] for r in records])
         for ours, theirs in names.items()
     }
     return draws, stats

@@ -259,7 +259,7 @@ class DecomposedELBO(ELBO):
                 model_trace, guide_trace = run(tracker)
                 signature = _signature(model_trace, guide_trace, args, kwargs)
                 structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
-            sites = read_sites(model_trace, guide_trace, structure.pairs(joint=self.kl != "sampled"))
+            sites = read_sites(model_trace, guide_trace, structure.densities(joint=self.kl != "sampled"))
             if self.kl == "sampled":
                 kls = [None if site.kind == "observed" else _SAMPLED for site in sites]
             else:

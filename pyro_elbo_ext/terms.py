@@ -104,8 +104,10 @@ def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> T
     """Scaled and masked log density of a site, shape ``batch_shape``.  Computed once per trace."""
     if "log_prob" not in node:
         fn = node["fn"]
-        with _naming(node, trace):
+        try:
             unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
+        except (ValueError, RuntimeError) as error:
+            raise _at_site(error, node, trace) from error
         node["unscaled_log_prob"] = unscaled
         node["log_prob"] = scale_and_mask(unscaled, node["scale"], node["mask"])
         _check_shape(node, max_plate_nesting)
@@ -119,8 +121,10 @@ def score_parts(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -
         if type(fn) is Delta and _is_own_draw(fn, node["value"]):
             parts = ScoreParts(fn.log_density, 0, fn.log_density)  # the point mass sits at its own draw
         else:
-            with _naming(node, trace):
+            try:
                 parts = fn.score_parts(node["value"], *node["args"], **node["kwargs"])
+            except (ValueError, RuntimeError) as error:
+                raise _at_site(error, node, trace) from error
         node["unscaled_log_prob"] = parts.log_prob
         if node["mask"] is not None or not (isinstance(node["scale"], float) and node["scale"] == 1.0):
             parts = parts.scale_and_mask(node["scale"], node["mask"])
@@ -134,23 +138,12 @@ def _is_own_draw(fn: Delta, value: Tensor) -> bool:
     return value.data_ptr() == fn.v.data_ptr() and value.shape == fn.v.shape and value.stride() == fn.v.stride()
 
 
-class _naming:
-    """Context in which a ValueError says at which site it arose, with the trace's shapes, as Pyro's do."""
-
-    __slots__ = ("node", "trace")
-
-    def __init__(self, node: Node, trace: Trace) -> None:
-        self.node = node
-        self.trace = trace
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, ValueError | RuntimeError):
-            name = self.node["name"]
-            shapes = self.trace.format_shapes(last_site=name)
-            raise type(error)(f"Error while computing log_prob at site '{name}':\n{error}\n{shapes}") from error
+def _at_site(error: Exception, node: Node, trace: Trace) -> Exception:
+    """The same error, saying at which site it arose and what the shapes are, in Pyro's words."""
+    name = node["name"]
+    return type(error)(
+        f"Error while computing log_prob at site '{name}':\n{error}\n{trace.format_shapes(last_site=name)}"
+    )
 
 
 def _check_shape(node: Node, max_plate_nesting: float) -> None:
@@ -180,7 +173,8 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
 class Site:
     """The nodes of model and guide that make up one term; see :class:`Term` for the kinds.
 
-    ``q`` holds one node, or two where an autoguide's auxiliary draw and its Delta are read as one density.
+    ``q`` holds the guide nodes whose densities together are the site's: itself, or an autoguide's auxiliary draw and the
+    Delta that transforms it.
     """
 
     name: str
@@ -189,18 +183,20 @@ class Site:
     q: tuple[Node, ...]
 
 
-def read_sites(model_trace: Trace, guide_trace: Trace, pairs: Mapping[str, str] | None = None) -> list[Site]:
+def read_sites(
+    model_trace: Trace, guide_trace: Trace, densities: Mapping[str, tuple[str, ...]] | None = None
+) -> list[Site]:
     """List the sites that contribute to the ELBO, model sites first, in the order of the program.
 
     Parameters
     ----------
     model_trace, guide_trace
         As :func:`run_pair` returns them.
-    pairs
-        Latent site -> auxiliary guide site whose draw its Delta transforms; they are read as one, and the auxiliary site
-        is not listed by itself.
+    densities
+        Latent site -> guide sites whose densities together are its own, where that is not the guide site of its name
+        alone. Auxiliary sites among them are not listed by themselves.
     """
-    pairs = pairs or {}
+    densities = densities or {}
     sites = []
     for name, node in model_trace.nodes.items():
         if node["type"] != "sample" or node["infer"].get("_deterministic"):
@@ -208,12 +204,11 @@ def read_sites(model_trace: Trace, guide_trace: Trace, pairs: Mapping[str, str] 
         if node["is_observed"]:
             sites.append(Site(name, "observed", node, ()))
         else:
-            q = guide_trace.nodes[name]
-            auxiliary = (guide_trace.nodes[pairs[name]],) if name in pairs else ()
-            sites.append(Site(name, "latent", node, (*auxiliary, q)))
-    paired = set(pairs.values())
+            q = tuple(guide_trace.nodes[part] for part in densities.get(name, (name,)))
+            sites.append(Site(name, "latent", node, q))
+    shared = {part for parts in densities.values() for part in parts}
     for name, node in guide_trace.nodes.items():
-        if node["type"] != "sample" or name in paired or node["infer"].get("_deterministic"):
+        if node["type"] != "sample" or name in shared or node["infer"].get("_deterministic"):
             continue
         if name not in model_trace or model_trace.nodes[name]["is_observed"]:
             sites.append(Site(name, "auxiliary", None, (node,)))

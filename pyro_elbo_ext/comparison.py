@@ -1,0 +1,224 @@
+"""How far an approximation's draws are from MCMC draws, one scalar parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy import stats
+
+GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
+BAD = 0.5  # above in either, it cannot
+REPLICATES = 50  # block bootstrap replicates behind each Monte Carlo error
+FIGURES = ("mean_diff", "log_sd_ratio", "wasserstein", "kolmogorov")
+
+
+class Comparison:
+    """Figures and verdict per scalar parameter; made by `compare_to_mcmc`.
+
+    Attributes
+    ----------
+    table : pandas.DataFrame
+        Indexed by parameter. For each figure F of ``mean_diff``, ``log_sd_ratio``, ``wasserstein``, ``kolmogorov``:
+        ``F``, its standard error ``F_error`` and its noise floor ``F_floor``; and ``verdict``.
+    approx, mcmc : dict
+        Draws by scalar parameter, float64 arrays of shape (chain, draw).
+    """
+
+    def __init__(self, table: pd.DataFrame, approx: dict[str, np.ndarray], mcmc: dict[str, np.ndarray]) -> None:
+        self.table, self.approx, self.mcmc = table, approx, mcmc
+
+    @property
+    def verdict(self) -> str:
+        """One line over all parameters."""
+        counts = self.table["verdict"].value_counts()
+        worst = self.table[["mean_diff", "log_sd_ratio"]].abs().max(axis=1).idxmax()
+        parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        row = self.table.loc[worst]
+        return (
+            f"{len(self.table)} parameters: {parts}. Worst: {worst}, mean off by {row['mean_diff']:+.2f} MCMC sd, "
+            f"log sd ratio {row['log_sd_ratio']:+.2f}"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.table.copy()
+
+    def plot(self) -> Any:
+        """Marginals overlaid, then a forest of all parameters; returns the matplotlib figure."""
+        from pyro_elbo_ext.comparison_plots import plot_comparison
+
+        return plot_comparison(self)
+
+    def _display(self) -> pd.DataFrame:
+        columns = {
+            name: [
+                f"{value:.3f} ± {error:.3f} ({floor:.3f})"
+                for value, error, floor in zip(
+                    self.table[name], self.table[f"{name}_error"], self.table[f"{name}_floor"], strict=True
+                )
+            ]
+            for name in FIGURES
+        }
+        return pd.DataFrame({**columns, "verdict": self.table["verdict"]}, index=self.table.index)
+
+    def __repr__(self) -> str:
+        return f"{self._display().to_string()}\nfigure ± standard error (noise floor)\n{self.verdict}"
+
+    def _repr_html_(self) -> str:
+        caption = "figure ± standard error (noise floor)"
+        return f"<p>{self.verdict}</p>{self._display().to_html()}<p>{caption}</p>"
+
+
+def compare_to_mcmc(approx: Any, mcmc: Any, var_names: Iterable[str] | None = None) -> Comparison:
+    """Compare an approximation's marginals with MCMC's.
+
+    With m, s the MCMC mean and standard deviation of a scalar parameter, the figures are ``(mean - m) / s``,
+    ``log(sd / s)``, the Wasserstein-1 distance over s, and the Kolmogorov distance. Each has a standard error, from a
+    bootstrap of blocks of consecutive draws of both sides (Kuensch 1989; blocks of about the square root of a chain's
+    length keep the autocorrelation), and a noise floor: the same figure between two halves of the MCMC draws, split by
+    chains where there are several, else by draws.
+
+    Per parameter the verdict is "bad" where mean_diff or log_sd_ratio exceeds `BAD`, "good" where both stay below
+    `GOOD`, "means only" where only the mean does, else "rough"; "not enough draws to tell" where a standard error or
+    noise floor of the two is above the threshold that decides.
+
+    Parameters
+    ----------
+    approx, mcmc
+        ArviZ data with a group ``posterior``, a Dataset, or a mapping from name to array; shape (chain, draw, ...).
+    var_names
+        Variables to compare; by default all of ``mcmc``.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    KeyError
+        If a variable is missing on a side.
+    ValueError
+        If shapes differ, or draws are NaN, infinite, constant or fewer than four; the parameter is named.
+    """
+    left, right = _dataset(approx, "approx"), _dataset(mcmc, "mcmc")
+    names = list(right.data_vars) if var_names is None else list(var_names)
+    if not names:
+        raise ValueError("there is no variable to compare")
+    sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+    for name in names:
+        for side, data in (("approx", left), ("mcmc", right)):
+            if name not in data:
+                raise KeyError(f"'{name}' is not in {side}, which has {list(data.data_vars)}")
+        a, b = (data[name].transpose("chain", "draw", ...) for data in (left, right))
+        if a.shape[2:] != b.shape[2:]:
+            raise ValueError(f"'{name}' has shape {a.shape[2:]} in approx and {b.shape[2:]} in mcmc")
+        for index in np.ndindex(b.shape[2:]):
+            label = _label(str(name), b, index)
+            for side, array, draws in (("approx", a, sides[0]), ("mcmc", b, sides[1])):
+                draws[label] = _checked(label, side, array.values[(slice(None), slice(None), *index)])
+    rows = {label: _row(sides[0][label], sides[1][label]) for label in sides[1]}
+    return Comparison(pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter"), *sides)
+
+
+def _dataset(data: Any, side: str) -> xr.Dataset:
+    if isinstance(data, xr.Dataset):
+        found = data
+    elif isinstance(data, xr.DataTree):
+        found = data["posterior"].to_dataset()
+    elif isinstance(getattr(data, "posterior", None), xr.Dataset):
+        found = data.posterior
+    elif isinstance(data, Mapping):
+        arrays = {name: np.asarray(value) for name, value in data.items()}
+        for name, value in arrays.items():
+            if value.ndim < 2:
+                raise ValueError(f"'{name}' of {side} has shape {value.shape}; it must start with (chain, draw)")
+        found = xr.Dataset(
+            {n: (["chain", "draw", *(f"{n}_dim_{i}" for i in range(v.ndim - 2))], v) for n, v in arrays.items()}
+        )
+    else:
+        raise TypeError(f"{side} must be ArviZ data with a posterior, a Dataset or a mapping, got {type(data).__name__}")
+    for name, variable in found.data_vars.items():
+        if not {"chain", "draw"} <= set(variable.dims):
+            raise ValueError(f"'{name}' of {side} has dims {variable.dims}; it needs 'chain' and 'draw'")
+    return found
+
+
+def _label(name: str, array: xr.DataArray, index: tuple[int, ...]) -> str:
+    coords = [
+        str(array.coords[dim].values[i]) if dim in array.coords else str(i)
+        for dim, i in zip(array.dims[2:], index, strict=True)
+    ]
+    return f"{name}[{', '.join(coords)}]" if coords else name
+
+
+def _checked(label: str, side: str, draws: np.ndarray) -> np.ndarray:
+    draws = np.asarray(draws, dtype=np.float64)
+    if draws.size < 4:
+        raise ValueError(f"'{label}' has {draws.size} draws in {side}; at least 4 are needed")
+    if not np.isfinite(draws).all():
+        raise ValueError(f"'{label}' has {int((~np.isfinite(draws)).sum())} NaN or infinite draws in {side}")
+    if np.ptp(draws) == 0:
+        raise ValueError(f"'{label}' is constant in {side}: leave it out by var_names")
+    return draws
+
+
+def _figures(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = a.ravel(), b.ravel()
+    mean, scale = b.mean(), b.std(ddof=1)
+    return np.array(
+        [
+            (a.mean() - mean) / scale,
+            np.log(a.std(ddof=1) / scale),
+            stats.wasserstein_distance(a, b) / scale,
+            _kolmogorov(a, b),
+        ]
+    )
+
+
+def _kolmogorov(a: np.ndarray, b: np.ndarray) -> float:
+    """The statistic of `scipy.stats.ks_2samp` without its p value, which costs most of the time."""
+    a, b = np.sort(a), np.sort(b)
+    both = np.concatenate([a, b])
+    return float(
+        np.abs(np.searchsorted(a, both, "right") / a.size - np.searchsorted(b, both, "right") / b.size).max()
+    )
+
+
+def _halves(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    axis = 0 if draws.shape[0] > 1 else 1
+    first, second = np.array_split(draws, 2, axis=axis)
+    return first, second
+
+
+def _resample(draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    chains, length = draws.shape
+    block = max(1, round(length**0.5))
+    count = -(-draws.size // block)
+    start = rng.integers(0, length, count)[:, None] + np.arange(block)
+    return draws[rng.integers(0, chains, count)[:, None], start % length].ravel()[: draws.size]
+
+
+def _row(a: np.ndarray, b: np.ndarray) -> dict[str, float | str]:
+    rng = np.random.default_rng(0)
+    value, floor = _figures(a, b), _figures(*_halves(b))
+    error = np.std([_figures(_resample(a, rng), _resample(b, rng)) for _ in range(REPLICATES)], axis=0, ddof=1)
+    row: dict[str, float | str] = {}
+    for i, name in enumerate(FIGURES):
+        row |= {name: float(value[i]), f"{name}_error": float(error[i]), f"{name}_floor": float(floor[i])}
+    noise = float(np.maximum(error[:2], np.abs(floor[:2])).max())
+    return {**row, "verdict": _verdict(abs(value[0]), abs(value[1]), noise)}
+
+
+def _verdict(mean_diff: float, log_sd_ratio: float, noise: float) -> str:
+    bad = max(mean_diff, log_sd_ratio) > BAD
+    if noise > (BAD if bad else GOOD):
+        return "not enough draws to tell"
+    if bad:
+        return "bad"
+    if mean_diff < GOOD:
+        return "good" if log_sd_ratio < GOOD else "means only"
+    return "rough"

@@ -1,0 +1,241 @@
+"""NUTS on unchanged Pyro models: exact log densities and posteriors, contracts, and bad inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+from pyro_elbo_ext.mcmc import LogDensity, run_nuts
+
+NUTPIE = importlib.util.find_spec("nutpie") is not None
+BACKENDS = ["pyro", pytest.param("nutpie", marks=pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed"))]
+Y = torch.tensor([1.0, 2.0, 4.0])
+
+
+def conjugate(y: torch.Tensor) -> None:
+    """Posterior of mu: Normal(sum(y) / 4, 1/2)."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.deterministic("double", 2 * mu)
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def short(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run_nuts(model, *args, **{"num_samples": 40, "warmup": 40, "chains": 2, "progress": False} | kwargs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conjugate_posterior(backend: str) -> None:
+    data = short(conjugate, Y, backend=backend, num_samples=400, warmup=300, seed=3)
+    mu = data.posterior["mu"].values
+    assert mu.shape == (2, 400)
+    # Effective size at least a fifth of 800: five standard errors of the mean 0.2, of the log sd 0.28
+    assert abs(mu.mean() - 7 / 4) < 5 * 0.5 / math.sqrt(160)
+    assert abs(math.log(mu.std() / 0.5)) < 5 / math.sqrt(2 * 160)
+    np.testing.assert_allclose(data.posterior["double"].values, 2 * mu)
+    assert data.observed_data["y"].dims == ("row",)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sample_stats(backend: str) -> None:
+    data = short(conjugate, Y, backend=backend)
+    stats = data.sample_stats
+    names = {"diverging", "tree_depth", "n_steps", "energy", "acceptance_rate", "step_size", "lp"}
+    assert set(stats.data_vars) == names
+    assert all(stats[name].shape == (2, 40) for name in names)
+    assert stats["diverging"].dtype == bool
+    assert ((stats["n_steps"] < 2.0 ** (stats["tree_depth"] + 1)) & (stats["n_steps"] >= 1)).all()
+    assert (stats["acceptance_rate"] <= 1).all()
+    mu = data.posterior["mu"]
+    lp = -0.5 * mu**2 - 2 * math.log(2 * math.pi) - 0.5 * sum((float(y) - mu) ** 2 for y in Y)
+    np.testing.assert_allclose(stats["lp"], lp, rtol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seed_and_global_state(backend: str) -> None:
+    pyro.clear_param_store()
+    pyro.param("kept", torch.tensor(3.0))
+    torch.manual_seed(5)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second, other = (short(conjugate, Y, backend=backend, seed=s).posterior["mu"].values for s in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert (numpy_before == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert list(pyro.get_param_store().keys()) == ["kept"]
+    assert torch.get_default_dtype() == torch.float32
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).all()
+    assert (first[0] != first[1]).all()
+
+
+def test_params_are_held_and_not_registered() -> None:
+    pyro.clear_param_store()
+
+    def model() -> None:
+        loc = pyro.param("loc", torch.tensor(2.0))
+        pyro.sample("x", dist.Normal(loc, 1.0))
+
+    density = LogDensity(model, (), {}, 0)
+    np.testing.assert_allclose(density.value_and_grad(np.array([2.5]))[1], [-0.5])
+    pyro.clear_param_store()
+    short(model, backend="pyro", num_samples=2, warmup=5)
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_density_has_jacobian_and_dependent_support() -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.Exponential(1.0))
+        pyro.sample("x", dist.Uniform(0.0, scale))
+
+    value, gradient = LogDensity(model, (), {}, 0).value_and_grad(np.array([0.3, 0.7]))
+    # Exponential with u = log(scale): u - e^u. x = scale s(v) under Uniform(0, scale): the scale cancels
+    sigmoid = 1 / (1 + math.exp(-0.7))
+    assert value == pytest.approx(0.3 - math.exp(0.3) + math.log(sigmoid * (1 - sigmoid)), rel=1e-7)
+    np.testing.assert_allclose(gradient, [1 - math.exp(0.3), 1 - 2 * sigmoid], rtol=1e-6)
+
+
+def test_float32_matmul_is_computed_in_float64() -> None:
+    x, w = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), np.array([0.1, -0.2, 0.3])
+
+    def model() -> None:
+        pyro.sample("y", dist.Normal(x @ pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1)), 1.0).to_event(
+            1), obs=x[:, 0])
+
+    density = LogDensity(model, (), {}, 0)
+    x64 = x.numpy().astype(np.float64)
+    assert density.float64
+    np.testing.assert_allclose(density.value_and_grad(w)[1], x64.T @ (x64[:, 0] - x64 @ w) - w, rtol=1e-12)
+
+
+def test_control_flow_falls_back_to_eager() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", x if x > 0 else 3 * x)
+
+    density = LogDensity(model, (), {}, 0)
+    np.testing.assert_allclose([density.value_and_grad(np.array([v]))[1][0] for v in (0.5, -0.5)], [0.5, 3.5])
+
+
+def test_flat_site() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(mu, 2.0), obs=torch.tensor(3.0))
+
+    np.testing.assert_allclose(LogDensity(model, (), {}, 0).value_and_grad(np.array([1.0]))[1], [0.5])
+
+
+def test_enumerated_site_is_summed_out() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.25), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=torch.tensor(0.5))
+
+    value, _ = LogDensity(model, (), {}, 0).value_and_grad(np.array([0.2]))
+    normal = lambda v: math.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)  # noqa: E731
+    assert value == pytest.approx(math.log(normal(0.2) * (0.75 * normal(0.3) + 0.25 * normal(-1.7))), rel=1e-6)
+
+
+def test_imputed_data() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y, obs_mask=torch.tensor([True, False, True]))
+
+    posterior = short(model, backend="pyro").posterior
+    assert set(posterior.data_vars) == {"mu", "y"}
+    assert (posterior["y"].values[..., [0, 2]] == [1.0, 4.0]).all()
+    assert posterior["y"].values[..., 1].std() > 0
+
+
+def test_init_values() -> None:
+    density = LogDensity(conjugate, (Y,), {}, 0)
+    np.testing.assert_allclose(density.initial(np.random.default_rng(0), {"mu": 0.7}), [0.7])
+    np.testing.assert_allclose(density.initial(np.random.default_rng(0), 0.0), [0.0])
+
+
+def discrete() -> None:
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("k", dist.Poisson(3.0))
+
+
+def subsampled() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3, subsample_size=2) as index:
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[index])
+
+
+def subsampled_by_hand() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3, subsample=torch.tensor([0, 2])) as index:
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[index])
+
+
+def no_latent() -> None:
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+
+def nan_data() -> None:
+    pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(torch.nan))
+
+
+def impossible() -> None:
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("bad", dist.Exponential(1.0), obs=torch.tensor(-1.0))
+    pyro.factor("f", torch.tensor(-torch.inf))
+
+
+def random_density() -> None:
+    pyro.factor("f", torch.randn(()) * pyro.sample("x", dist.Normal(0.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (discrete, "'k' is discrete"),
+        (subsampled, "plate 'rows' subsamples 2 of 3"),
+        (subsampled_by_hand, "plate 'rows' subsamples 2 of 3"),
+        (no_latent, "no continuous latent site"),
+        (nan_data, "'y' has NaN in 1 of 1"),
+        (impossible, "site 'f' is -inf"),
+        (random_density, "differs between two runs"),
+    ],
+)
+def test_bad_models(model: Callable[[], None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        short(model, backend="pyro")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
+        ({"num_samples": 2.5}, TypeError, "num_samples must be an integer"),
+        ({"warmup": -1}, ValueError, "warmup must be at least 0"),
+        ({"chains": True}, TypeError, "chains must be an integer"),
+        ({"chains": 0}, ValueError, "chains must be at least 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 2**32}, ValueError, "seed must be below"),
+        ({"target_accept": 1.0}, ValueError, "target_accept must be between"),
+        ({"max_tree_depth": 0}, ValueError, "max_tree_depth must be at least 1"),
+        ({"backend": "stan"}, ValueError, "backend must be"),
+        ({"init": -1.0}, ValueError, "init must be"),
+        ({"init": {"nu": 1.0}}, ValueError, "init names 'nu'"),
+        ({"init": {"mu": [1.0, 2.0]}}, ValueError, "init for 'mu' has shape"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        short(conjugate, Y, **{"backend": "pyro"} | kwargs)
+
+
+def test_model_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="model must be callable"):
+        short("model")  # type: ignore[arg-type]
