@@ -145,7 +145,7 @@ def kl_prior(q: Distribution, p: Distribution, q_weight: Weight, p_weight: Weigh
 def has_independent_elements(fn: Distribution) -> bool:
     """Whether the density is a product over the elements of the value: a Normal, or its image under a scalar bijection."""
     leaf = _bare(fn).leaf
-    if isinstance(leaf, TransformedDistribution) and leaf.event_dim == 0:
+    if isinstance(leaf, TransformedDistribution) and not leaf.event_shape:
         leaf = _bare(leaf.base_dist).leaf
     return isinstance(leaf, Normal)
 
@@ -181,18 +181,17 @@ def _forms(q: _Bare, p: _Bare) -> _Forms:
 
 
 def _kl_leaves(q: Distribution, p: Distribution) -> Tensor:
-    q_image, p_image = (
-        isinstance(fn, TransformedDistribution) and not isinstance(fn, _REGISTERED_IMAGES) for fn in (q, p)
-    )
-    if q_image and p_image:
-        if len(q.transforms) != len(p.transforms) or not all(map(same_bijection, q.transforms, p.transforms)):
+    q_image, p_image = _as_image(q), _as_image(p)
+    if q_image is not None and p_image is not None:
+        transforms = q_image.transforms, p_image.transforms
+        if len(transforms[0]) != len(transforms[1]) or not all(map(same_bijection, *transforms)):
             raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}")
-        base_q, base_p = _bare(q.base_dist), _bare(p.base_dist)
+        base_q, base_p = _bare(q_image.base_dist), _bare(p_image.base_dist)
         if base_q.masks or base_p.masks:
             raise NotImplementedError("masked base distributions under a transform")
         forms = _forms(base_q, base_p)
         return sum_rightmost(forms.kl, forms.event_dims)
-    if q_image or p_image:
+    if q_image is not None or p_image is not None:
         raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}")
     if isinstance(q, Wishart):  # torch's generic exponential-family form drops the gradient of q's parameters
         raise NotImplementedError("torch's KL of Wishart has no gradient in the guide's parameters")
@@ -204,6 +203,11 @@ def _kl_leaves(q: Distribution, p: Distribution) -> Tensor:
             raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}") from None
 
 
+def _as_image(fn: Distribution) -> TransformedDistribution | None:
+    """The distribution, if its closed forms are to be found through its base and transforms."""
+    return fn if isinstance(fn, TransformedDistribution) and not isinstance(fn, _REGISTERED_IMAGES) else None
+
+
 def _kl_gaussians(q: Distribution, p: Distribution) -> Tensor:
     """KL between Gaussians over vectors, of which one has independent components; shape of the batch."""
     if isinstance(q, MultivariateNormal):
@@ -213,7 +217,8 @@ def _kl_gaussians(q: Distribution, p: Distribution) -> Tensor:
         deviation = (q.loc - p.loc) * precision
         log_ratio = p.scale.log().expand(q.loc.shape).sum(-1) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
-        assert isinstance(q, Normal) and isinstance(p, MultivariateNormal)
+        assert isinstance(q, Normal)
+        assert isinstance(p, MultivariateNormal)
         tril, difference = p.scale_tril, (q.loc - p.loc).unsqueeze(-1)
         trace = torch.linalg.solve_triangular(tril, torch.diag_embed(q.scale), upper=False).square().sum((-1, -2))
         deviation = torch.linalg.solve_triangular(tril, difference, upper=False).squeeze(-1)
@@ -261,4 +266,6 @@ def _name(fn: Distribution) -> str:
     if name != "TransformedDistribution":
         return name
     assert isinstance(fn, TransformedDistribution)
-    return " through ".join([_name(_bare(fn.base_dist).leaf), *(type(transform).__name__ for transform in fn.transforms)])
+    return " through ".join(
+        [_name(_bare(fn.base_dist).leaf), *(type(transform).__name__ for transform in fn.transforms)]
+    )

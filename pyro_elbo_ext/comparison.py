@@ -140,7 +140,7 @@ def _dataset(data: Any, side: str) -> xr.Dataset:
             {n: (["chain", "draw", *(f"{n}_dim_{i}" for i in range(v.ndim - 2))], v) for n, v in arrays.items()}
         )
     else:
-        raise TypeError(f"{side} must be ArviZ data with a posterior, a Dataset or a mapping, got {type(data).__name__}")
+        raise TypeError(f"{side} must be ArviZ data with a posterior, a Dataset or mapping, got {type(data).__name__}")
     for name, variable in found.data_vars.items():
         if not {"chain", "draw"} <= set(variable.dims):
             raise ValueError(f"'{name}' of {side} has dims {variable.dims}; it needs 'chain' and 'draw'")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import is_identically_zero
 from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
@@ -69,7 +69,9 @@ class Ledger:
 
     def surrogate(self) -> Tensor:
         """Scalar whose gradient estimates that of the objective, summed over particles."""
-        used = [(scalar, weight) for scalar, weight in zip(self.scalars, self.weights, strict=True) if weight is not None]
+        used = [
+            (scalar, weight) for scalar, weight in zip(self.scalars, self.weights, strict=True) if weight is not None
+        ]
         if not used:
             total = torch.zeros(())
         else:
@@ -121,13 +123,14 @@ def evaluate(
     for site, kl in zip(sites, kls, strict=True):
         if kl is None:
             assert site.p is not None
-            log_p = log_prob(site.p, model_trace, max_plate_nesting)
-            at = ledger.add(log_p, 1.0)
-            slots.append(Slots(at, (), None, _scale(site.p, ledger), _num_observations(site.p, log_p, ledger)))
-            terms.append(_term(site, log_p, (), None))
+            data = log_prob(site.p, model_trace, max_plate_nesting)
+            at = ledger.add(data, 1.0)
+            slots.append(Slots(at, (), None, _scale(site.p, ledger), _num_observations(site.p, data, ledger)))
+            terms.append(_term(site, data, (), None))
             continue
         analytic = kl.method == "analytic"
-        log_p, p_at = None, None
+        log_p: Tensor | None = None
+        p_at: int | None = None
         if site.p is not None:
             if analytic:
                 with torch.no_grad():
@@ -144,6 +147,8 @@ def evaluate(
             for node in site.q:
                 log_q, score, entropy_term = score_parts(node, guide_trace, max_plate_nesting)
                 log_qs += (log_q,)
+                if log_q.requires_grad:
+                    _check_path(node)
                 pathwise = not analytic and entropy_term is log_q
                 q_at += (ledger.add(log_q if pathwise else log_q.detach(), -kl_weight if pathwise else None),)
                 if not analytic and not pathwise and not is_identically_zero(entropy_term):
@@ -161,6 +166,17 @@ def evaluate(
                 cost = cost + kl_weight * own.detach()
             ledger.extra.append((cost * score).sum())
     return Particle(terms, slots)
+
+
+def _check_path(node: Node) -> None:
+    """A draw that claims to be reparameterized must carry the gradient of the parameters it was drawn with."""
+    fn = node["fn"]
+    if fn.has_rsample and not node["is_observed"] and not isinstance(fn, Delta) and not node["value"].requires_grad:
+        raise ValueError(
+            f"the draw at guide site '{node['name']}' carries no gradient, though its {type(fn).__name__} depends on "
+            "parameters and says that it is reparameterized (has_rsample). Its gradient would be lost. Do not detach the draw "
+            "or make it under torch.no_grad(); or call .has_rsample_(False) on the distribution to use the score function."
+        )
 
 
 def _costs(sites: Sequence[Site], terms: Sequence[Term], kl_weight: float) -> MultiFrameTensor:

@@ -99,7 +99,9 @@ def find_folds(model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
     return folds
 
 
-def _unpack(auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
+def _unpack(
+    auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace, guide_trace: Trace
+) -> dict[str, Fold]:
     """Cut the auxiliary vector into the sites' blocks; nothing is folded unless the whole vector is used up."""
     folds: dict[str, Fold] = {}
     start = 0

@@ -78,7 +78,9 @@ def read_structure(model_trace: Trace, guide_trace: Trace, tracker: DependencyTr
             if site.kind == "latent" and site.p is not None:
                 try:
                     parents[site.name] = tracker.of_prior(site.p)
-                except NotImplementedError:  # a density known only at its own draws, such as a one-way flow
+                except (RuntimeError, ValueError):
+                    # A density known only at its own draws, such as a one-way flow's; or one that does not fit the value,
+                    # which the term's own computation will report.
                     parents[site.name] = None
     return Structure(find_folds(model_trace, guide_trace), parents, drawn_from)
 

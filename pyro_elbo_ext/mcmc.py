@@ -95,15 +95,15 @@ class _Unconstrain(Messenger):
         for frame in msg["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
-                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: NUTS needs the density of all "
-                    "the data. Call the model without subsampling."
+                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: NUTS needs the density of "
+                    "all the data. Call the model without subsampling."
                 )
         fn = msg["fn"]
         if isinstance(fn, _Subsample):
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
-                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: NUTS needs the density of all "
-                    "the data. Call the model without subsampling."
+                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: NUTS needs the density of "
+                    "all the data. Call the model without subsampling."
                 )
             return
         if msg["is_observed"] or msg["done"]:
@@ -326,8 +326,8 @@ class LogDensity:
             nan = sum_rightmost(value.isnan(), site["fn"].event_dim) > 0
             if site["mask"] is not False and nan.any():
                 raise ValueError(
-                    f"observed site '{name}' has NaN in {int(nan.sum())} of {nan.numel()} observations, which spoils the "
-                    "gradient even under a mask. Drop them, or replace them by any number and mask them or pass obs_mask."
+                    f"observed site '{name}' has NaN in {int(nan.sum())} of {nan.numel()} observations, which spoil "
+                    "the gradient even under a mask. Drop them, or replace them by numbers and mask them or pass obs_mask."
                 )
 
     def _check_precision(self, points: list[torch.Tensor]) -> None:
@@ -390,7 +390,7 @@ class LogDensity:
         except torch.linalg.LinAlgError as error:
             return f"the model itself fails, {error}"
         with pyro.validation_enabled(False), _float64(self.float64):
-            for name, site in self.sites.items():
+            for name in self.sites:
                 node = trace.nodes[name]
                 single = poutine.Trace()
                 single.add_node(name, **node)

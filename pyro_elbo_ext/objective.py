@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -199,7 +200,9 @@ class DecomposedELBO(ELBO):
             return stack_particles([Terms({term.site: term for term in particle.terms}) for particle in self._last])
         return Terms({term.site: term for term in self._last[0].terms}, self.num_particles)
 
-    def _get_trace(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
+    def _get_trace(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Trace, Trace]:
         return run_pair(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting)
 
     def _get_traces(
@@ -248,7 +251,7 @@ class DecomposedELBO(ELBO):
 
     def _evaluate(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Evaluation:
         pair = self._pairs(model, guide)
-        kl_weight = _check_weight(self.kl_weight(self.num_steps), "kl_weight(step)") if callable(self.kl_weight) else float(self.kl_weight)
+        kl_weight = self._kl_weight()
         ledger = Ledger()
         particles = []
         infos: list[tuple[SiteInfo, ...]] = []
@@ -293,8 +296,18 @@ class DecomposedELBO(ELBO):
         self._last = particles
         return _Evaluation(ledger, particles, info, values, float(objective), kl_weight, signature)
 
+    def _kl_weight(self) -> float:
+        if callable(self.kl_weight):
+            return _check_weight(self.kl_weight(self.num_steps), f"kl_weight({self.num_steps})")
+        return float(self.kl_weight)
+
     def _structure(
-        self, pair: _Pair, signature: Signature, model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker | None
+        self,
+        pair: _Pair,
+        signature: Signature,
+        model_trace: Trace,
+        guide_trace: Trace,
+        tracker: DependencyTracker | None,
     ) -> Structure:
         structure = pair.structures.get(signature)
         if tracker is None and (structure is not None or self.kl != "sampled"):
@@ -314,7 +327,9 @@ class DecomposedELBO(ELBO):
         sampled = [site for site in sites if site.kl_method == "sampled"]
         if self.kl == "analytic" and sampled:
             listed = "; ".join(f"site '{site.site}': {site.kl_reason}" for site in sampled)
-            raise ValueError(f"kl='analytic', but there is no valid closed form for {listed}. Use kl='auto' or kl='sampled'.")
+            raise ValueError(
+                f"kl='analytic', but there is no valid closed form for {listed}. Use kl='auto' or kl='sampled'."
+            )
         for site in sites:
             if site.kl_method is not None:
                 logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
@@ -329,9 +344,9 @@ class DecomposedELBO(ELBO):
                 f"{term} = {value}" for term, value in terms.items() if term not in absent and not math.isfinite(value)
             )
             raise ValueError(
-                f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. Check "
-                "the data and parameters that reach this site, and that its value lies in the support of its distribution; "
-                "if training has diverged, lower the learning rate."
+                f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. "
+                "Check the data and parameters that reach this site, and that its value lies in the support of its "
+                "distribution; if training has diverged, lower the learning rate."
             )
 
     def _record(self, evaluation: _Evaluation) -> None:
@@ -347,7 +362,7 @@ class DecomposedELBO(ELBO):
 
 
 def _check_weight(weight: float, name: str) -> float:
-    if not (math.isfinite(weight) and weight >= 0):
+    if not isinstance(weight, numbers.Real) or not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{name} must be a finite number, at least 0, not {weight!r}")
     return float(weight)
 

@@ -28,7 +28,9 @@ class PerPair(Generic[State]):
             references, state = self._entries[key]
             if all(reference() is owner for reference, owner in zip(references, owners, strict=True)):
                 return state
-        dead = [k for k, (references, _) in self._entries.items() if any(reference() is None for reference in references)]
+        dead = [
+            k for k, (references, _) in self._entries.items() if any(reference() is None for reference in references)
+        ]
         for k in dead:
             del self._entries[k]
         state = self._make()

@@ -45,7 +45,7 @@ def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args:
     missing = {id(leaf): leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in known}
     if not missing:
         return
-    names = {}
+    names: dict[int, str] = {}
     for path, module in _modules({"model and guide": tuple(programs), "arguments": args}):
         for name, parameter in module.named_parameters():
             if id(parameter) in missing:
@@ -102,5 +102,7 @@ def _children(value: object) -> Iterator[tuple[str, object]]:
         yield from (*variables.nonlocals.items(), *variables.globals.items())
         if hasattr(value, "__wrapped__"):
             yield "", value.__wrapped__
-    elif isinstance(value, Messenger) or (hasattr(value, "__dict__") and callable(value) and not inspect.isclass(value)):
+    elif isinstance(value, Messenger) or (
+        hasattr(value, "__dict__") and callable(value) and not inspect.isclass(value)
+    ):
         yield from vars(value).items()

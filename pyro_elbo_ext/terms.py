@@ -62,19 +62,33 @@ def run_pair(
     ValueError
         If a latent site of the model is missing from the guide, a site is marked for enumeration, or shapes disagree.
     """
-    unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
-        guide(*args, **kwargs)
-        model_trace, guide_trace = unwrapped.get_traces()
-    else:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        if tracker is not None:
-            tracker.enter_model()
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    try:
+        model_trace, guide_trace = _trace_pair(model, guide, args, kwargs, tracker)
+    except ZeroDivisionError as error:  # Pyro's own for pyro.plate(name, 0)
+        raise ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.") from error
     _check_sites(model_trace, guide_trace)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def _trace_pair(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tracker: DependencyTracker | None,
+) -> tuple[Trace, Trace]:
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
+        guide(*args, **kwargs)
+        model_trace, guide_trace = unwrapped.get_traces()
+        return model_trace, guide_trace
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    if tracker is not None:
+        tracker.enter_model()
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return model_trace, guide_trace
 
 
 def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:

@@ -15,9 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
-from torch.distributions import kl_divergence
 from torch.nn.functional import logsigmoid
 
 Params = dict[str, Tensor]
@@ -51,7 +49,9 @@ def param(name: str, params: Params) -> Tensor:
     return pyro.param(f"param_{name}", params[name].clone())
 
 
-def cross_entropy_of_normal(mean: Tensor | float, variance: Tensor | float, loc: Tensor | float, scale: float) -> Tensor:
+def cross_entropy_of_normal(
+    mean: Tensor | float, variance: Tensor | float, loc: Tensor | float, scale: float
+) -> Tensor:
     """``-E[log Normal(z; loc, scale)]`` for ``z`` with this mean and variance."""
     return 0.5 * LOG_2PI + math.log(scale) + (torch.as_tensor(mean - loc) ** 2 + variance) / (2 * scale**2)
 
@@ -165,7 +165,9 @@ def _chain_moments(params: Params) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 def _exact_chain(first_is_a: bool) -> Callable[[Params], Tensor]:
     def exact(params: Params) -> Tensor:
         mean_1, variance_1, mean_2, variance_2, variance_of_difference = _chain_moments(params)
-        a, b = ((mean_1, variance_1), (mean_2, variance_2)) if first_is_a else ((mean_2, variance_2), (mean_1, variance_1))
+        a, b = (
+            ((mean_1, variance_1), (mean_2, variance_2)) if first_is_a else ((mean_2, variance_2), (mean_1, variance_1))
+        )
         return (
             -cross_entropy_of_normal(*a, 0.0, 1.0)
             - cross_entropy_of_normal(mean_2 - mean_1, variance_of_difference, 0.0, 1.0)
@@ -304,9 +306,19 @@ def gaussian_problems() -> list[Problem]:
     both = {"z": "analytic"}
     evidence = dist.Normal(0.0, 1.25**0.5).log_prob(X).item()
     return [
-        Problem("gaussian", _gaussian_model, _gaussian_guide, GAUSSIAN, _weighted_gaussian(1, 1), both, log_evidence=evidence),
+        Problem(
+            "gaussian",
+            _gaussian_model,
+            _gaussian_guide,
+            GAUSSIAN,
+            _weighted_gaussian(1, 1),
+            both,
+            log_evidence=evidence,
+        ),
         Problem("scaled prior", _model_scaled_prior, _gaussian_guide, GAUSSIAN, _weighted_gaussian(0.1, 1), both),
-        Problem("scaled guide", _gaussian_model, _scaled(_gaussian_guide, 0.1), GAUSSIAN, _weighted_gaussian(1, 0.1), both),
+        Problem(
+            "scaled guide", _gaussian_model, _scaled(_gaussian_guide, 0.1), GAUSSIAN, _weighted_gaussian(1, 0.1), both
+        ),
         Problem(
             "scaled by different tensors",
             _scaled(_gaussian_model, torch.tensor(0.3)),
@@ -316,18 +328,64 @@ def gaussian_problems() -> list[Problem]:
             both,
         ),
         Problem("masked prior", _model_masked_prior, _gaussian_guide, GAUSSIAN, _weighted_gaussian(0, 1), both),
-        Problem("nonreparameterized", _gaussian_model, _nonreparameterized_guide, GAUSSIAN, _weighted_gaussian(1, 1), both, 1500),
-        Problem("lognormal", _lognormal_model, _lognormal_guide, GAUSSIAN, _weighted_gaussian(1, 1), both, log_evidence=evidence),
-        Problem("lognormal scaled prior", _lognormal_model_scaled_prior, _lognormal_guide, GAUSSIAN, _exact_lognormal_scaled_prior, both),
+        Problem(
+            "nonreparameterized",
+            _gaussian_model,
+            _nonreparameterized_guide,
+            GAUSSIAN,
+            _weighted_gaussian(1, 1),
+            both,
+            1500,
+        ),
+        Problem(
+            "lognormal",
+            _lognormal_model,
+            _lognormal_guide,
+            GAUSSIAN,
+            _weighted_gaussian(1, 1),
+            both,
+            log_evidence=evidence,
+        ),
+        Problem(
+            "lognormal scaled prior",
+            _lognormal_model_scaled_prior,
+            _lognormal_guide,
+            GAUSSIAN,
+            _exact_lognormal_scaled_prior,
+            both,
+        ),
         Problem("delta", _learnable_prior_model, _delta_guide, DELTA, _exact_delta, both, 2),
     ]
 
 
 def structured_problems() -> list[Problem]:
     return [
-        Problem("chain, guide forward", _chain_model, _chain_forward_guide, FORWARD, _exact_chain(True), {"a": "analytic", "b": "analytic"}),
-        Problem("chain, guide backward", _chain_model, _chain_backward_guide, FORWARD, _exact_chain(False), {"b": "sampled", "a": "analytic"}, 1000),
-        Problem("discrete", _discrete_model, _discrete_guide, DISCRETE, _exact_discrete, {"k": "analytic", "b": "analytic"}, 1500),
+        Problem(
+            "chain, guide forward",
+            _chain_model,
+            _chain_forward_guide,
+            FORWARD,
+            _exact_chain(True),
+            {"a": "analytic", "b": "analytic"},
+        ),
+        Problem(
+            "chain, guide backward",
+            _chain_model,
+            _chain_backward_guide,
+            FORWARD,
+            _exact_chain(False),
+            {"b": "sampled", "a": "analytic"},
+            1000,
+        ),
+        Problem(
+            "discrete",
+            _discrete_model,
+            _discrete_guide,
+            DISCRETE,
+            _exact_discrete,
+            {"k": "analytic", "b": "analytic"},
+            1500,
+        ),
         Problem("mixed", _mixed_model, _mixed_guide, MIXED, _exact_mixed, {"k": "analytic", "z": "analytic"}, 1500),
         Problem(
             "auxiliary, discrete",

@@ -18,22 +18,15 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from traitlets.config import Config
 
 CELL_TIMEOUT = 600  # seconds
-# Talk to kernels over sockets of this user rather than open TCP ports; Windows has only the latter.
-KERNEL_CONFIG = Config() if sys.platform == "win32" else Config({"KernelManager": {"transport": "ipc"}})
 
 
 def run_notebook(path: Path) -> str | None:
     """Execute one notebook in its own folder; return the error, or None if all its cells ran."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-        config=KERNEL_CONFIG,
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     )
     try:
         client.execute()

@@ -16,6 +16,7 @@ from tests.oracles import PROBLEMS, Problem
 
 STANDARD_ERRORS = 4.5  # two-sided 7e-6 for each figure compared
 
+
 def estimates(problem: Problem, draws: int, **options: Any) -> tuple[np.ndarray, dict[str, np.ndarray], DecomposedELBO]:
     """Losses (draws,) and gradients of the loss by parameter, each (draws, numel), from fresh evaluations."""
     elbo = DecomposedELBO(**options)
@@ -45,7 +46,11 @@ def test_unbiased(problem: Problem, kl: KLChoice) -> None:
     def compare(what: str, samples: np.ndarray, truth: np.ndarray) -> None:
         error = samples.mean(0) - truth
         standard_error = samples.std(0, ddof=1) / math.sqrt(draws)
-        assert (np.abs(error) <= STANDARD_ERRORS * standard_error + 2e-5 * (1 + np.abs(truth))).all(), (what, error, standard_error)
+        assert (np.abs(error) <= STANDARD_ERRORS * standard_error + 2e-5 * (1 + np.abs(truth))).all(), (
+            what,
+            error,
+            standard_error,
+        )
         assert (standard_error <= 0.2 * (1 + np.abs(truth))).all(), f"{what}: too few draws to tell ({standard_error})"
 
     compare("loss", losses, -np.asarray(exact.item()))

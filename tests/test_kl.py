@@ -105,7 +105,9 @@ def test_masked_and_expanded_wrappers() -> None:
     torch.testing.assert_close(value, kl_divergence(q, dist.Normal(torch.zeros(3), 1.0)))
 
 
-@pytest.mark.parametrize(("model_scale", "guide_scale", "expected"), [(0.1, 1.0, -0.83), (1.0, 0.1, 5.777), (0.1, 0.1, 0.45)])
+@pytest.mark.parametrize(
+    ("model_scale", "guide_scale", "expected"), [(0.1, 1.0, -0.83), (1.0, 0.1, 5.777), (0.1, 0.1, 0.45)]
+)
 def test_scale_of_one_side_only(model_scale: float, guide_scale: float, expected: float) -> None:
     """Prior N(0, 1), q = N(3, 1).  TraceMeanField_ELBO scales the whole KL by the guide's scale: 4.50 and 0.45."""
     model, guide = pair(dist.Normal(0.0, 1.0), dist.Normal(3.0, 1.0))
@@ -199,7 +201,9 @@ def test_learnable_bijections_of_equal_value_are_not_the_same() -> None:
     assert same_bijection(a, a)
     assert same_bijection(transforms.ExpTransform(), transforms.ExpTransform())
     assert same_bijection(transforms.AffineTransform(0.5, 1.0), transforms.AffineTransform(0.5, 1.0))
-    composed = [transforms.ComposeTransform([transforms.ExpTransform(), transforms.AffineTransform(1.0, 2.0)]) for _ in "ab"]
+    composed = [
+        transforms.ComposeTransform([transforms.ExpTransform(), transforms.AffineTransform(1.0, 2.0)]) for _ in "ab"
+    ]
     assert same_bijection(*composed)
     assert not same_bijection(transforms.ExpTransform(), transforms.SigmoidTransform())
 
@@ -242,7 +246,9 @@ def prior_only() -> None:
         pyro.sample("s", dist.LogNormal(0.0, 0.5))
 
 
-@pytest.mark.parametrize("autoguide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "autoguide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal], ids=lambda cls: cls.__name__
+)
 def test_folded_autoguide_has_no_noise_against_its_prior(autoguide: Any) -> None:
     guide = autoguide(prior_only)
     guide()
@@ -309,7 +315,9 @@ def test_joint_gaussian_by_the_chain_rule() -> None:
         for parameter in parameters:
             parameter.grad = None
     assert elbo.last is not None
-    assert {name: t.kl_method for name, t in elbo.last.items() if t.kind != "observed"} == dict.fromkeys("abc", "analytic")
+    assert {name: t.kl_method for name, t in elbo.last.items() if t.kind != "observed"} == dict.fromkeys(
+        "abc", "analytic"
+    )
     samples, stacked = torch.tensor(values), torch.stack(gradients)
     assert abs(samples.mean() + expected_value) < 4.5 * samples.std() / math.sqrt(1500)
     error = (stacked.mean(0) - torch.cat([g.flatten() for g in expected])).abs()

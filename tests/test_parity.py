@@ -103,7 +103,9 @@ def assert_same(model: Callable[..., Any], guide: Callable[..., Any], *args: Any
             assert theirs is None or not theirs.any(), name
             assert ours is None or not ours.any(), name
         else:
-            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
     assert elbo.last is not None
     assert elbo.last.elbo == pytest.approx(-loss, rel=1e-5, abs=1e-4)
     assert elbo.last.log_weights.mean().item() == pytest.approx(-loss, rel=1e-5, abs=1e-4)
@@ -131,7 +133,9 @@ def test_autoguide_list() -> None:
     assert_same(eight_schools, guide)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name in ("gaussian", "lognormal", "nonreparameterized")], ids=str)
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if p.name in ("gaussian", "lognormal", "nonreparameterized")], ids=str
+)
 def test_vectorized_particles(problem: Problem) -> None:
     assert_same(problem.model, problem.guide, num_particles=4, vectorize_particles=True, max_plate_nesting=0)
 
