@@ -183,9 +183,7 @@ def _kolmogorov(a: np.ndarray, b: np.ndarray) -> float:
     """The statistic of `scipy.stats.ks_2samp` without its p value, which costs most of the time."""
     a, b = np.sort(a), np.sort(b)
     both = np.concatenate([a, b])
-    return float(
-        np.abs(np.searchsorted(a, both, "right") / a.size - np.searchsorted(b, both, "right") / b.size).max()
-    )
+    return float(np.abs(np.searchsorted(a, both, "right") / a.size - np.searchsorted(b, both, "right") / b.size).max())
 
 
 def _halves(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

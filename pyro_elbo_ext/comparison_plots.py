@@ -19,7 +19,7 @@ def plot_marginal(comparison: Comparison, parameter: str, ax: Axes) -> Axes:
         raise KeyError(f"'{parameter}' was not compared; the parameters are {list(comparison.mcmc)}")
     approx, mcmc = comparison.approx[parameter].ravel(), comparison.mcmc[parameter].ravel()
     low, high = np.quantile(np.concatenate([approx, mcmc]), [0.002, 0.998])
-    bins = np.linspace(low, high, 50)
+    bins = np.linspace(low, high, 50).tolist()
     ax.hist(mcmc, bins=bins, density=True, color="0.75", label="MCMC")
     ax.hist(approx, bins=bins, density=True, histtype="step", color="C0", label="approximation")
     ax.set_title(f"{parameter}: {comparison.table.loc[parameter, 'verdict']}", fontsize="small")

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import is_identically_zero
 from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_elbo_ext.history import VALUES, SiteInfo
+from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.kl import KLPrior
 from pyro_elbo_ext.terms import Node, Site, Term, log_prob, score_parts
 
@@ -69,21 +67,22 @@ class Ledger:
 
     def surrogate(self) -> Tensor:
         """Scalar whose gradient estimates that of the objective, summed over particles."""
-        used = [
-            (scalar, weight) for scalar, weight in zip(self.scalars, self.weights, strict=True) if weight is not None
-        ]
-        if not used:
-            total = torch.zeros(())
+        scalars, weights = self.scalars, self.weights
+        if None in weights:
+            used = [i for i, weight in enumerate(weights) if weight is not None]
+            scalars, weights = [scalars[i] for i in used], [weights[i] for i in used]
+        if scalars:
+            stacked = _stack(scalars)
+            total = torch.dot(stacked, stacked.new_tensor(weights))
         else:
-            stacked = _stack([scalar for scalar, _ in used])
-            total = (stacked * stacked.new_tensor([weight for _, weight in used])).sum()
+            total = torch.zeros(())
         for scalar in self.extra:
             total = total + scalar
         return total
 
     def to_host(self) -> list[float]:
         """Read every scalar: the one point of a step that waits for the device."""
-        return _stack(self.scalars).detach().tolist() if self.scalars else []
+        return _stack(self.scalars).tolist() if self.scalars else []
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:
@@ -174,8 +173,8 @@ def _check_path(node: Node) -> None:
     if fn.has_rsample and not node["is_observed"] and not isinstance(fn, Delta) and not node["value"].requires_grad:
         raise ValueError(
             f"the draw at guide site '{node['name']}' carries no gradient, though its {type(fn).__name__} depends on "
-            "parameters and says that it is reparameterized (has_rsample). Its gradient would be lost. Do not detach the draw "
-            "or make it under torch.no_grad(); or call .has_rsample_(False) on the distribution to use the score function."
+            "parameters and says that it is reparameterized (has_rsample). Its gradient would be lost. Do not detach the "
+            "draw or make it under torch.no_grad(); or use the score function: .has_rsample_(False) on the distribution."
         )
 
 
@@ -229,19 +228,19 @@ def _num_observations(node: Node, log_p: Tensor, ledger: Ledger) -> float | int:
     return ledger.add(counted.detach().expand(log_p.shape), None)
 
 
-def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]) -> NDArray[np.float64]:
-    """Values of one particle as :class:`pyro_elbo_ext.history.History` takes them, shape ``(n_sites, 5)``."""
-    values = np.empty((len(slots), len(VALUES)))
-    for i, (slot, info) in enumerate(zip(slots, kinds, strict=True)):
+def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]) -> list[tuple[float, ...]]:
+    """Values of one particle, by site, in the columns that :class:`pyro_elbo_ext.history.History` takes."""
+    values: list[tuple[float, ...]] = []
+    for slot, info in zip(slots, kinds, strict=True):
         log_p = _NAN if slot.log_p is None else host[slot.log_p]
-        log_q = sum([host[at] for at in slot.log_q]) if slot.log_q else _NAN
+        scale = host[slot.scale] if type(slot.scale) is int else slot.scale
+        if info.kind == "observed":
+            count = slot.num_observations
+            values.append((log_p, _NAN, _NAN, scale, host[count] if type(count) is int else count))
+            continue
+        log_q = sum([host[at] for at in slot.log_q])
+        kl_prior = log_q if slot.log_p is None else log_q - log_p
         if slot.kl_prior is not None:
             kl_prior = host[slot.kl_prior]
-        elif info.kind == "observed":
-            kl_prior = _NAN
-        else:
-            kl_prior = log_q if slot.log_p is None else log_q - log_p
-        scale = host[slot.scale] if type(slot.scale) is int else slot.scale
-        count = host[slot.num_observations] if type(slot.num_observations) is int else slot.num_observations
-        values[i] = (log_p, log_q, kl_prior, scale, count)
+        values.append((log_p, log_q, kl_prior, scale, 0.0))
     return values

@@ -122,7 +122,7 @@ def from_pyro_svi(
         Dim to the labels along it.
     dims
         Site, or tensor argument of the model, to the names of its axes, plates before event dims, None to keep an axis'
-        own name: the plate's name, or ``{site}_dim_{axis}``. A plate called as a site is becomes ``{plate}_dim``.
+        own name: the plate's name, or ``{site}_dim_{axis}``.
     seed
         Same seed, same draws, and the caller's random number generators are left as they were. None: draw from these.
     progress
@@ -185,7 +185,7 @@ def from_pyro_svi(
     rest = ModelRuns(model, args, kwargs, size, posterior_predictive, prior, log_likelihood)
     with untouched(seed):
         for index in tqdm(range(size), desc="draws", disable=not progress):
-            model_trace, guide_trace = _run_pair(model, guide, args, kwargs)
+            model_trace, guide_trace = _run_pair(model, guide, args, kwargs, index)
             if index == 0:
                 check_full(guide_trace)
                 check_full(model_trace)
@@ -197,7 +197,7 @@ def from_pyro_svi(
             stats.put(index, "log_q", log_q)
             rest.add(index, model_trace, latent_values(model_trace, guide_trace))
 
-    labels = Labels(coords, dims, taken=tuple(first.nodes))
+    labels = Labels(coords, dims)
     attrs = _attributes()
     groups = {
         "posterior": labels.dataset(posterior.by_chain(1), first.nodes, attrs=attrs),
@@ -278,7 +278,7 @@ def from_pyro_mcmc(
         for option, asked in wanted.items():
             if asked:
                 raise ValueError(f"{option} needs a model, and mcmc's kernel has none: pass model, or {option}=False")
-        labels = Labels(coords, dims, taken=tuple(samples))
+        labels = Labels(coords, dims)
         groups = {
             "posterior": labels.dataset(posterior, {}, attrs=attrs),
             "sample_stats": labels.dataset(stats, {}, attrs=attrs),
@@ -311,7 +311,7 @@ def from_pyro_mcmc(
 
     if not missing:
         posterior = completed.by_chain(chains)
-    labels = Labels(coords, dims, taken=tuple(first.nodes))
+    labels = Labels(coords, dims)
     groups = {
         "posterior": labels.dataset(posterior, first.nodes, attrs=attrs),
         "sample_stats": labels.dataset(stats, {}, attrs=attrs),
@@ -322,7 +322,7 @@ def from_pyro_mcmc(
 
 
 def _run_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], index: int
 ) -> tuple[Trace, Trace]:
     try:
         return run_pair(model, guide, args, kwargs)
@@ -344,6 +344,8 @@ def _run_pair(
                         f"site '{name}' of the {where} draws NaN. Look for parameters that are NaN, from a fit that "
                         "diverged."
                     ) from error
+        with pyro.validation_enabled(False):
+            _log_densities(*traces, index)
         raise
 
 

@@ -23,7 +23,7 @@ from pyro_elbo_ext import closed_forms
 from pyro_elbo_ext.closed_forms import Weight
 from pyro_elbo_ext.dependencies import DependencyTracker, Sites
 from pyro_elbo_ext.folding import Fold, GaussianBlock, find_folds, gaussian_block, is_identity, transform_of
-from pyro_elbo_ext.terms import Method, Node, Site, read_sites
+from pyro_elbo_ext.terms import Method, Node, Outline, Site, outline, read_sites
 
 KLChoice = Literal["auto", "analytic", "sampled"]
 
@@ -43,6 +43,8 @@ class Structure:
 
     Attributes
     ----------
+    sites : Outline
+        The sites of the ELBO.
     folds : dict
         Latent sites that an autoguide makes from an auxiliary Gaussian.
     parents : dict
@@ -51,23 +53,17 @@ class Structure:
         Guide site -> other guide sites that its draw was computed from.
     """
 
+    sites: Outline
     folds: Mapping[str, Fold] = field(default_factory=dict)
     parents: Mapping[str, Sites | None] = field(default_factory=dict)
     drawn_from: Mapping[str, Sites] = field(default_factory=dict)
-
-    def densities(self, *, joint: bool) -> dict[str, tuple[str, ...]]:
-        """Folded sites and the guide sites that make up their density; with ``joint``, also where they share one."""
-        return {
-            name: (fold.auxiliary,) if fold.identity else (fold.auxiliary, name)
-            for name, fold in self.folds.items()
-            if joint or fold.block is None
-        }
 
 
 def read_structure(model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker | None) -> Structure:
     """Folds and dependencies of the traces; to be called while the ``tracker`` is still active.
 
-    Without a tracker no dependency is known, so no KL is analytic.
+    Without a tracker no dependency is known, so no KL is analytic; then sites that share an auxiliary vector are left as
+    they stand in the trace.
     """
     parents: dict[str, Sites | None] = {}
     drawn_from: dict[str, Sites] = {}
@@ -82,7 +78,13 @@ def read_structure(model_trace: Trace, guide_trace: Trace, tracker: DependencyTr
                     # A density known only at its own draws, such as a one-way flow's; or one that does not fit the value,
                     # which the term's own computation will report.
                     parents[site.name] = None
-    return Structure(find_folds(model_trace, guide_trace), parents, drawn_from)
+    folds = find_folds(model_trace, guide_trace)
+    densities = {
+        name: (fold.auxiliary,) if fold.identity else (fold.auxiliary, name)
+        for name, fold in folds.items()
+        if fold.block is None or tracker is not None
+    }
+    return Structure(outline(model_trace, guide_trace, densities), folds, parents, drawn_from)
 
 
 def kl_prior(site: Site, structure: Structure) -> KLPrior:
@@ -91,7 +93,7 @@ def kl_prior(site: Site, structure: Structure) -> KLPrior:
     Parameters
     ----------
     site
-        From :func:`read_sites` with ``structure.densities(joint=True)``.
+        From :func:`read_sites` with ``structure.sites``.
     structure
         From :func:`read_structure`, for the same model and guide.
     """
@@ -108,7 +110,7 @@ def kl_prior(site: Site, structure: Structure) -> KLPrior:
     if invalid is not None:
         return KLPrior("sampled", invalid)
     try:
-        if fold is None:
+        if fold is None or fold.identity:  # an identity's q is the auxiliary Normal itself
             value, form = closed_forms.kl_prior(q["fn"], site.p["fn"], _weight(q), _weight(site.p))
             return KLPrior("analytic", form, value)
         block = gaussian_block(fold, site.p, site.q[0], given_earlier=True)

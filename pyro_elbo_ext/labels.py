@@ -17,9 +17,8 @@ SAMPLE_DIMS = ("chain", "draw")
 class Labels:
     """Dims and coordinates that all groups of one export share.
 
-    A plate's axis has the plate's name, any other axis ``{site}_dim_{axis}``, as ArviZ names it. A plate that is called
-    as a site is, or ``chain`` or ``draw``, becomes ``{plate}_dim``. A ``/`` in a name, which files and trees take for a
-    group, becomes ``.``.
+    A plate's axis has the plate's name, any other axis ``{site}_dim_{axis}``, as ArviZ names it. A plate called ``chain``
+    or ``draw`` becomes ``{plate}_dim``. A ``/`` in a name, which files and trees take for a group, becomes ``.``.
 
     Parameters
     ----------
@@ -27,19 +26,15 @@ class Labels:
         Dim to the labels along it; 0, 1, ... for dims that are not named here.
     dims
         Site, or constant, to the names of its value's axes, batch before event; None keeps an axis' own name.
-    taken
-        Names that no plate's dim may have.
     """
 
     def __init__(
         self,
         coords: Mapping[str, Any] | None = None,
         dims: Mapping[str, Sequence[str | None]] | None = None,
-        taken: Sequence[str] = (),
     ) -> None:
         self.coords = dict(coords or {})
         self.dims = dict(dims or {})
-        self.taken = {*SAMPLE_DIMS, *taken}
         self._sizes: dict[str, tuple[int, str]] = {}  # dim -> its size, and the site that set it
         self._labelled: set[str] = set()
         for name, chosen in self.dims.items():
@@ -60,7 +55,7 @@ class Labels:
             for frame in node["cond_indep_stack"]:
                 axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
                 if axis >= 0 and shape[axis] == frame.size:
-                    own[axis] = f"{frame.name}_dim" if frame.name in self.taken else frame.name
+                    own[axis] = f"{frame.name}_dim" if frame.name in SAMPLE_DIMS else frame.name
         if name in self.dims:
             chosen = list(self.dims[name])
             if batch_only and node is not None:

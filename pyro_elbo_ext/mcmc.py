@@ -1,461 +1,28 @@
-"""NUTS on an unchanged Pyro model: one log density with its gradient, sampled by nutpie or by Pyro."""
+"""NUTS on an unchanged Pyro model, by nutpie or by Pyro, on one log density with its gradient."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import logging
 import numbers
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyro
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer import MCMC, NUTS
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
-from torch.distributions import biject_to
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from pyro_elbo_ext.export import to_arviz
-
-logger = logging.getLogger(__name__)
+from pyro_elbo_ext.log_density import LogDensity, base_distribution
 
 INIT_TRIES = 100  # starting points tried per chain, as in Stan
-CHECK_POINTS = 4  # random points at which a traced graph must equal the model run by Pyro
-
-Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-class _Latent(NamedTuple):
-    """Where a latent site lives in the flat unconstrained vector."""
-
-    start: int
-    stop: int
-    shape: torch.Size  # unconstrained
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Promote(TorchFunctionMode):
-    """Compute in float64: lower-precision floating tensors are widened where an operation reads them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__"):
-            return func(*args, **(kwargs or {}))
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
-        # the target of an in-place write must stay the caller's own tensor, or the write would be lost
-        head, tail = (args[:1], args[1:]) if in_place else ((), args)
-        return func(*head, *map(_widen, tail), **{key: _widen(value) for key, value in (kwargs or {}).items()})
-
-
-def _widen(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
-    return tree_map_only(torch.Tensor, _widen, value) if isinstance(value, list | tuple | dict) else value
-
-
-@contextmanager
-def _float64(enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Promote():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class _Unconstrain(Messenger):
-    """Give each continuous latent site the value ``biject_to(support)(u)`` and add up the log Jacobians.
-
-    The support is read at every run, so one that depends on another latent site, ``Uniform(0, theta)``, is right.
-    """
-
-    def __init__(self, supply: Callable[[dict[str, Any], torch.distributions.Transform], torch.Tensor]) -> None:
-        super().__init__()
-        self.supply = supply
-        self.terms: list[torch.Tensor] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        for frame in msg["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: NUTS needs the density of "
-                    "all the data. Call the model without subsampling."
-                )
-        fn = msg["fn"]
-        if isinstance(fn, _Subsample):
-            if fn.subsample_size is not None and fn.subsample_size < fn.size:
-                raise ValueError(
-                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: NUTS needs the density of "
-                    "all the data. Call the model without subsampling."
-                )
-            return
-        if msg["is_observed"] or msg["done"]:
-            return
-        if getattr(fn, "has_enumerate_support", False) or fn.support.is_discrete:
-            if msg["infer"].get("enumerate") is None:
-                raise ValueError(
-                    f"latent site '{msg['name']}' is discrete ({_base(fn)}): NUTS has no gradient for it. Sum it out in "
-                    "the model, or mark it infer={'enumerate': 'parallel'} so that Pyro sums it out."
-                )
-            return
-        transform = biject_to(fn.support)
-        u = self.supply(msg, transform)
-        value = transform(u)
-        self.terms.append(transform.log_abs_det_jacobian(u, value).sum())
-        if _imputes(msg):
-            # elements that are observed have no density of their own here; a standard normal keeps them proper
-            mask = msg["mask"].reshape(msg["mask"].shape + (1,) * (u.dim() - len(fn.batch_shape)))
-            self.terms.append(torch.where(mask, torch.zeros_like(u), -0.5 * u * u).sum())
-        msg["value"], msg["done"] = value, True
-
-
-def _imputes(site: Any) -> bool:
-    return site["name"].endswith("_unobserved") and isinstance(site["mask"], torch.Tensor)
-
-
-def _base(fn: Any) -> str:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
-
-
-def _tensor_options(fn: Any) -> tuple[torch.dtype, torch.device]:
-    """The floating dtype and device of a distribution's parameters, or torch's defaults if it has none."""
-    while fn is not None:
-        for value in vars(fn).values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value.dtype, value.device
-        fn = getattr(fn, "base_dist", None)
-    return torch.get_default_dtype(), torch.get_default_device()
-
-
-class LogDensity:
-    """Log density and gradient of a Pyro model on the flat unconstrained space, and the way back to the sites.
-
-    With T the bijections ``biject_to(support)`` of the continuous latent sites, ``value_and_grad`` computes
-    ``log p(data, T(x)) + log |det dT/dx|`` and its gradient. Where it can, the model is run in float64 whatever the
-    dtype of its tensors (float32 data are widened exactly), and is traced once into an ATen graph that is checked
-    against Pyro at random points; where it cannot, a message at level INFO says why and what is used instead.
-
-    Attributes
-    ----------
-    size : int
-        Number of unconstrained coordinates.
-    float64 : bool
-        Whether the model is computed in float64; if not, in the dtype of its own tensors.
-    sites : dict
-        Name to trace node of one run of the model, from which names, plates and observed values are read.
-    """
-
-    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
-        self._rng = np.random.default_rng(seed)
-        self._layout: dict[str, _Latent] = {}
-        self._evaluator: TraceEinsumEvaluator | None = None
-        self.float64 = True
-        self.sites = self._prototype()
-        self.size = max((latent.stop for latent in self._layout.values()), default=0)
-        self._check_sites()
-        points = [torch.from_numpy(self._rng.uniform(-2, 2, self.size)) for _ in range(CHECK_POINTS)]
-        self._check_precision(points)
-        self._check_repeats(points)
-        self.names = [
-            name
-            for name, site in self.sites.items()
-            if (name in self._layout and not _imputes(site))
-            or (site["infer"].get("_deterministic") and self._evaluator is None)
-        ]
-        skipped = [name for name, site in self.sites.items() if site["infer"].get("_deterministic")]
-        if self._evaluator is not None and skipped:
-            logger.info("deterministic sites %s are left out: the model has enumerated sites", skipped)
-        rtol = 1e-8 if self.float64 else 1e-4
-        self._value_and_grad = _trace(self._eager_value_and_grad, points, rtol, "log density")
-        self._values = _trace(self._eager_values, points, rtol, "deterministic sites")
-
-    def value_and_grad(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Log density and its gradient at ``x``, float64 of shape (size,); -inf or NaN outside the model's domain."""
-        value, gradient = self.tensors(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)))
-        return value.item(), gradient.cpu().numpy()
-
-    def tensors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same on tensors: a scalar and a tensor of shape (size,), both float64."""
-        try:
-            with torch.no_grad():
-                value, gradient = self._value_and_grad(x)
-        except torch.linalg.LinAlgError:  # a covariance that is not positive definite in floating point: no density
-            return x.new_tensor(-torch.inf), torch.zeros_like(x)
-        return value, gradient
-
-    def constrain(self, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Values of the latent and deterministic sites: (chains, draws, size) to (chains, draws, *site shape)."""
-        values: dict[str, np.ndarray] = {}
-        for index in np.ndindex(draws.shape[:2]):
-            with torch.no_grad():
-                sites = self._values(torch.from_numpy(np.ascontiguousarray(draws[index])))
-            for name, value in zip(self.names, sites, strict=True):
-                array = value.detach().cpu().numpy()
-                if name not in values:
-                    values[name] = np.empty(draws.shape[:2] + array.shape, array.dtype)
-                values[name][index] = array
-        return values
-
-    def initial(self, rng: np.random.Generator, init: float | Mapping[str, Any]) -> np.ndarray:
-        """A starting point with finite log density and gradient: uniform on (-init, init), or given sites' values."""
-        radius = 2.0 if isinstance(init, Mapping) else float(init)
-        x = np.zeros(self.size)
-        for _ in range(INIT_TRIES if radius > 0 else 1):
-            x = rng.uniform(-radius, radius, self.size) if radius > 0 else np.zeros(self.size)
-            if isinstance(init, Mapping):
-                self._place(x, init)
-            value, gradient = self.value_and_grad(x)
-            if np.isfinite(value) and np.isfinite(gradient).all():
-                return x
-        raise ValueError(
-            f"no starting point with finite log density and gradient in {INIT_TRIES} tries: {self._culprit(x)}. "
-            "Check the data and supports of that site, or give starting values by init={site: value}."
-        )
-
-    def _run(self, supply: Callable[[Any, Any], torch.Tensor]) -> tuple[poutine.Trace, list[torch.Tensor]]:
-        model = self._model
-        if self._evaluator is not None:
-            model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
-        unconstrain = _Unconstrain(supply)
-        with poutine.block(), pyro.validation_enabled(False), _float64(self.float64), unconstrain:
-            trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            return trace, unconstrain.terms
-
-    def _run_at(self, x: torch.Tensor) -> tuple[poutine.Trace, list[torch.Tensor]]:
-        sizes = [latent.stop - latent.start for latent in self._layout.values()]
-        pieces = dict(zip(self._layout, x.split(sizes), strict=True))
-
-        def supply(msg: Any, _: Any) -> torch.Tensor:
-            if msg["name"] not in self._layout:
-                raise ValueError(
-                    f"latent site '{msg['name']}' is not in every run of the model: NUTS needs the same sites each time"
-                )
-            latent = self._layout[msg["name"]]
-            u = pieces[msg["name"]].reshape(latent.shape).to(latent.device)
-            return u if self.float64 else u.to(latent.dtype)
-
-        return self._run(supply)
-
-    def _log_density(self, x: torch.Tensor) -> torch.Tensor:
-        trace, terms = self._run_at(x)
-        with pyro.validation_enabled(False), _float64(self.float64):
-            joint = trace.log_prob_sum() if self._evaluator is None else self._evaluator.log_prob(trace)
-            total = sum(terms, joint)
-        return total.to(device=x.device, dtype=torch.float64)
-
-    def _eager_value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = self._log_density(x)
-            (gradient,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
-        return value.detach(), gradient
-
-    def _eager_values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        trace, _ = self._run_at(x)
-        return tuple(trace.nodes[name]["value"] for name in self.names)
-
-    def _prototype(self) -> dict[str, Any]:
-        try:
-            return self._first_run()
-        except torch.linalg.LinAlgError:
-            raise
-        except Exception as error:
-            # the same model without promotion tells whether promotion or the model is at fault
-            self.float64 = False
-            sites = self._first_run()
-            logger.info("sampling in the model's own dtype, since it does not run in float64: %s", error)
-            return sites
-
-    def _first_run(self) -> dict[str, Any]:
-        def supply(msg: Any, transform: Any) -> torch.Tensor:
-            fn, start = msg["fn"], max((latent.stop for latent in self._layout.values()), default=0)
-            shape = torch.Size(transform.inverse_shape(fn.shape()))
-            dtype, device = _tensor_options(fn)
-            self._layout[msg["name"]] = _Latent(start, start + shape.numel(), shape, dtype, device)
-            u = torch.as_tensor(self._rng.uniform(-2, 2, tuple(shape)), device=device)
-            return u if self.float64 else u.to(dtype)
-
-        for attempt in range(INIT_TRIES):
-            self._layout = {}
-            try:
-                trace, _ = self._run(supply)
-                break
-            except torch.linalg.LinAlgError:
-                if attempt == INIT_TRIES - 1:
-                    raise
-        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-        if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
-            frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
-            self._plate_nesting = -min((f.dim for f in frames), default=0)
-            model = poutine.enum(self._model, first_available_dim=-1 - self._plate_nesting)
-            self._layout = {}
-            with poutine.block(), pyro.validation_enabled(False), _float64(self.float64), _Unconstrain(supply):
-                enumerated = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
-        return sites
-
-    def _check_sites(self) -> None:
-        if not self._layout:
-            raise ValueError("the model has no continuous latent site: there is nothing for NUTS to sample")
-        for name, site in self.sites.items():
-            value = site["value"]
-            if not site["is_observed"] or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                continue
-            if site["infer"].get("_deterministic") or value.numel() == 0:
-                continue
-            nan = sum_rightmost(value.isnan(), site["fn"].event_dim) > 0
-            if site["mask"] is not False and nan.any():
-                raise ValueError(
-                    f"observed site '{name}' has NaN in {int(nan.sum())} of {nan.numel()} observations, which spoil "
-                    "the gradient even under a mask. Drop them, or replace them by numbers and mask them or pass obs_mask."
-                )
-
-    def _check_precision(self, points: list[torch.Tensor]) -> None:
-        if not self.float64:
-            return
-        wide = [self._try_value(x) for x in points]
-        self.float64 = False
-        try:
-            own = [self._try_value(x) for x in points]
-        except RuntimeError as error:  # mixed dtypes that only promotion makes right
-            logger.info("the model runs in float64 only: %s", error)
-            own = wide
-        self.float64 = all(
-            abs(a - b) <= 1e-2 * (1 + abs(a)) for a, b in zip(wide, own, strict=True) if np.isfinite([a, b]).all()
-        )
-        if not self.float64:
-            logger.info("sampling in the model's own dtype: in float64 its log density is %s, not %s", wide, own)
-
-    def _try_value(self, x: torch.Tensor) -> float:
-        try:
-            return self._log_density(x).item()
-        except torch.linalg.LinAlgError:
-            return float("-inf")
-
-    def _check_repeats(self, points: list[torch.Tensor]) -> None:
-        for x in points:
-            first, second = self._try_value(x), self._try_value(x)
-            if first != second and not np.isnan([first, second]).all():
-                raise ValueError(
-                    "the model's log density differs between two runs at the same latent values: it draws random "
-                    "numbers outside pyro.sample, or has dropout or batch normalization in training mode"
-                )
-
-    def _place(self, x: np.ndarray, values: Mapping[str, Any]) -> None:
-        """Write the unconstrained counterparts of the given sites' values into ``x``."""
-        for name in values:
-            if name not in self._layout:
-                raise ValueError(f"init names '{name}', which is no latent site; the sites are {list(self._layout)}")
-        written = torch.from_numpy(x)
-
-        def supply(msg: Any, transform: Any) -> torch.Tensor:
-            latent = self._layout[msg["name"]]
-            if msg["name"] in values:
-                value = torch.as_tensor(np.asarray(values[msg["name"]], dtype=np.float64), device=latent.device)
-                if value.shape != msg["fn"].shape():
-                    raise ValueError(
-                        f"init for '{msg['name']}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
-                    )
-                written[latent.start : latent.stop] = transform.inv(value).reshape(-1).cpu()
-            u = written[latent.start : latent.stop].reshape(latent.shape).to(latent.device)
-            return u if self.float64 else u.to(latent.dtype)
-
-        self._run(supply)
-
-    def _culprit(self, x: np.ndarray) -> str:
-        """The site to blame for a log density or gradient that is not finite at ``x``."""
-        point = torch.from_numpy(x)
-        try:
-            trace, _ = self._run_at(point)
-        except torch.linalg.LinAlgError as error:
-            return f"the model itself fails, {error}"
-        with pyro.validation_enabled(False), _float64(self.float64):
-            for name in self.sites:
-                node = trace.nodes[name]
-                single = poutine.Trace()
-                single.add_node(name, **node)
-                value = single.log_prob_sum()
-                if not np.isfinite(float(value)):
-                    return f"the log prob of site '{name}' is {float(value)}"
-        _, gradient = self.tensors(point)
-        for name, latent in self._layout.items():
-            if not gradient[latent.start : latent.stop].isfinite().all():
-                return f"the gradient with respect to site '{name}' is not finite"
-        return "the log Jacobian of the map to unconstrained space is not finite"
-
-
-def _trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -> Graph:
-    """``function`` as one ATen graph with its constants folded, or unchanged where that would not be the same."""
-    try:
-        graph = make_fx(lambda x: function(x))(points[0])
-        _fold_constants(graph)
-        for x in points:
-            traced, eager = graph(x), function(x)
-            for a, b in zip(traced, eager, strict=True):
-                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, equal_nan=True)
-    except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
-        logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
-        return function
-    return graph
-
-
-def _fold_constants(module: torch.fx.GraphModule) -> None:
-    """Compute once whatever does not depend on the input, unless the graph writes into such a value in place."""
-    graph = module.graph
-    graph.eliminate_dead_code()
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    known: dict[torch.fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(module, node.target)
-        elif node.op == "call_function" and all(source in known for source in node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                continue
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    for node in calls:
-        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            root = node.args[0]
-            while isinstance(root, torch.fx.Node) and _returns_view(root):
-                root = root.args[0]
-            if not isinstance(root, torch.fx.Node) or root in known or root.op != "call_function":
-                return  # a folded buffer would carry what one call wrote into the next
-    for index, (node, value) in enumerate(known.items()):
-        if isinstance(value, torch.Tensor) and any(user not in known for user in node.users):
-            module.register_buffer(f"_folded_{index}", value.detach())
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(graph.get_attr(f"_folded_{index}"))
-    for node in calls:
-        if node.target is torch.ops.aten.detach.default and node not in known:
-            node.replace_all_uses_with(node.args[0])
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _returns_view(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling saves more seconds than it takes
 
 
 def run_nuts(
@@ -470,6 +37,7 @@ def run_nuts(
     target_accept: float = 0.8,
     max_tree_depth: int = 10,
     init: float | Mapping[str, Any] = 2.0,
+    compile: bool | Literal["auto"] = "auto",
     **kwargs: Any,
 ) -> Any:
     """Draw from a Pyro model's posterior by NUTS.
@@ -504,6 +72,10 @@ def run_nuts(
     init
         A number r: chains start uniformly on (-r, r) in unconstrained space, as in Stan. A mapping from site name to
         value: these sites start there, the others uniformly on (-2, 2).
+    compile
+        Whether to turn log density and gradient into machine code first, by torch's Inductor and a C++ compiler;
+        "auto": if ``chains * (warmup + num_samples)`` is at least `COMPILE_DRAWS`. Where a model does not compile it
+        runs as a graph of torch operations, and a message at level INFO of the logger ``pyro_elbo_ext`` says why.
 
     Returns
     -------
@@ -528,7 +100,7 @@ def run_nuts(
     References
     ----------
     Hoffman, Gelman (2014), The No-U-Turn Sampler. Betancourt (2017), A Conceptual Introduction to Hamiltonian Monte
-    Carlo. Seyboldt, Carlson, Carpenter (2026), Preconditioning Hamiltonian Monte Carlo by Minimizing Fisher Divergence.
+    Carlo.
     """
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
@@ -551,13 +123,17 @@ def run_nuts(
         raise ValueError(f"init must be a radius of at least 0 or a mapping from site to value, got {init!r}")
     if backend not in ("auto", "pyro", "nutpie"):
         raise ValueError(f"backend must be 'auto', 'pyro' or 'nutpie', got {backend!r}")
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
     installed = importlib.util.find_spec("nutpie") is not None
     if backend == "nutpie" and not installed:
         raise ImportError('backend="nutpie" needs nutpie: pip install "pyro_elbo_ext[nuts]"')
     library = "nutpie" if installed and backend != "pyro" else "pyro"
 
     with _isolated(seed):
-        density = LogDensity(model, args, kwargs, seed)
+        if compile == "auto":
+            compile = chains * (warmup + num_samples) >= COMPILE_DRAWS
+        density = LogDensity(model, args, kwargs, seed, bool(compile))
         began = time.perf_counter()
         sample = _sample_nutpie if library == "nutpie" else _sample_pyro
         draws, stats = sample(
@@ -578,7 +154,7 @@ def run_nuts(
     observed = {
         name: site["value"].detach().cpu().numpy()
         for name, site in sites.items()
-        if site["is_observed"] and not site["infer"].get("_deterministic") and _base(site["fn"]) != "Unit"
+        if site["is_observed"] and not site["infer"].get("_deterministic") and base_distribution(site["fn"]) != "Unit"
     }
     return to_arviz(
         {
@@ -587,6 +163,66 @@ def run_nuts(
             "observed_data": _dataset(observed, sites, {}, {}),
         }
     )
+
+
+def starting_point(density: LogDensity, rng: np.random.Generator, init: float | Mapping[str, Any]) -> np.ndarray:
+    """A point with finite log density and gradient: uniform on (-init, init), or at given sites' values."""
+    radius = 2.0 if isinstance(init, Mapping) else float(init)
+    tries = INIT_TRIES if radius > 0 else 1
+    x = np.zeros(density.size)
+    for _ in range(tries):
+        x = rng.uniform(-radius, radius, density.size) if radius > 0 else np.zeros(density.size)
+        if isinstance(init, Mapping):
+            _place(density, x, init)
+        value, gradient = density.value_and_grad(x)
+        if np.isfinite(value) and np.isfinite(gradient).all():
+            return x
+    raise ValueError(
+        f"no starting point with finite log density and gradient in {tries} tries: {_culprit(density, x)}. "
+        "Check the data and supports of that site, or give starting values by init={site: value}."
+    )
+
+
+def _place(density: LogDensity, x: np.ndarray, values: Mapping[str, Any]) -> None:
+    """Write the unconstrained counterparts of the given sites' values into ``x``."""
+    for name in values:
+        if name not in density.layout:
+            raise ValueError(f"init names '{name}', which is no latent site; the sites are {list(density.layout)}")
+    written = torch.from_numpy(x)
+
+    def supply(msg: Any, transform: Any) -> torch.Tensor:
+        latent = density.layout[msg["name"]]
+        if msg["name"] in values:
+            value = torch.as_tensor(np.asarray(values[msg["name"]], dtype=np.float64), device=latent.device)
+            if value.shape != msg["fn"].shape():
+                raise ValueError(
+                    f"init for '{msg['name']}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
+                )
+            written[latent.start : latent.stop] = transform.inv(value).reshape(-1).cpu()
+        u = written[latent.start : latent.stop].reshape(latent.shape).to(latent.device)
+        return u if density.float64 else u.to(latent.dtype)
+
+    density.run(supply)
+
+
+def _culprit(density: LogDensity, x: np.ndarray) -> str:
+    """The site to blame for a log density or gradient that is not finite at ``x``."""
+    try:
+        trace, _ = density.run_at(torch.from_numpy(x))
+    except torch.linalg.LinAlgError as error:
+        return f"the model itself fails, {error}"
+    with density.precision():
+        for name in density.sites:
+            single = poutine.Trace()
+            single.add_node(name, **trace.nodes[name])
+            value = float(single.log_prob_sum())
+            if not np.isfinite(value):
+                return f"the log prob of site '{name}' is {value}"
+    _, gradient = density.value_and_grad(x)
+    for name, latent in density.layout.items():
+        if not np.isfinite(gradient[latent.start : latent.stop]).all():
+            return f"the gradient with respect to site '{name}' is not finite"
+    return "the log Jacobian of the map to unconstrained space is not finite"
 
 
 @contextmanager
@@ -622,7 +258,8 @@ def _sample_nutpie(
     def expand(x: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
         return {"x": np.array(x)}
 
-    density.initial(np.random.default_rng(seed), init)  # errors come out here as they are, not through nutpie's threads
+    # errors come out here as they are, not through nutpie's threads
+    starting_point(density, np.random.default_rng(seed), init)
     compiled = from_pyfunc(
         ndim=density.size,
         make_logp_fn=lambda: density.value_and_grad,
@@ -630,7 +267,7 @@ def _sample_nutpie(
         expanded_dtypes=[np.dtype("float64")],
         expanded_shapes=[(density.size,)],
         expanded_names=["x"],
-        make_initial_point_fn=lambda chain_seed: density.initial(np.random.default_rng(chain_seed), init),
+        make_initial_point_fn=lambda chain_seed: starting_point(density, np.random.default_rng(chain_seed), init),
     )
     sampler = nutpie.sample(
         compiled,
@@ -679,7 +316,7 @@ class _Precomputed(torch.autograd.Function):
         return -value
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return -upstream * gradient, None
 
@@ -690,7 +327,8 @@ class _RecordingNUTS(NUTS):
     def _sample_r(self, name: str) -> Any:
         r, unscaled = super()._sample_r(name)
         self.energy = float(self._kinetic_energy(unscaled) + self._potential_energy_last)
-        self.depth, self.accepts = 0, []
+        self.depth = 0
+        self.accepts: list[float] = []
         return r, unscaled
 
     def _build_tree(self, z: Any, r: Any, grads: Any, log_slice: Any, direction: Any, depth: int, energy: Any) -> Any:
@@ -716,7 +354,7 @@ def _sample_pyro(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     draws, stats = [], []
     for chain_seed in np.random.SeedSequence(seed).generate_state(chains):
-        start = torch.from_numpy(density.initial(np.random.default_rng(chain_seed), init))
+        start = torch.from_numpy(starting_point(density, np.random.default_rng(chain_seed), init))
         pyro.set_rng_seed(int(chain_seed))
         rows: list[tuple[Any, ...]] = []
 
@@ -760,10 +398,10 @@ def _dataset(
     for name, array in values.items():
         shape = array.shape[len(samples) :]
         dims = [f"{name}_dim_{axis}" for axis in range(len(shape))]
-        site = sites.get(name)
-        for frame in site["cond_indep_stack"] if site else ():
+        site: Any = sites.get(name)
+        for frame in site["cond_indep_stack"] if site is not None else ():
             # pyro.deterministic counts all dims as event dims unless told otherwise
-            event_dim = site["fn"].event_dim if not site["infer"].get("_deterministic") else 0
+            event_dim = 0 if site["infer"].get("_deterministic") else site["fn"].event_dim
             axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
             if axis >= 0 and shape[axis] == frame.size:
                 dims[axis] = f"{frame.name}_dim" if frame.name in values else frame.name

@@ -14,27 +14,42 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyro
 import torch
-from numpy.typing import NDArray
 from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
+from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row
-from pyro_elbo_ext.history import History, SiteInfo
+from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.kl import KLChoice, KLPrior, Structure, kl_prior, read_structure
 from pyro_elbo_ext.per_pair import PerPair
 from pyro_elbo_ext.registration import check_registered, collects_parameters
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Terms, read_sites, run_pair, stack_particles
+from pyro_elbo_ext.terms import (
+    PARTICLE_PLATE,
+    Site,
+    Terms,
+    check_pair,
+    outline,
+    read_sites,
+    run_pair,
+    stack_particles,
+    trace_pair,
+)
 
 logger = logging.getLogger(__name__)
 
 Program = Callable[..., Any]
 KLWeight = float | Callable[[int], float]
 Signature = tuple[object, ...]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Values = list[tuple[float, ...]]
 
 _SAMPLED = KLPrior("sampled", "kl='sampled'")
 _MAX_STRUCTURES = 64  # of a program whose sites vary without end
+_SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
 
 
 @dataclass(slots=True)
@@ -42,6 +57,7 @@ class _Pair:
     """What has been found out about one (model, guide)."""
 
     structures: dict[Signature, Structure] = field(default_factory=dict)
+    infos: dict[Signature, tuple[SiteInfo, ...]] = field(default_factory=dict)
     track_next: bool = True  # the dependencies of the sites last seen are not known
     registered: set[Signature] = field(default_factory=set)
     max_plate_nesting: int | None = None
@@ -51,13 +67,13 @@ class _Pair:
 class _Evaluation:
     """One evaluation of the objective, averaged over particles."""
 
+    pair: _Pair
+    signature: Signature
     ledger: Ledger
-    particles: list[Particle]
     sites: tuple[SiteInfo, ...]
-    values: NDArray[np.float64]  # (n_sites, 5), as the history takes them
+    values: Values  # for each site, as the history takes them
     objective: float
     kl_weight: float
-    signature: Signature
 
 
 class DecomposedELBO(ELBO):
@@ -156,6 +172,7 @@ class DecomposedELBO(ELBO):
             retain_graph,
             tail_adaptive_beta,
         )
+        self.max_plate_nesting: float
         self.kl = kl
         self.kl_weight = kl_weight
         self.gradient = gradient
@@ -175,10 +192,10 @@ class DecomposedELBO(ELBO):
         evaluation = self._evaluate(model, guide, args, kwargs)
         surrogate_loss = -evaluation.ledger.surrogate() / self.num_particles
         if surrogate_loss.requires_grad:
-            pair = self._pairs(model, guide)
-            if evaluation.signature not in pair.registered and collects_parameters():
+            registered = evaluation.pair.registered
+            if evaluation.signature not in registered and collects_parameters():
                 check_registered(surrogate_loss, (model, guide), (args, kwargs))
-                pair.registered.add(evaluation.signature)
+                registered.add(evaluation.signature)
             surrogate_loss.backward(retain_graph=self.retain_graph)
         self._record(evaluation)
         return -evaluation.objective
@@ -200,20 +217,17 @@ class DecomposedELBO(ELBO):
             return stack_particles([Terms({term.site: term for term in particle.terms}) for particle in self._last])
         return Terms({term.site: term for term in self._last[0].terms}, self.num_particles)
 
-    def _get_trace(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Trace, Trace]:
-        return run_pair(model, guide, args, kwargs, max_plate_nesting=self.max_plate_nesting)
+    def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
+        """Pyro's hook: traces of one draw."""
+        return run_pair(model, guide, args, kwargs)
 
-    def _get_traces(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[tuple[Trace, Trace]]:
-        for run in self._runs(model, guide, args, kwargs):
-            yield run(None)
+    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Iterator[tuple[Trace, Trace]]:
+        """Pyro's hook: a pair of traces for each particle, or one for all if they are vectorized."""
+        repeats, model, guide = self._programs(model, guide, args, kwargs)
+        for _ in range(repeats):
+            yield self._get_trace(model, guide, args, kwargs)
 
-    def _guess_max_plate_nesting(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> int:
+    def _guess_max_plate_nesting(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
         """Pyro's guess, from one run of the pair; but nothing is stored and the random state is left as it was."""
         stored = self.max_plate_nesting
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -226,53 +240,42 @@ class DecomposedELBO(ELBO):
 
     # One evaluation
 
-    def _runs(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Callable[[DependencyTracker | None], tuple[Trace, Trace]]]:
-        """One function for each pair of traces to draw; it takes the tracker to draw them under, if any."""
+    def _programs(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[int, Program, Program]:
+        """How often to run model and guide, and the two, inside the particle plate if there is one."""
+        if not self.vectorize_particles or self.num_particles == 1:
+            return self.num_particles, model, guide
         nesting = self.max_plate_nesting
-        repeats = self.num_particles
-        if self.vectorize_particles and self.num_particles > 1:
-            if math.isinf(nesting):
-                pair = self._pairs(model, guide)
-                if pair.max_plate_nesting is None:
-                    pair.max_plate_nesting = self._guess_max_plate_nesting(model, guide, args, kwargs)
-                nesting = pair.max_plate_nesting
-            model, guide = (
-                pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(nesting))(program) for program in (model, guide)
-            )
-            repeats = 1
+        if math.isinf(nesting):
+            pair = self._pairs(model, guide)
+            if pair.max_plate_nesting is None:
+                pair.max_plate_nesting = self._guess_max_plate_nesting(model, guide, args, kwargs)
+            nesting = pair.max_plate_nesting
+        particles = [pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(nesting)) for _ in range(2)]
+        return 1, particles[0](model), particles[1](guide)
 
-        def run(tracker: DependencyTracker | None) -> tuple[Trace, Trace]:
-            return run_pair(model, guide, args, kwargs, max_plate_nesting=nesting, tracker=tracker)
-
-        for _ in range(repeats):
-            yield run
-
-    def _evaluate(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Evaluation:
+    def _evaluate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> _Evaluation:
         pair = self._pairs(model, guide)
         kl_weight = self._kl_weight()
         ledger = Ledger()
-        particles = []
+        particles: list[Particle] = []
         infos: list[tuple[SiteInfo, ...]] = []
-        signature: Signature = ()
-        for run in self._runs(model, guide, args, kwargs):
+        repeats, model, guide = self._programs(model, guide, args, kwargs)
+        for _ in range(repeats):
             tracker = DependencyTracker() if self.kl != "sampled" and pair.track_next else None
             with tracker or nullcontext():
-                model_trace, guide_trace = run(tracker)
+                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker)
                 signature = _signature(model_trace, guide_trace, args, kwargs)
+                if is_validation_enabled() or signature not in pair.structures:
+                    check_pair(model_trace, guide_trace)
+                    if is_validation_enabled():
+                        check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
                 structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
-            sites = read_sites(model_trace, guide_trace, structure.densities(joint=self.kl != "sampled"))
-            if self.kl == "sampled":
-                kls = [None if site.kind == "observed" else _SAMPLED for site in sites]
-            else:
-                kls = [None if site.kind == "observed" else kl_prior(site, structure) for site in sites]
-            info = tuple(
-                SiteInfo(site.name, site.kind, None if kl is None else kl.method, None if kl is None else kl.reason)
-                for site, kl in zip(sites, kls, strict=True)
-            )
+            sites = read_sites(model_trace, guide_trace, structure.sites)
+            kls = [None if site.kind == "observed" else self._kl_prior(site, structure) for site in sites]
+            info = self._describe(pair, signature, sites, kls)
             if tracker is not None or self.kl == "analytic":
                 self._report(info)
+            infos.append(info)
             particles.append(
                 evaluate(
                     sites,
@@ -284,17 +287,38 @@ class DecomposedELBO(ELBO):
                     ledger=ledger,
                 )
             )
-            infos.append(info)
         host = ledger.to_host()
         rows = [row(particle.slots, info, host) for particle, info in zip(particles, infos, strict=True)]
-        info, values = _average(infos, rows)
-        self._check_finite(info, values)
-        if self.vectorize_particles and self.num_particles > 1:
-            values[:, [0, 1, 2, 4]] /= self.num_particles
-        is_observed = np.fromiter((site.kind == "observed" for site in info), bool, len(info))
-        objective = values[is_observed, 0].sum() - kl_weight * values[~is_observed, 2].sum()
+        info, values = _average(infos, rows, self.num_particles // repeats)
+        reconstruction = math.fsum(
+            [value[0] for site, value in zip(info, values, strict=True) if site.kind == "observed"]
+        )
+        kl_total = math.fsum([value[2] for site, value in zip(info, values, strict=True) if site.kind != "observed"])
+        if not math.isfinite(reconstruction - kl_total):
+            self._raise_not_finite(info, values)
         self._last = particles
-        return _Evaluation(ledger, particles, info, values, float(objective), kl_weight, signature)
+        return _Evaluation(pair, signature, ledger, info, values, reconstruction - kl_weight * kl_total, kl_weight)
+
+    def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
+        return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)
+
+    def _describe(
+        self, pair: _Pair, signature: Signature, sites: list[Site], kls: list[KLPrior | None]
+    ) -> tuple[SiteInfo, ...]:
+        """How each site's term is computed; the same object as at the last step if nothing has changed."""
+        known = pair.infos.get(signature)
+        if known is not None and self.kl == "sampled":
+            return known
+        info = tuple(
+            [
+                SiteInfo(site.name, site.kind, kl and kl.method, kl and kl.reason)
+                for site, kl in zip(sites, kls, strict=True)
+            ]
+        )
+        if known == info:
+            return known
+        pair.infos[signature] = info
+        return info
 
     def _kl_weight(self) -> float:
         if callable(self.kl_weight):
@@ -313,11 +337,12 @@ class DecomposedELBO(ELBO):
         if tracker is None and (structure is not None or self.kl != "sampled"):
             if structure is None:  # new sites, seen without a tracker: sample them now, track the next run
                 pair.track_next = True
-                return Structure()
+                return Structure(outline(model_trace, guide_trace))
             return structure
         structure = read_structure(model_trace, guide_trace, tracker)
         if len(pair.structures) >= _MAX_STRUCTURES:
             pair.structures.clear()
+            pair.infos.clear()
         pair.structures[signature] = structure
         pair.track_next = False
         return structure
@@ -334,8 +359,8 @@ class DecomposedELBO(ELBO):
             if site.kl_method is not None:
                 logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
 
-    def _check_finite(self, sites: tuple[SiteInfo, ...], values: NDArray[np.float64]) -> None:
-        for site, (log_p, log_q, kl, _, _) in zip(sites, values.tolist(), strict=True):
+    def _raise_not_finite(self, sites: tuple[SiteInfo, ...], values: Values) -> None:
+        for site, (log_p, log_q, kl, _, _) in zip(sites, values, strict=True):
             if math.isfinite(log_p if site.kind == "observed" else kl):
                 continue
             terms = {"log_p": log_p, "log_q": log_q, "kl_prior": kl}
@@ -354,7 +379,7 @@ class DecomposedELBO(ELBO):
             self.history.append(
                 self.num_steps,
                 evaluation.sites,
-                evaluation.values,
+                np.array(evaluation.values).reshape(-1, len(VALUES)),
                 objective=evaluation.objective,
                 kl_weight=evaluation.kl_weight,
             )
@@ -367,34 +392,36 @@ def _check_weight(weight: float, name: str) -> float:
     return float(weight)
 
 
-def _signature(model_trace: Trace, guide_trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+def _signature(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwargs) -> Signature:
     """What tells one structure of a program from another: its sites, and the flags and names it was called with."""
-    return (
-        *(
-            (name, node["fn"].__class__, node["is_observed"])
-            for trace in (model_trace, guide_trace)
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample"
-        ),
-        *((i, value) for i, value in enumerate(args) if value is None or isinstance(value, bool | str)),
-        *((key, value) for key, value in kwargs.items() if value is None or isinstance(value, bool | str)),
-    )
+    signature: list[object] = []
+    for trace in (model_trace, guide_trace):
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample":
+                signature += (name, node["fn"].__class__, node["is_observed"])
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if value is None or isinstance(value, bool | str):
+            signature += (key, value)
+    return tuple(signature)
 
 
 def _average(
-    infos: list[tuple[SiteInfo, ...]], rows: list[NDArray[np.float64]]
-) -> tuple[tuple[SiteInfo, ...], NDArray[np.float64]]:
-    """Mean over particles; a site that some particles lack counts as zero in them."""
-    if len(rows) == 1:
+    infos: list[tuple[SiteInfo, ...]], rows: list[Values], vectorized: int
+) -> tuple[tuple[SiteInfo, ...], Values]:
+    """Mean over particles, of which ``vectorized`` are summed in each row; a site that some lack counts as zero in them."""
+    if len(rows) == 1 and vectorized == 1:
         return infos[0], rows[0]
     if all(info == infos[0] for info in infos):
-        return infos[0], np.mean(rows, axis=0)
-    by_name: dict[str, SiteInfo] = {}
-    for info in infos:
-        for site in info:
-            by_name.setdefault(site.site, site)
-    places = {name: i for i, name in enumerate(by_name)}
-    total = np.zeros((len(places), rows[0].shape[1]))
-    for info, values in zip(infos, rows, strict=True):
-        total[[places[site.site] for site in info]] += values
-    return tuple(by_name.values()), total / len(rows)
+        total, sites = np.sum(rows, axis=0), infos[0]
+    else:
+        by_name: dict[str, SiteInfo] = {}
+        for info in infos:
+            for site in info:
+                by_name.setdefault(site.site, site)
+        places = {name: i for i, name in enumerate(by_name)}
+        total, sites = np.zeros((len(places), len(VALUES))), tuple(by_name.values())
+        for info, values in zip(infos, rows, strict=True):
+            total[[places[site.site] for site in info]] += values
+    total = total / len(rows)
+    total[:, _SUMMED] /= vectorized
+    return sites, [tuple(value) for value in total.tolist()]

@@ -22,11 +22,11 @@ class PerPair(Generic[State]):
         self._entries: dict[tuple[int, ...], tuple[list[Callable[[], object]], State]] = {}
 
     def __call__(self, model: Program, guide: Program) -> State:
-        owners = [*_owners(model), *_owners(guide)]
-        key = tuple(map(id, owners))
+        owners = (*_owners(model), *_owners(guide))
+        key = tuple([id(owner) for owner in owners])
         if key in self._entries:
             references, state = self._entries[key]
-            if all(reference() is owner for reference, owner in zip(references, owners, strict=True)):
+            if tuple([reference() for reference in references]) == owners:
                 return state
         dead = [
             k for k, (references, _) in self._entries.items() if any(reference() is None for reference in references)

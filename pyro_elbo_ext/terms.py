@@ -28,7 +28,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
@@ -45,13 +45,7 @@ PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's name for it
 
 
 def run_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    max_plate_nesting: float = math.inf,
-    tracker: DependencyTracker | None = None,
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Trace, Trace]:
     """Run the guide once, replay the model against it once, and check that they belong together.
 
@@ -62,39 +56,47 @@ def run_pair(
     ValueError
         If a latent site of the model is missing from the guide, a site is marked for enumeration, or shapes disagree.
     """
-    try:
-        model_trace, guide_trace = _trace_pair(model, guide, args, kwargs, tracker)
-    except ZeroDivisionError as error:  # Pyro's own for pyro.plate(name, 0)
-        raise ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.") from error
-    _check_sites(model_trace, guide_trace)
+    model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+    check_pair(model_trace, guide_trace)
     if is_validation_enabled():
-        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+        check_model_guide_match(model_trace, guide_trace)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
-def _trace_pair(
+def trace_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    tracker: DependencyTracker | None,
+    tracker: DependencyTracker | None = None,
 ) -> tuple[Trace, Trace]:
-    unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
-        guide(*args, **kwargs)
-        model_trace, guide_trace = unwrapped.get_traces()
-        return model_trace, guide_trace
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    if tracker is not None:
-        tracker.enter_model()
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    """Traces of the model and the guide, with subsample sites, unchecked."""
+    try:
+        unwrapped = poutine.unwrap(guide)
+        if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
+            guide(*args, **kwargs)
+            model_trace, guide_trace = unwrapped.get_traces()
+        else:
+            guide_trace = _trace(guide, args, kwargs)
+            if tracker is not None:
+                tracker.enter_model()
+            model_trace = _trace(poutine.replay(model, trace=guide_trace), args, kwargs)
+    except ZeroDivisionError as error:  # Pyro's own for pyro.plate(name, 0)
+        raise ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.") from error
     return model_trace, guide_trace
 
 
-def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+def _trace(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    traced = poutine.trace(program)
+    traced(*args, **kwargs)
+    return traced.trace  # as it is: get_trace would copy it
+
+
+def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raise ValueError for sites that are marked for enumeration or missing from the guide."""
     for trace, where in ((guide_trace, "guide"), (model_trace, "model")):
         for name, node in trace.nodes.items():
-            if node["type"] != "sample":
+            if node["type"] != "sample" or site_is_subsample(node):
                 continue
             if node["infer"].get("enumerate") and not node["is_observed"]:
                 raise ValueError(
@@ -102,8 +104,6 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
                     "does not do. Use pyro.infer.TraceEnum_ELBO, or remove the mark to sample the site."
                 )
             if where == "model" and not node["is_observed"] and name not in guide_trace:
-                if type(node["fn"]).__name__ == "_Subsample":
-                    continue
                 raise ValueError(
                     f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log q. "
                     f"Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
@@ -197,36 +197,48 @@ class Site:
     q: tuple[Node, ...]
 
 
-def read_sites(
-    model_trace: Trace, guide_trace: Trace, densities: Mapping[str, tuple[str, ...]] | None = None
-) -> list[Site]:
-    """List the sites that contribute to the ELBO, model sites first, in the order of the program.
+Outline = tuple[tuple[str, Kind, tuple[str, ...]], ...]  # name, kind, and the guide nodes of each site
+
+
+def outline(model_trace: Trace, guide_trace: Trace, densities: Mapping[str, tuple[str, ...]] | None = None) -> Outline:
+    """The sites that contribute to the ELBO, the model's first, in the order of the program.
 
     Parameters
     ----------
     model_trace, guide_trace
-        As :func:`run_pair` returns them.
+        From :func:`run_pair` or :func:`trace_pair`.
     densities
         Latent site -> guide sites whose densities together are its own, where that is not the guide site of its name
         alone. Auxiliary sites among them are not listed by themselves.
     """
     densities = densities or {}
-    sites = []
+    sites: list[tuple[str, Kind, tuple[str, ...]]] = []
     for name, node in model_trace.nodes.items():
-        if node["type"] != "sample" or node["infer"].get("_deterministic"):
-            continue
-        if node["is_observed"]:
-            sites.append(Site(name, "observed", node, ()))
-        else:
-            q = tuple(guide_trace.nodes[part] for part in densities.get(name, (name,)))
-            sites.append(Site(name, "latent", node, q))
+        if _has_density(node):
+            sites.append(
+                (name, "observed", ()) if node["is_observed"] else (name, "latent", densities.get(name, (name,)))
+            )
     shared = {part for parts in densities.values() for part in parts}
+    latent = {name for name, kind, _ in sites if kind == "latent"}
     for name, node in guide_trace.nodes.items():
-        if node["type"] != "sample" or name in shared or node["infer"].get("_deterministic"):
-            continue
-        if name not in model_trace or model_trace.nodes[name]["is_observed"]:
-            sites.append(Site(name, "auxiliary", None, (node,)))
-    return sites
+        if _has_density(node) and name not in shared and name not in latent:
+            sites.append((name, "auxiliary", (name,)))
+    return tuple(sites)
+
+
+def _has_density(node: Node) -> bool:
+    return node["type"] == "sample" and not node["infer"].get("_deterministic") and not site_is_subsample(node)
+
+
+def read_sites(model_trace: Trace, guide_trace: Trace, sites: Outline | None = None) -> list[Site]:
+    """The traces' nodes, by site, as listed in their :func:`outline`."""
+    model_nodes, guide_nodes = model_trace.nodes, guide_trace.nodes
+    return [
+        Site(
+            name, kind, None if kind == "auxiliary" else model_nodes[name], tuple([guide_nodes[part] for part in parts])
+        )
+        for name, kind, parts in (outline(model_trace, guide_trace) if sites is None else sites)
+    ]
 
 
 def latent_values(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
