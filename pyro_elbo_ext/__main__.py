@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="fewer steps and draws; rougher figures")
     arguments = parser.parse_args(argv)
 
+    import torch
+
+    torch.set_num_threads(1)  # tensors of eight numbers: a second thread only waits
     from pyro_elbo_ext.demo import run_demo  # takes seconds: not needed for --help
 
     try:

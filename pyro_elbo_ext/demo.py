@@ -162,7 +162,7 @@ def run_demo(
         for name, (label, model, guide_class) in GUIDES.items():
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
-            guide = guide_class(model)
+            guide = guide_class(model, init_scale=1.0)
             echo(f"\n{label}")
             start = time.perf_counter()
             history = _train(model, guide, sigma, y, num_steps, echo)
@@ -213,7 +213,7 @@ def _train(
     model: Model, guide: Callable[..., Any], sigma: Tensor, y: Tensor, num_steps: int, echo: Callable[[str], None]
 ) -> History:
     history = History(max_steps=None)
-    optimizer = ClippedAdam({"lr": 0.05, "lrd": 0.02 ** (1 / num_steps)})  # the rate falls to a fiftieth
+    optimizer = ClippedAdam({"lr": 0.1, "lrd": 0.01 ** (1 / num_steps)})  # the rate falls to a hundredth
     svi = SVI(model, guide, optimizer, loss=DecomposedELBO(history=history))
     svi.step(sigma, y)  # with Pyro's checks of shapes and supports on, as they are by default
     rows = sorted({max(1, round(num_steps * (i / NUM_ROWS) ** 2)) for i in range(1, NUM_ROWS + 1)} - {1})

@@ -65,19 +65,16 @@ class Ledger:
         self.weights.append(weight)
         return len(self.scalars) - 1
 
-    def surrogate(self) -> Tensor:
-        """Scalar whose gradient estimates that of the objective, summed over particles."""
-        scalars, weights = self.scalars, self.weights
-        if None in weights:
-            used = [i for i, weight in enumerate(weights) if weight is not None]
-            scalars, weights = [scalars[i] for i in used], [weights[i] for i in used]
-        if scalars:
-            stacked = _stack(scalars)
+    def surrogate_loss(self, num_particles: int) -> Tensor:
+        """Scalar whose gradient is unbiased for that of the negative objective, averaged over particles."""
+        used = [i for i, weight in enumerate(self.weights) if weight is not None]
+        total = torch.zeros(())
+        if used:
+            stacked = _stack([self.scalars[i] for i in used])
+            weights = [-weight / num_particles for weight in self.weights if weight is not None]
             total = torch.dot(stacked, stacked.new_tensor(weights))
-        else:
-            total = torch.zeros(())
         for scalar in self.extra:
-            total = total + scalar
+            total = total - scalar / num_particles
         return total
 
     def to_host(self) -> list[float]:

@@ -190,7 +190,7 @@ class DecomposedELBO(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Negative objective, after adding its gradient to the ``grad`` of every parameter it depends on."""
         evaluation = self._evaluate(model, guide, args, kwargs)
-        surrogate_loss = -evaluation.ledger.surrogate() / self.num_particles
+        surrogate_loss = evaluation.ledger.surrogate_loss(self.num_particles)
         if surrogate_loss.requires_grad:
             registered = evaluation.pair.registered
             if evaluation.signature not in registered and collects_parameters():
@@ -203,7 +203,7 @@ class DecomposedELBO(ELBO):
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Negative objective as a scalar tensor with the gradient of the surrogate."""
         evaluation = self._evaluate(model, guide, args, kwargs)
-        surrogate_loss = -evaluation.ledger.surrogate() / self.num_particles
+        surrogate_loss = evaluation.ledger.surrogate_loss(self.num_particles)
         if torch.is_grad_enabled():
             self._record(evaluation)
         return -evaluation.objective + (surrogate_loss - surrogate_loss.detach())

@@ -20,8 +20,16 @@ class PerPair(Generic[State]):
     def __init__(self, make: Callable[[], State]) -> None:
         self._make = make
         self._entries: dict[tuple[int, ...], tuple[list[Callable[[], object]], State]] = {}
+        self._recent: tuple[Callable[[], object], Callable[[], object], State] | None = None
 
     def __call__(self, model: Program, guide: Program) -> State:
+        if self._recent is not None and self._recent[0]() is model and self._recent[1]() is guide:
+            return self._recent[2]
+        state = self._find(model, guide)
+        self._recent = (_reference(model), _reference(guide), state)
+        return state
+
+    def _find(self, model: Program, guide: Program) -> State:
         owners = (*_owners(model), *_owners(guide))
         key = tuple([id(owner) for owner in owners])
         if key in self._entries:
@@ -38,7 +46,7 @@ class PerPair(Generic[State]):
         return state
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_make": self._make, "_entries": {}}
+        return {"_make": self._make, "_entries": {}, "_recent": None}
 
 
 def _owners(program: Program) -> tuple[object, ...]:

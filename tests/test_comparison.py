@@ -42,9 +42,11 @@ def test_errors_of_independent_draws() -> None:
 
 
 def test_agrees_with_scipy() -> None:
-    a, b = normal(0.3), normal(seed=1)
+    a, b = normal(0.3).round(1), normal(seed=1, shape=(2, 300)).round(1)  # with ties
     row = compare_to_mcmc({"x": a}, {"x": b}).table.loc["x"]
-    assert row["kolmogorov"] == pytest.approx(stats.ks_2samp(a.ravel(), b.ravel()).statistic, abs=1e-12)
+    a, b = a.ravel(), b.ravel()
+    assert row["kolmogorov"] == pytest.approx(stats.ks_2samp(a, b).statistic, abs=1e-12)
+    assert row["wasserstein"] == pytest.approx(stats.wasserstein_distance(a, b) / b.std(ddof=1), rel=1e-9)
 
 
 def test_floor_and_too_few_draws() -> None:

@@ -37,6 +37,11 @@ def _clean() -> Iterator[None]:
     pyro.clear_param_store()
 
 
+def numpy_state() -> Any:
+    state: Any = np.random.get_state()  # noqa: NPY002 (the one that Pyro seeds)
+    return state[1].copy()
+
+
 def conjugate(y: torch.Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("person", len(y)):
@@ -106,6 +111,7 @@ def test_netcdf_round_trip(tmp_path: Any) -> None:
     for group in groups_of(data):
         xr.testing.assert_equal(dataset_of(read, group), dataset_of(data, group))
     assert read.attrs["inference_library"] == "pyro"
+    assert elbo.history is not None
     again = History.from_xarray(dataset_of(read, "svi_history"))
     np.testing.assert_array_equal(again.elbo, elbo.history.elbo)
 
@@ -382,7 +388,7 @@ def test_log_q_of_an_autoguide_includes_the_jacobian(auto: Any) -> None:
         pyro.sample("p", dist.Beta(2.0, 3.0))
 
     guide = auto(model, init_scale=0.4)
-    data = from_pyro_svi(model, guide, num_samples=4000, seed=0, posterior_predictive=False, prior=False)
+    data = from_pyro_svi(model, guide, num_samples=1000, seed=0, posterior_predictive=False, prior=False)
     sample_stats, posterior = dataset_of(data, "sample_stats"), dataset_of(data)
     expected = stats.lognorm(0.5, scale=math.exp(0.3)).logpdf(posterior["tau"]) + stats.beta(2, 3).logpdf(
         posterior["p"]
@@ -396,9 +402,9 @@ def test_log_q_of_an_autoguide_includes_the_jacobian(auto: Any) -> None:
     np.testing.assert_allclose(sample_stats["log_q"], expected, rtol=1e-3, atol=1e-3)
     # the mean of log_p - log_q is the ELBO, within four standard errors
     pyro.set_rng_seed(1)
-    elbos = [-Trace_ELBO().loss(model, guide) for _ in range(1000)]
+    elbos = [-Trace_ELBO().loss(model, guide) for _ in range(400)]
     weights = (sample_stats["log_p"] - sample_stats["log_q"]).values
-    error = math.hypot(np.std(elbos) / math.sqrt(1000), weights.std() / math.sqrt(weights.size))
+    error = math.hypot(np.std(elbos) / math.sqrt(400), weights.std() / math.sqrt(weights.size))
     assert abs(weights.mean() - np.mean(elbos)) < 4 * error
 
 
@@ -431,7 +437,8 @@ def test_loo_approximate_posterior_corrects_the_guide() -> None:
 
     data = export(conjugate, wide, DATA, num_samples=4000)
     sample_stats = dataset_of(data, "sample_stats")
-    found = az.loo_approximate_posterior(data, sample_stats["log_p"], sample_stats["log_q"])
+    loo_approximate_posterior: Any = getattr(az, "loo_approximate_posterior")  # noqa: B009 (unknown to ArviZ 0.x)
+    found = loo_approximate_posterior(data, sample_stats["log_p"], sample_stats["log_q"])
     y, n = DATA.numpy(), len(DATA)
     exact = stats.norm((y.sum() - y) / n, math.sqrt(1 + 1 / n)).logpdf(y).sum()
     assert found.elpd == pytest.approx(exact, abs=0.05)
@@ -439,7 +446,7 @@ def test_loo_approximate_posterior_corrects_the_guide() -> None:
 
 
 def test_predictive_draws_have_the_right_moments() -> None:
-    size = 4000
+    size = 1000
     data = from_pyro_svi(conjugate, posterior_guide, DATA, num_samples=size, seed=0)
     n = len(DATA)
     for group, mean, variance in (
@@ -453,7 +460,7 @@ def test_predictive_draws_have_the_right_moments() -> None:
     # a replication is drawn at its own draw of the posterior: cov(y, mu) = var(mu)
     mu = dataset_of(data)["mu"].values[0]
     y = dataset_of(data, "posterior_predictive")["y"].values[0].mean(1)
-    assert np.cov(y, mu)[0, 1] == pytest.approx(1 / (n + 1), rel=0.12)
+    assert np.cov(y, mu)[0, 1] == pytest.approx(1 / (n + 1), rel=0.25)
 
 
 def test_replications_of_a_time_series_are_fed_back() -> None:
@@ -487,10 +494,10 @@ def test_nothing_of_the_caller_changes() -> None:
     before, tensors = copy.deepcopy(store.get_state()), dict(store.get_state()["params"])
     guide.eval()
     random.seed(5)
-    rng = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    rng = torch.get_rng_state(), numpy_state(), random.getstate()
     first = from_pyro_svi(conjugate, guide, DATA, num_samples=5, seed=1)
     assert torch.equal(torch.get_rng_state(), rng[0])
-    assert (np.random.get_state()[1] == rng[1]).all()  # noqa: NPY002
+    assert (numpy_state() == rng[1]).all()
     assert random.getstate() == rng[2]
     assert not guide.training
     assert torch.is_grad_enabled()
@@ -605,7 +612,7 @@ def test_mcmc_bad_input() -> None:
     with pytest.raises(RuntimeError, match=r"call mcmc.run"):
         from_pyro_mcmc(mcmc)
     with pytest.raises(TypeError, match=r"must be a pyro.infer.MCMC, .* got StreamingMCMC"):
-        from_pyro_mcmc(StreamingMCMC(NUTS(plated), num_samples=5, warmup_steps=1))  # type: ignore[arg-type]
+        from_pyro_mcmc(StreamingMCMC(NUTS(plated), num_samples=5, warmup_steps=1))
     mcmc = run_mcmc(plated, DATA)
     with pytest.raises(TypeError, match="the model cannot be called with these arguments, missing a required argument"):
         from_pyro_mcmc(mcmc, plated)
