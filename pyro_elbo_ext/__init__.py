@@ -1,13 +1,26 @@
 """Variational inference in Pyro made legible: an ELBO that shows every term, and what to compare it with.
 
-``log p(x) = ELBO(q) + KL(q(z) || p(z|x))`` and ``ELBO(q) = E_q[log p(x|z)] - KL(q(z) || p(z))``. The first KL, the gap, is
-called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prior``.
+``log p(x) = ELBO(q) + KL(q(z) || p(z|x))`` and ``ELBO(q) = E_q[log p(x|z)] - KL(q(z) || p(z))``. The first KL, the gap,
+is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prior``.
 """
 
+from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
+from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.objective import DecomposedELBO
 from pyro_elbo_ext.terms import Term, Terms
 
 __version__ = "0.1.0"
 
-__all__ = ["DecomposedELBO", "History", "Term", "Terms"]
+__all__ = [
+    "Comparison",
+    "DecomposedELBO",
+    "History",
+    "Term",
+    "Terms",
+    "compare_to_mcmc",
+    "from_pyro_mcmc",
+    "from_pyro_svi",
+    "run_nuts",
+]
