@@ -78,7 +78,7 @@ def plot_comparison(comparison: Comparison, max_marginals: int = 12) -> Figure:
     for i, name in enumerate(order):
         plot_marginal(comparison, name, figure.add_subplot(grid[i // columns, i % columns]))
     forest = plot_forest(comparison, figure.add_subplot(grid[:, columns]))
-    figure.legend(*forest.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*forest.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 

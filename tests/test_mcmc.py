@@ -158,9 +158,7 @@ def test_no_density_where_cholesky_fails(compile: bool) -> None:
     np.testing.assert_allclose(gradient, [-0.5 + 0.5 / 0.75])
 
 
-def test_without_compiler(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
