@@ -16,6 +16,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**32 - 1, got {number}")
+    return number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -33,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="optimization steps per guide (default: 2000; with --quick 600)",
     )
-    demo.add_argument("--seed", type=int, default=0, metavar="S", help="seed of fits and chains (default: %(default)s)")
+    demo.add_argument(
+        "--seed", type=_seed, default=0, metavar="S", help="seed of fits and chains (default: %(default)s)"
+    )
     demo.add_argument("--quick", action="store_true", help="fewer steps and draws; rougher figures")
     arguments = parser.parse_args(argv)
 

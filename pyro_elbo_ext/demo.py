@@ -37,6 +37,7 @@ from pyro_elbo_ext.objective import DecomposedELBO
 
 Model = Callable[..., None]
 VAR_NAMES = ("mu", "tau", "theta")
+NUTS_SIZES = {"nutpie": (4, 400, 600), "pyro": (2, 300, 400), "quick": (2, 200, 200)}  # chains, warmup, draws
 NUM_ROWS = 6  # of the table that each fit prints as it goes
 
 
@@ -251,9 +252,7 @@ def _sample(
     sigma: Tensor, y: Tensor, labelled: Mapping[str, Any], seed: int, quick: bool, echo: Callable[[str], None]
 ) -> Any:
     fast = importlib.util.find_spec("nutpie") is not None
-    chains, warmup, draws = (4, 400, 600) if fast else (2, 300, 400)
-    if quick:
-        chains, warmup, draws = 2, 200, 200
+    chains, warmup, draws = NUTS_SIZES["quick" if quick else "nutpie" if fast else "pyro"]
     start = time.perf_counter()
     echo(f"\nNUTS on the non-centered model: {chains} chains of {warmup} + {draws} draws ...")
     progress = sys.stderr.isatty()
@@ -330,7 +329,7 @@ def _draw(output: Path, fits: Mapping[str, Fit], nuts: Any) -> list[Path]:
         files.append(output / f"{fit.name}_history.png")
         figure.savefig(files[-1], dpi=120)
         compared = fit.comparison.plot()
-        compared.suptitle(f"{fit.label}, beside NUTS")
+        compared.axes[-1].set_title(fit.label, fontsize="medium")
         files.append(output / f"{fit.name}_comparison.png")
         compared.savefig(files[-1], dpi=120)
         plt.close(compared)
