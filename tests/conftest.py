@@ -6,6 +6,8 @@ import pyro
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tensors of a few elements: further threads only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def fresh_pyro() -> Iterator[None]:
