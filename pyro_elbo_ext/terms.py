@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -71,25 +72,32 @@ def trace_pair(
     tracker: DependencyTracker | None = None,
 ) -> tuple[Trace, Trace]:
     """Traces of the model and the guide, with subsample sites, unchecked."""
-    try:
-        unwrapped = poutine.unwrap(guide)
-        if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
+        with _plates_are_not_empty():
             guide(*args, **kwargs)
-            model_trace, guide_trace = unwrapped.get_traces()
-        else:
-            guide_trace = _trace(guide, args, kwargs)
-            if tracker is not None:
-                tracker.enter_model()
-            model_trace = _trace(poutine.replay(model, trace=guide_trace), args, kwargs)
+        model_trace, guide_trace = unwrapped.get_traces()
+        return model_trace, guide_trace
+    guide_trace = trace_program(guide, args, kwargs)
+    if tracker is not None:
+        tracker.enter_model()
+    return trace_program(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
+
+
+def trace_program(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace of one run, with subsample sites."""
+    traced = poutine.trace(program)
+    with _plates_are_not_empty():
+        traced(*args, **kwargs)
+    return traced.trace  # as it is: get_trace would copy it
+
+
+@contextmanager
+def _plates_are_not_empty() -> Iterator[None]:
+    try:
+        yield
     except ZeroDivisionError as error:  # Pyro's own for pyro.plate(name, 0)
         raise ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.") from error
-    return model_trace, guide_trace
-
-
-def _trace(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    traced = poutine.trace(program)
-    traced(*args, **kwargs)
-    return traced.trace  # as it is: get_trace would copy it
 
 
 def check_pair(model_trace: Trace, guide_trace: Trace) -> None:

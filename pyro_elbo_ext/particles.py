@@ -1,0 +1,122 @@
+"""Draws of K particles: pairs of traces in which the particles share what they must share.
+
+The log weights of K particles are compared with each other, so all of them see the same subsample of the data; and where a
+bound is taken inside some plates only, the same draw of the sites outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_elbo_ext.gradients import Gradient, Path
+from pyro_elbo_ext.terms import Node, trace_pair, trace_program
+
+Program = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Draw:
+    """The traces of one particle, or of all of them if they are vectorized.
+
+    ``drawn`` is the guide's trace that made the draws: ``guide_trace`` itself, unless the densities were evaluated at detached
+    copies of them; then ``paths`` ties each copy to its draw.
+    """
+
+    model_trace: Trace
+    guide_trace: Trace
+    drawn: Trace
+    paths: list[Path] = field(default_factory=list)
+
+
+def draw_particles(
+    model: Program,
+    guide: Program,
+    args: Args,
+    kwargs: Kwargs,
+    count: int,
+    gradient: Gradient,
+    is_shared: Callable[[Node], bool],
+) -> Iterator[Draw]:
+    """Run guide and model ``count`` times.
+
+    Parameters
+    ----------
+    gradient
+        Says whether draws are constants, and whether densities are evaluated at copies of them.
+    is_shared
+        Tells the guide's nodes that all particles share, beside the subsamples.
+    """
+    first = draw(model, guide, args, kwargs, gradient, 0)
+    yield first
+    if count == 1:
+        return
+    shared = Trace()
+    for trace in (first.model_trace, first.drawn):
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and not node["is_observed"]:
+                if site_is_subsample(node) or (trace is first.drawn and is_shared(node)):
+                    shared.nodes[name] = node
+    if shared.nodes:
+        model, guide = poutine.replay(model, trace=shared), poutine.replay(guide, trace=shared)
+    for particle in range(1, count):
+        yield draw(model, guide, args, kwargs, gradient, particle)
+
+
+def draw(
+    model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: Gradient, particle: int | None
+) -> Draw:
+    """Run guide and model once, for one particle or (``particle=None``) for all of them in a particle plate."""
+    if not gradient.separate_paths:
+        with _DetachDraws() if gradient.detach_draws else nullcontext():
+            model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+        return Draw(model_trace, guide_trace, guide_trace)
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise ValueError(
+            f"gradient='{gradient.name}' runs the guide a second time at its own draws, but a "
+            f"{type(poutine.unwrap(guide)).__name__} runs together with the model. Use gradient='pathwise', or a guide that is "
+            "a program of its own, such as AutoNormal."
+        )
+    drawn = trace_program(guide, args, kwargs)
+    fixed, paths = detached_copies(drawn, particle)
+    guide_trace = trace_program(poutine.replay(guide, trace=fixed), args, kwargs) if paths else drawn
+    model_trace = trace_program(poutine.replay(model, trace=guide_trace), args, kwargs)
+    return Draw(model_trace, guide_trace, drawn, paths)
+
+
+def detached_copies(drawn: Trace, particle: int | None) -> tuple[Trace, list[Path]]:
+    """The guide's draws as constants to replay it at, those with a path as new leaves.
+
+    A Delta is no draw but a function of others: it is left out, so that a replay computes it anew.
+    """
+    fixed, paths = Trace(), []
+    for name, node in drawn.nodes.items():
+        if node["type"] != "sample" or node["is_observed"] or isinstance(node["fn"], Delta):
+            continue
+        value = node["value"]
+        if not site_is_subsample(node) and value.requires_grad:
+            value = value.detach().requires_grad_()
+            paths.append(Path(node["value"], value, particle))
+        fixed.nodes[name] = {**node, "value": value}
+    return fixed, paths
+
+
+class _DetachDraws(Messenger):
+    """Makes every draw a constant to what follows; a Delta, which has no score, keeps its path.
+
+    To be entered around ``poutine.trace``: the outermost handler's ``_pyro_post_sample`` runs first.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg) and not isinstance(msg["fn"], Delta):
+            msg["value"] = msg["value"].detach()

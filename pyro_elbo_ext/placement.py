@@ -1,0 +1,192 @@
+"""Where in a program a bound is taken: over which plates, with which scale outside.
+
+A bound that is not linear in the log weights does not commute with sums over plates or with scales. It is taken *inside*
+the plates that all its sites share, once for each element, where the elements are independent; their scale (data size over
+batch size) multiplies the bounds, so that a subsample gives an unbiased estimate of the sum over all data. Plates that only
+some sites have are summed over inside the log weights, which needs all of their elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyro.distributions import Delta
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from pyro_elbo_ext.bounds import Bound
+from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a bound is taken.
+
+    Attributes
+    ----------
+    plates : tuple of CondIndepStackFrame
+        The plates the bound is taken inside, by increasing dim.
+    outside : float or Tensor
+        What the bounds are multiplied with, and what the sites' scaled log densities are divided by inside.
+    local : tuple of bool
+        For each site whether it is inside; one that is not enters as a term of the ELBO, at one draw for all particles.
+    """
+
+    plates: tuple[CondIndepStackFrame, ...]
+    outside: float | Tensor
+    local: tuple[bool, ...]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple([frame.dim for frame in self.plates if frame.dim is not None])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple([frame.size for frame in self.plates])
+
+
+def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *, masked_paths: bool) -> Placement:
+    """Find where ``bound`` is taken for these sites.
+
+    Parameters
+    ----------
+    sites
+        The sites of one particle.
+    bound
+        Where it is linear nothing is required.
+    local_plates
+        Names of the plates to take the bound inside, the ELBO outside; empty for the plates that all sites share.
+    masked_paths
+        Whether a masked guide site is acceptable; it is not where paths are weighted apart from scores.
+
+    Raises
+    ------
+    ValueError
+        If there is no such bound: a subsampled plate that only some of the sites are in, guide sites with different scales,
+        a plate of ``local_plates`` that does not exist or that a site is only partly in.
+    """
+    stacks = [_plates(site) for site in sites]
+    if local_plates:
+        plates, local = _named(sites, stacks, local_plates)
+        if not (bound.linear or bound.side == "lower"):
+            raise ValueError(
+                f"local_plates={local_plates!r} takes the ELBO outside those plates, so that the whole is a lower bound, but "
+                f"{type(bound).__name__} is an upper one. Use a lower bound, or no local_plates."
+            )
+    else:
+        plates = set.intersection(*stacks) if stacks else set()
+        local = (True,) * len(sites)
+    ordered = tuple(sorted(plates, key=lambda frame: frame.dim or 0))
+    if bound.linear and not local_plates:
+        return Placement(ordered, 1.0, local)
+    inside = [site for site, is_local in zip(sites, local, strict=True) if is_local]
+    if not bound.linear:
+        _check_subsampling(sites, inside, plates)
+        if not masked_paths:
+            _check_masks(inside)
+    subsampling = math.prod([_subsampling(frame) for frame in ordered])
+    return Placement(ordered, subsampling * _guide_scale(inside), local)
+
+
+def _frames(node: Node) -> list[CondIndepStackFrame]:
+    return [frame for frame in node["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
+
+
+def _plates(site: Site) -> set[CondIndepStackFrame]:
+    """Plates that every node of the site is in, by broadcasting."""
+    nodes = [*([] if site.p is None else [site.p]), *site.q]
+    return set.intersection(*[{frame for frame in _frames(node) if frame.vectorized} for node in nodes])
+
+
+def _named(
+    sites: Sequence[Site], stacks: Sequence[set[CondIndepStackFrame]], names: tuple[str, ...]
+) -> tuple[set[CondIndepStackFrame], tuple[bool, ...]]:
+    known = {frame.name: frame for stack in stacks for frame in stack}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"local_plates names '{name}', but no site is in a plate of that name (with pyro.plate(...) as a context); "
+                f"the plates are {', '.join(sorted(known)) or 'none'}"
+            )
+    local = []
+    for site, stack in zip(sites, stacks, strict=True):
+        inside = {frame.name for frame in stack} & set(names)
+        if inside and inside != set(names):
+            raise ValueError(
+                f"site '{site.name}' is in plate '{min(inside)}' but not in '{min(set(names) - inside)}': the bound cannot be "
+                "taken inside both. Name in local_plates only plates that its sites share."
+            )
+        local.append(bool(inside))
+    return {known[name] for name in names}, tuple(local)
+
+
+def _subsampling(frame: CondIndepStackFrame) -> float:
+    return 1.0 if frame.full_size is None else frame.full_size / frame.size
+
+
+def _check_subsampling(
+    sites: Sequence[Site], inside: Sequence[Site], plates: set[CondIndepStackFrame]
+) -> None:
+    for site in inside:
+        for node in [*([] if site.p is None else [site.p]), *site.q]:
+            for frame in _frames(node):
+                if frame in plates or _subsampling(frame) == 1:
+                    continue
+                outsiders = [s.name for s in sites if frame.name not in {f.name for f in _plates(s)}]
+                reason = (
+                    f"{', '.join(repr(name) for name in outsiders)} is not in it"
+                    if outsiders
+                    else "it is a sequential plate (for i in pyro.plate(...))"
+                )
+                remedy = (
+                    f"Use local_plates='{frame.name}' to take the bound inside the plate and the ELBO outside, all the data, "
+                    "or DecomposedELBO"
+                    if outsiders
+                    else "Use it as a context (with pyro.plate(...)), all the data, or DecomposedELBO"
+                )
+                raise ValueError(
+                    f"site '{site.name}' is in plate '{frame.name}', which subsamples {frame.size} of {frame.full_size}, but "
+                    f"{reason}: a log weight would need all the data, and its scaled-up subsample gives no bound. {remedy}."
+                )
+
+
+def _check_masks(inside: Sequence[Site]) -> None:
+    for site in inside:
+        for node in site.q:
+            if node["mask"] is not None and node["mask"] is not True and type(node["fn"]) is not Delta:
+                raise ValueError(
+                    f"guide site '{node['name']}' is masked: where its density does not count, its path must not be weighted "
+                    "like the others under a bound that is not linear. Use gradient='pathwise' or 'score_function'."
+                )
+
+
+def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
+    """The scale that the guide's sites share, apart from subsampling.
+
+    ``s (log p - log q)`` gives s times a bound, and what scales only the model tempers it: both are taken care of by dividing
+    all scales by the guide's. Guide sites with different scales make no density, so there is no weight.
+    """
+    scales: dict[str, float | Tensor] = {}
+    for site in inside:
+        for node in site.q:
+            scale = node["scale"]
+            if isinstance(scale, Tensor) and scale.numel() != 1:
+                raise ValueError(
+                    f"guide site '{node['name']}' has a scale of shape {tuple(scale.shape)}: a log weight needs one scale for the "
+                    "whole guide. Scale the model instead, or use DecomposedELBO."
+                )
+            scales[node["name"]] = scale / math.prod([_subsampling(frame) for frame in _frames(node)])
+    if not scales:
+        return 1.0
+    (first, value), *others = scales.items()
+    for name, other in others:
+        if other is not value and not math.isclose(float(other), float(value), rel_tol=1e-5):
+            raise ValueError(
+                f"guide sites '{first}' and '{name}' have different scales, {float(value):.6g} and {float(other):.6g}: together "
+                "they make no density, so there is no log weight. Scale the model instead, or use DecomposedELBO."
+            )
+    if not isinstance(value, Tensor) and value <= 0:
+        raise ValueError(f"guide site '{first}' has scale {value:.6g}: its log weight does not exist. Use DecomposedELBO.")
+    return value.detach().reshape(()) if isinstance(value, Tensor) else value
