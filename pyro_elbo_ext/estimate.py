@@ -121,7 +121,7 @@ def evaluate(
             assert site.p is not None
             data = log_prob(site.p, model_trace, max_plate_nesting)
             at = ledger.add(data, 1.0)
-            slots.append(Slots(at, (), None, _scale(site.p, ledger), _num_observations(site.p, data, ledger)))
+            slots.append(Slots(at, (), None, scale_of(site.p, ledger), num_observations(site.p, data, ledger)))
             terms.append(_term(site, data, (), None))
             continue
         analytic = kl.method == "analytic"
@@ -144,7 +144,7 @@ def evaluate(
                 log_q, score, entropy_term = score_parts(node, guide_trace, max_plate_nesting)
                 log_qs += (log_q,)
                 if log_q.requires_grad:
-                    _check_path(node)
+                    check_path(node)
                 pathwise = not analytic and entropy_term is log_q
                 q_at += (ledger.add(log_q if pathwise else log_q.detach(), -kl_weight if pathwise else None),)
                 if not analytic and not pathwise and not is_identically_zero(entropy_term):
@@ -152,7 +152,7 @@ def evaluate(
                 if not is_identically_zero(score):
                     scored.append((node, score, kl.value))
         kl_at = None if kl.value is None else ledger.add(kl.value, -kl_weight)
-        slots.append(Slots(p_at, q_at, kl_at, _scale(site.p or site.q[-1], ledger), 0.0))
+        slots.append(Slots(p_at, q_at, kl_at, scale_of(site.p or site.q[-1], ledger), 0.0))
         terms.append(_term(site, log_p, log_qs, kl))
     if scored:
         costs = _costs(sites, terms, kl_weight)
@@ -164,7 +164,7 @@ def evaluate(
     return Particle(terms, slots)
 
 
-def _check_path(node: Node) -> None:
+def check_path(node: Node) -> None:
     """A draw that claims to be reparameterized must carry the gradient of the parameters it was drawn with."""
     fn = node["fn"]
     if fn.has_rsample and not node["is_observed"] and not isinstance(fn, Delta) and not node["value"].requires_grad:
@@ -205,14 +205,14 @@ def _term(site: Site, log_p: Tensor | None, log_qs: tuple[Tensor, ...], kl: KLPr
     )
 
 
-def _scale(node: Node, ledger: Ledger) -> float | int:
+def scale_of(node: Node, ledger: Ledger) -> float | int:
     scale = node["scale"]
     if isinstance(scale, Tensor):
         return ledger.add(scale.detach().mean(dtype=torch.get_default_dtype()), None)
     return float(scale)
 
 
-def _num_observations(node: Node, log_p: Tensor, ledger: Ledger) -> float | int:
+def num_observations(node: Node, log_p: Tensor, ledger: Ledger) -> float | int:
     """How many data elements the scaled term stands for; none for ``pyro.factor``."""
     scale, mask = node["scale"], node["mask"]
     if mask is False or isinstance(node["fn"], Unit):

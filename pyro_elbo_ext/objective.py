@@ -1,59 +1,40 @@
-"""The adapter to ``pyro.infer.ELBO``: everything that Pyro's SVI, ELBOModule and users call."""
+"""The adapter to ``pyro.infer.ELBO``: everything that Pyro's SVI, ELBOModule and users call, for every objective here."""
 
 from __future__ import annotations
 
-import logging
 import math
-import numbers
 import operator
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pyro
 import torch
 from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
-from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import DependencyTracker
-from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row
+from pyro_elbo_ext.gradients import Gradient, as_gradient
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
-from pyro_elbo_ext.kl import KLChoice, KLPrior, Structure, kl_prior, read_structure
+from pyro_elbo_ext.kl import Structure, read_structure
 from pyro_elbo_ext.per_pair import PerPair
-from pyro_elbo_ext.registration import check_registered, collects_parameters
-from pyro_elbo_ext.terms import (
-    PARTICLE_PLATE,
-    Site,
-    Terms,
-    check_pair,
-    outline,
-    read_sites,
-    run_pair,
-    stack_particles,
-    trace_pair,
-)
-
-logger = logging.getLogger(__name__)
+from pyro_elbo_ext.registration import check_registered, collects_parameters, parameters_of
+from pyro_elbo_ext.terms import PARTICLE_PLATE, Terms, run_pair
 
 Program = Callable[..., Any]
-KLWeight = float | Callable[[int], float]
 Signature = tuple[object, ...]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Values = list[tuple[float, ...]]
 
-_SAMPLED = KLPrior("sampled", "kl='sampled'")
 _MAX_STRUCTURES = 64  # of a program whose sites vary without end
-_SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
 
 
 @dataclass(slots=True)
-class _Pair:
+class Pair:
     """What has been found out about one (model, guide)."""
 
     structures: dict[Signature, Structure] = field(default_factory=dict)
@@ -64,108 +45,68 @@ class _Pair:
 
 
 @dataclass(slots=True)
-class _Evaluation:
-    """One evaluation of the objective, averaged over particles."""
-
-    pair: _Pair
-    signature: Signature
-    ledger: Ledger
-    sites: tuple[SiteInfo, ...]
-    values: Values  # for each site, as the history takes them
-    objective: float
-    kl_weight: float
-
-
-class DecomposedELBO(ELBO):
-    r"""Evidence lower bound that keeps every term: a drop-in for ``pyro.infer.Trace_ELBO`` and ``TraceMeanField_ELBO``.
-
-    .. math:: \mathrm{ELBO} = \mathrm E_q[\log p(x \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
-              = \log p(x) - \mathrm{KL}(q(z) \,\|\, p(z \mid x))
-
-    The first KL is ``kl_prior``, recorded for each site at each step. The second, the gap, is not part of it.
-
-    Parameters
-    ----------
-    num_particles : int
-        Draws of the guide per evaluation.
-    max_plate_nesting : int, optional
-        Bound on the number of nested plates, needed with ``vectorize_particles``; guessed for each (model, guide) by one
-        run that leaves the random state as it was, if it is not given.
-    max_iarange_nesting
-        Pyro's deprecated name of ``max_plate_nesting``.
-    vectorize_particles : bool
-        Draw all particles in one plate; model and guide must broadcast. Otherwise they are drawn one after the other, and
-        their graphs are held together until the backward pass.
-    strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta
-        Accepted as ``pyro.infer.ELBO`` does; nothing here uses them.
-    retain_graph : bool, optional
-        Keep the graph after ``loss_and_grads``.
-    kl : {"auto", "analytic", "sampled"}
-        Analytic where a closed form exists and is valid, else sampled; analytic, or an error that names the site and the
-        reason; or sampled everywhere, with values and gradients equal to ``Trace_ELBO``'s.
-    kl_weight : float or callable
-        Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it. The history always
-        holds the true ELBO, with weight 1, beside the objective.
-    gradient : {"pathwise"}
-        Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized.
-    history : bool or History
-        Whether to record each step; or a :class:`~pyro_elbo_ext.history.History` to record to.
+class Evaluation:
+    """One evaluation of an objective.
 
     Attributes
     ----------
-    last : Terms or None
-        The detached terms of the last evaluation.
-    history : History or None
-        One record for each call of ``loss_and_grads`` or, with gradients enabled, ``differentiable_loss``.
-
-    Raises
-    ------
-    ValueError
-        At construction for arguments out of range. At evaluation, before any parameter changes: if a term is NaN or
-        infinite (naming site, term and step), a latent site is missing from the guide, a site is marked for enumeration,
-        an analytic KL is asked for where none is valid, or an ``nn.Module`` in use is not registered with Pyro.
-
-    References
-    ----------
-    Wingate and Weber (2013), "Automated variational inference in probabilistic programming".
-    Ranganath, Gerrish and Blei (2014), "Black box variational inference".
-    Kucukelbir et al. (2017), "Automatic differentiation variational inference".
+    sites, values
+        What the history takes: the sites, and for each its numbers.
+    objective : float
+        The bound, or the weighted ELBO; what the history calls by that name.
+    surrogate : callable
+        Gives each particle's share of a function whose gradient estimates that of the *loss*, shape ``(K,)``, or their sum, a
+        scalar, where the particles' shares cannot be told apart.
+    parameters : tuple of str
+        Names of the parameters that only the model has.
     """
+
+    pair: Pair
+    signature: Signature
+    sites: tuple[SiteInfo, ...]
+    values: Values
+    objective: float
+    kl_weight: float
+    surrogate: Callable[[], Tensor]
+    model_parameters: Callable[[], list[str]]
+
+
+class Objective(ELBO):
+    """Base of the objectives: Pyro's interface on the outside, ``_evaluate`` to be given by each.
+
+    Takes what ``pyro.infer.ELBO`` takes, in the same order, then ``gradient`` and ``history``; the objectives describe them.
+    """
+
+    maximized = True  # the loss is the negative objective
 
     def __init__(
         self,
-        num_particles: int = 1,
-        max_plate_nesting: float = float("inf"),
-        max_iarange_nesting: int | None = None,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
-        tail_adaptive_beta: float = -1.0,
+        num_particles: int,
+        max_plate_nesting: float,
+        max_iarange_nesting: int | None,
+        vectorize_particles: bool | Literal["vmap"],
+        strict_enumeration_warning: bool,
+        ignore_jit_warnings: bool,
+        jit_options: dict[str, Any] | None,
+        retain_graph: bool | None,
+        tail_adaptive_beta: float,
         *,
-        kl: KLChoice = "auto",
-        kl_weight: KLWeight = 1.0,
-        gradient: Literal["pathwise"] = "pathwise",
-        history: bool | History = True,
+        gradient: str | Gradient,
+        history: bool | History,
     ) -> None:
         if isinstance(num_particles, bool) or operator.index(num_particles) < 1:
             raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
         if not max_plate_nesting >= 0:
             raise ValueError(f"max_plate_nesting must be at least 0, not {max_plate_nesting!r}")
-        if kl not in get_args(KLChoice):
-            raise ValueError(f"kl must be one of {get_args(KLChoice)}, not {kl!r}")
-        if gradient != "pathwise":
-            raise ValueError(f"gradient must be 'pathwise', not {gradient!r}")
+        if not isinstance(vectorize_particles, bool) and vectorize_particles != "vmap":
+            raise ValueError(f"vectorize_particles must be True, False or 'vmap', not {vectorize_particles!r}")
         if not isinstance(history, bool | History):
             raise TypeError(f"history must be True, False or a History, not {type(history).__name__}")
-        if not callable(kl_weight):
-            _check_weight(kl_weight, "kl_weight")
         super().__init__(
             num_particles,
             max_plate_nesting,
             max_iarange_nesting,
-            vectorize_particles,
+            vectorize_particles is True,
             strict_enumeration_warning,
             ignore_jit_warnings,
             jit_options,
@@ -173,56 +114,72 @@ class DecomposedELBO(ELBO):
             tail_adaptive_beta,
         )
         self.max_plate_nesting: float
-        self.kl = kl
-        self.kl_weight = kl_weight
-        self.gradient = gradient
+        self.vectorize_particles: bool | Literal["vmap"] = vectorize_particles
+        self.estimator = as_gradient(gradient)
         self.history: History | None = (History() if history else None) if isinstance(history, bool) else history
         self.num_steps = 0
-        self._last: list[Particle] | None = None
-        self._pairs: PerPair[_Pair] = PerPair(_Pair)
+        self._pairs: PerPair[Pair] = PerPair(Pair)
+
+    @property
+    def gradient(self) -> str:
+        """Name of the gradient's estimator."""
+        return self.estimator.name
+
+    @abstractmethod
+    def _evaluate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, with_gradient: bool) -> Evaluation:
+        """Evaluate the objective once, averaged over its particles.
+
+        Raises ValueError where a term is NaN or infinite, before anything has changed.
+        """
+
+    @property
+    @abstractmethod
+    def last(self) -> Terms | None:
+        """Detached terms of the last evaluation; None before the first."""
 
     # What Pyro calls
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Negative objective, averaged over particles, in nats.  It is not recorded in the history."""
-        return -self._evaluate(model, guide, args, kwargs).objective
+        """The loss, in nats: the negative objective.  It is not recorded in the history."""
+        return self._loss(self._evaluate(model, guide, args, kwargs, with_gradient=False))
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Negative objective, after adding its gradient to the ``grad`` of every parameter it depends on."""
-        evaluation = self._evaluate(model, guide, args, kwargs)
-        surrogate_loss = evaluation.ledger.surrogate_loss(self.num_particles)
-        if surrogate_loss.requires_grad:
-            registered = evaluation.pair.registered
-            if evaluation.signature not in registered and collects_parameters():
-                check_registered(surrogate_loss, (model, guide), (args, kwargs))
-                registered.add(evaluation.signature)
-            surrogate_loss.backward(retain_graph=self.retain_graph)
+        """The loss, after adding its gradient to the ``grad`` of every parameter it depends on."""
+        evaluation = self._evaluate(model, guide, args, kwargs, with_gradient=True)
+        shares = evaluation.surrogate()
+        if shares.requires_grad:
+            pair, signature = evaluation.pair, evaluation.signature
+            if signature not in pair.registered and collects_parameters():
+                self._check_trainable(evaluation)
+                check_registered(shares, (model, guide), (args, kwargs))
+                pair.registered.add(signature)
+            if self.history is not None and self.history.gradient_mode is not None:
+                self._backward_and_record(shares, self.history)
+            else:
+                (shares.sum() if shares.dim() else shares).backward(retain_graph=self.retain_graph)
         self._record(evaluation)
-        return -evaluation.objective
+        return self._loss(evaluation)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Negative objective as a scalar tensor with the gradient of the surrogate."""
-        evaluation = self._evaluate(model, guide, args, kwargs)
-        surrogate_loss = evaluation.ledger.surrogate_loss(self.num_particles)
+        """The loss as a scalar tensor with the gradient of the surrogate."""
+        evaluation = self._evaluate(model, guide, args, kwargs, with_gradient=True)
+        surrogate = evaluation.surrogate().sum()
         if torch.is_grad_enabled():
             self._record(evaluation)
-        return -evaluation.objective + (surrogate_loss - surrogate_loss.detach())
+        return self._loss(evaluation) + (surrogate - surrogate.detach())
 
-    @property
-    def last(self) -> Terms | None:
-        """Detached terms of the last evaluation; None before the first."""
-        if self._last is None:
-            return None
-        if len(self._last) > 1:
-            return stack_particles([Terms({term.site: term for term in particle.terms}) for particle in self._last])
-        return Terms({term.site: term for term in self._last[0].terms}, self.num_particles)
+    def _loss(self, evaluation: Evaluation) -> float:
+        return -evaluation.objective if self.maximized else evaluation.objective
+
+    def _check_trainable(self, evaluation: Evaluation) -> None:
+        """Raise ValueError if SVI must not train what the loss depends on."""
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
         """Pyro's hook: traces of one draw."""
         return run_pair(model, guide, args, kwargs)
 
     def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Iterator[tuple[Trace, Trace]]:
-        """Pyro's hook: a pair of traces for each particle, or one for all if they are vectorized."""
+        """Pyro's hook: a pair of traces for each particle, or one for all if they are in a particle plate."""
         repeats, model, guide = self._programs(model, guide, args, kwargs)
         for _ in range(repeats):
             yield self._get_trace(model, guide, args, kwargs)
@@ -238,107 +195,32 @@ class DecomposedELBO(ELBO):
         finally:
             self.max_plate_nesting = stored
 
-    # One evaluation
+    # What the objectives share
 
-    def _programs(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[int, Program, Program]:
-        """How often to run model and guide, and the two, inside the particle plate if there is one."""
-        if not self.vectorize_particles or self.num_particles == 1:
-            return self.num_particles, model, guide
+    def _particle_dim(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int | None:
+        """Dim of Pyro's particle plate; None if the particles are not in one."""
+        if self.vectorize_particles is not True or self.num_particles == 1:
+            return None
         nesting = self.max_plate_nesting
         if math.isinf(nesting):
             pair = self._pairs(model, guide)
             if pair.max_plate_nesting is None:
                 pair.max_plate_nesting = self._guess_max_plate_nesting(model, guide, args, kwargs)
             nesting = pair.max_plate_nesting
-        particles = [pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-int(nesting)) for _ in range(2)]
+        return -int(nesting)
+
+    def _programs(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[int, Program, Program]:
+        """How often to run model and guide, and the two, inside the particle plate if there is one."""
+        dim = self._particle_dim(model, guide, args, kwargs)
+        if dim is None:
+            return self.num_particles, model, guide
+        particles = [pyro.plate(PARTICLE_PLATE, self.num_particles, dim=dim) for _ in range(2)]
         return 1, particles[0](model), particles[1](guide)
 
-    def _evaluate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> _Evaluation:
-        pair = self._pairs(model, guide)
-        kl_weight = self._kl_weight()
-        ledger = Ledger()
-        particles: list[Particle] = []
-        infos: list[tuple[SiteInfo, ...]] = []
-        repeats, model, guide = self._programs(model, guide, args, kwargs)
-        for _ in range(repeats):
-            tracker = DependencyTracker() if self.kl != "sampled" and pair.track_next else None
-            with tracker or nullcontext():
-                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker)
-                signature = _signature(model_trace, guide_trace, args, kwargs)
-                if is_validation_enabled() or signature not in pair.structures:
-                    check_pair(model_trace, guide_trace)
-                    if is_validation_enabled():
-                        check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-                structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
-            sites = read_sites(model_trace, guide_trace, structure.sites)
-            kls = [None if site.kind == "observed" else self._kl_prior(site, structure) for site in sites]
-            info = self._describe(pair, signature, sites, kls)
-            if tracker is not None or self.kl == "analytic":
-                self._report(info)
-            infos.append(info)
-            particles.append(
-                evaluate(
-                    sites,
-                    kls,
-                    model_trace,
-                    guide_trace,
-                    kl_weight=kl_weight,
-                    max_plate_nesting=self.max_plate_nesting,
-                    ledger=ledger,
-                )
-            )
-        host = ledger.to_host()
-        rows = [row(particle.slots, info, host) for particle, info in zip(particles, infos, strict=True)]
-        info, values = _average(infos, rows, self.num_particles // repeats)
-        reconstruction = math.fsum(
-            [value[0] for site, value in zip(info, values, strict=True) if site.kind == "observed"]
-        )
-        kl_total = math.fsum([value[2] for site, value in zip(info, values, strict=True) if site.kind != "observed"])
-        if not math.isfinite(reconstruction - kl_total):
-            self._raise_not_finite(info, values)
-        self._last = particles
-        return _Evaluation(pair, signature, ledger, info, values, reconstruction - kl_weight * kl_total, kl_weight)
-
-    def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
-        return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)
-
-    def _describe(
-        self, pair: _Pair, signature: Signature, sites: list[Site], kls: list[KLPrior | None]
-    ) -> tuple[SiteInfo, ...]:
-        """How each site's term is computed; the same object as at the last step if nothing has changed."""
-        known = pair.infos.get(signature)
-        if known is not None and self.kl == "sampled":
-            return known
-        info = tuple(
-            [
-                SiteInfo(site.name, site.kind, kl and kl.method, kl and kl.reason)
-                for site, kl in zip(sites, kls, strict=True)
-            ]
-        )
-        if known == info:
-            return known
-        pair.infos[signature] = info
-        return info
-
-    def _kl_weight(self) -> float:
-        if callable(self.kl_weight):
-            return _check_weight(self.kl_weight(self.num_steps), f"kl_weight({self.num_steps})")
-        return float(self.kl_weight)
-
-    def _structure(
-        self,
-        pair: _Pair,
-        signature: Signature,
-        model_trace: Trace,
-        guide_trace: Trace,
-        tracker: DependencyTracker | None,
+    def _remember(
+        self, pair: Pair, signature: Signature, model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker | None
     ) -> Structure:
-        structure = pair.structures.get(signature)
-        if tracker is None and (structure is not None or self.kl != "sampled"):
-            if structure is None:  # new sites, seen without a tracker: sample them now, track the next run
-                pair.track_next = True
-                return Structure(outline(model_trace, guide_trace))
-            return structure
+        """Read the structure of the traces and keep it."""
         structure = read_structure(model_trace, guide_trace, tracker)
         if len(pair.structures) >= _MAX_STRUCTURES:
             pair.structures.clear()
@@ -347,20 +229,8 @@ class DecomposedELBO(ELBO):
         pair.track_next = False
         return structure
 
-    def _report(self, sites: tuple[SiteInfo, ...]) -> None:
-        """Say how each kl_prior is computed: in the log, or as the error that kl='analytic' asks for."""
-        sampled = [site for site in sites if site.kl_method == "sampled"]
-        if self.kl == "analytic" and sampled:
-            listed = "; ".join(f"site '{site.site}': {site.kl_reason}" for site in sampled)
-            raise ValueError(
-                f"kl='analytic', but there is no valid closed form for {listed}. Use kl='auto' or kl='sampled'."
-            )
-        for site in sites:
-            if site.kl_method is not None:
-                logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
-
     def _raise_not_finite(self, sites: tuple[SiteInfo, ...], values: Values) -> None:
-        for site, (log_p, log_q, kl, _, _) in zip(sites, values, strict=True):
+        for site, (log_p, log_q, kl, *_) in zip(sites, values, strict=True):
             if math.isfinite(log_p if site.kind == "observed" else kl):
                 continue
             terms = {"log_p": log_p, "log_q": log_q, "kl_prior": kl}
@@ -374,7 +244,36 @@ class DecomposedELBO(ELBO):
                 "distribution; if training has diverged, lower the learning rate."
             )
 
-    def _record(self, evaluation: _Evaluation) -> None:
+    def _backward_and_record(self, shares: Tensor, history: History) -> None:
+        """Add the gradient to ``grad``, and each parameter's to the history."""
+        parameters = parameters_of(shares)
+        tensors = list(parameters.values())
+        if history.gradient_mode == "steps":
+            gradients = torch.autograd.grad(shares.sum(), tensors, retain_graph=self.retain_graph, allow_unused=True)
+            recorded = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        else:
+            if not shares.dim() or len(shares) < 2:
+                raise ValueError(
+                    "History(gradient_snr='particles') needs at least two particles whose gradients can be told apart: use "
+                    "num_particles of 2 or more without vectorize_particles=True, or gradient_snr='steps'"
+                )
+            last = len(shares) - 1
+            by_particle = [
+                torch.autograd.grad(share, tensors, retain_graph=self.retain_graph or k < last, allow_unused=True)
+                for k, share in enumerate(shares)
+            ]
+            stacked = [
+                torch.stack([torch.zeros_like(tensor) if g is None else g for g in of_tensor])
+                for tensor, of_tensor in zip(tensors, zip(*by_particle, strict=True), strict=True)
+            ]
+            gradients = tuple(g.sum(0) for g in stacked)
+            recorded = dict(zip(parameters, [len(shares) * g for g in stacked], strict=True))
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            if gradient is not None:
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+        history.append_gradients(recorded)
+
+    def _record(self, evaluation: Evaluation) -> None:
         if self.history is not None:
             self.history.append(
                 self.num_steps,
@@ -386,13 +285,7 @@ class DecomposedELBO(ELBO):
         self.num_steps += 1
 
 
-def _check_weight(weight: float, name: str) -> float:
-    if not isinstance(weight, numbers.Real) or not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{name} must be a finite number, at least 0, not {weight!r}")
-    return float(weight)
-
-
-def _signature(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwargs) -> Signature:
+def signature_of(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwargs) -> Signature:
     """What tells one structure of a program from another: its sites, and the flags and names it was called with."""
     signature: list[object] = []
     for trace in (model_trace, guide_trace):
@@ -403,25 +296,3 @@ def _signature(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwarg
         if value is None or isinstance(value, bool | str):
             signature += (key, value)
     return tuple(signature)
-
-
-def _average(
-    infos: list[tuple[SiteInfo, ...]], rows: list[Values], vectorized: int
-) -> tuple[tuple[SiteInfo, ...], Values]:
-    """Mean over particles, of which ``vectorized`` are summed in each row; a site that some lack counts as zero in them."""
-    if len(rows) == 1 and vectorized == 1:
-        return infos[0], rows[0]
-    if all(info == infos[0] for info in infos):
-        total, sites = np.sum(rows, axis=0), infos[0]
-    else:
-        by_name: dict[str, SiteInfo] = {}
-        for info in infos:
-            for site in info:
-                by_name.setdefault(site.site, site)
-        places = {name: i for i, name in enumerate(by_name)}
-        total, sites = np.zeros((len(places), len(VALUES))), tuple(by_name.values())
-        for info, values in zip(infos, rows, strict=True):
-            total[[places[site.site] for site in info]] += values
-    total = total / len(rows)
-    total[:, _SUMMED] /= vectorized
-    return sites, [tuple(value) for value in total.tolist()]

@@ -337,10 +337,15 @@ class Terms(Mapping[str, Term]):
     by_site : dict of str to Term
     num_particles : int
         If more than one, dimension 0 of every tensor is the particle.
+    contributions : dict of str to float, or None
+        Each site's weighted contribution to a bound that is not linear in the log weights, in nats:
+        ``sum_k g_k (log p_k - log q_k)`` with g the bound's gradient in the log weights (for IWAE the normalized weights). It
+        is not a KL, and the contributions do not sum to the bound. None for the ELBO.
     """
 
     by_site: dict[str, Term]
     num_particles: int = 1
+    contributions: dict[str, float] | None = None
 
     def __getitem__(self, site: str) -> Term:
         return self.by_site[site]
@@ -377,7 +382,7 @@ class Terms(Mapping[str, Term]):
         return torch.as_tensor(total).expand(self.num_particles)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per site: summed over the batch, averaged over particles, in nats."""
+        """One row per site: summed over the batch, averaged over particles, in nats; with ``contribution`` if there are any."""
         rows = [
             {
                 "site": term.site,
@@ -393,7 +398,10 @@ class Terms(Mapping[str, Term]):
             }
             for term in self.by_site.values()
         ]
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        if self.contributions is not None:
+            frame["contribution"] = frame["site"].map(self.contributions)
+        return frame
 
     def __repr__(self) -> str:
         head = f"Terms(elbo={self.elbo:.4f}, reconstruction={self.reconstruction:.4f}, kl_prior={self.kl_prior:.4f})"

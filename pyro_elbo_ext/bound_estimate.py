@@ -1,0 +1,316 @@
+"""One evaluation of a bound: draws, log weights, value, each site's numbers, and the surrogate of the chosen estimator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+from pyro_elbo_ext.bounds import Bound
+from pyro_elbo_ext.estimate import Ledger, num_observations, scale_of
+from pyro_elbo_ext.gradients import Gradient, Pathwise
+from pyro_elbo_ext.history import SiteInfo
+from pyro_elbo_ext.log_weights import Densities, LogWeights, join, read_densities
+from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
+from pyro_elbo_ext.particles import Draw, draw, draw_particles
+from pyro_elbo_ext.placement import Placement, place
+from pyro_elbo_ext.terms import Kind, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
+
+_NAN = float("nan")
+
+
+class _Description(NamedTuple):
+    """What a site is, without its traces and their graphs."""
+
+    site: str
+    kind: Kind
+    stack: tuple[CondIndepStackFrame, ...]
+    scale: float | Tensor
+    mask: bool | Tensor | None
+    history_scale: float | int  # as a number, or its place in the ledger
+    num_observations: float | int
+
+
+@dataclass(slots=True)
+class Particles:
+    """Detached log densities of every particle's sites, from which :class:`Terms` are made when asked for.
+
+    ``looped`` has one entry for each looped particle, or a single one for all vectorized ones.
+    """
+
+    looped: list[tuple[list[_Description], list[tuple[Tensor | None, tuple[Tensor, ...]]]]]
+    num_particles: int
+    reason: str
+    contributions: dict[str, float] | None
+
+    def terms(self) -> Terms:
+        """The terms; log densities are those of the draws, not weighted."""
+        vectorized = self.num_particles if len(self.looped) == 1 else 1
+        each = []
+        for descriptions, full in self.looped:
+            terms = {}
+            for of, (log_p, log_q) in zip(descriptions, full, strict=True):
+                method, reason = (None, None) if of.kind == "observed" else ("sampled", self.reason)
+                terms[of.site] = Term(of.site, of.kind, log_p, log_q, None, method, reason, of.stack, of.scale, of.mask)  # type: ignore[arg-type]
+            each.append(Terms(terms, vectorized))
+        return Terms(stack_particles(each).by_site, self.num_particles, self.contributions)
+
+
+def estimate_bound(
+    objective: Objective,
+    bound: Bound,
+    model: Program,
+    guide: Program,
+    args: Args,
+    kwargs: Kwargs,
+    *,
+    local_plates: tuple[str, ...] = (),
+    kl_weight: float = 1.0,
+    reason: str,
+    with_gradient: bool,
+) -> tuple[Evaluation, Particles]:
+    """Evaluate ``bound`` on the log weights of the objective's particles.
+
+    Parameters
+    ----------
+    local_plates
+        See :func:`pyro_elbo_ext.placement.place`.
+    kl_weight
+        Weight of ``log q - log p`` of the latent sites; other than 1 only for the ELBO.
+    reason
+        Why every ``kl_prior`` is sampled, for the history.
+    with_gradient
+        Whether the surrogate will be asked for; without it no graph is made.
+
+    Raises
+    ------
+    ValueError
+        If the bound does not exist for these sites, its value is NaN or infinite, or the programs do not belong together.
+    """
+    gradient: Gradient = objective.estimator if with_gradient else Pathwise()
+    pair = objective._pairs(model, guide)
+    with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+        draws, particle_dim = _draw(objective, model, guide, args, kwargs, gradient, frozenset(local_plates))
+        structures = _Structures(objective, pair, args, kwargs)
+        ledger = Ledger()
+        placement: Placement | None = None
+        densities: list[Densities] = []
+        described: list[list[_Description]] = []
+        for drawn in draws:
+            sites, is_new = structures.read(drawn)
+            if placement is None or is_new:
+                here = _place(sites, bound, local_plates, gradient, particle_dim)
+                if placement is not None and here.plates != placement.plates:
+                    raise ValueError(
+                        "the particles have different sites, and no longer share the same plates: there is no common bound. Make "
+                        "the sites of model and guide the same in every run, or use DecomposedELBO."
+                    )
+                placement, description = here, _describe(sites, drawn, objective.max_plate_nesting, ledger)
+            densities.append(read_densities(drawn, sites, here, gradient, objective.max_plate_nesting, particle_dim))
+            described.append(description)
+        assert placement is not None
+        num_vectorized = None if particle_dim is None else objective.num_particles
+        log_weights = join(densities, [path for drawn in draws for path in drawn.paths], num_vectorized)
+        weights = log_weights.weights(placement, gradient, kl_weight)
+    detached = weights.log_weights.detach()
+    value = bound.value(detached).sum() * placement.outside
+    outer = log_weights.outer(kl_weight)
+    if outer is not None:
+        value = value + outer.detach()
+    shares = None if bound.linear else bound.gradient(detached)
+    unique = {of.site: of for descriptions in reversed(described) for of in descriptions}
+    ordered = list(dict.fromkeys(of.site for descriptions in described for of in descriptions))
+    host, rows = _rows([unique[name] for name in ordered], value, log_weights, shares, ledger, num_vectorized or 1)
+    infos = _infos(pair, structures.signature, [unique[name] for name in ordered], reason)
+    if not math.isfinite(host):
+        objective._raise_not_finite(infos, rows)
+        raise ValueError(
+            f"{type(bound).__name__} is {host} at step {objective.num_steps}, though no site's mean is infinite. No parameter has "
+            "been changed. Check the scales and the range of the log densities."
+        )
+
+    def surrogate() -> Tensor:
+        shares = gradient.surrogate(weights, bound) * placement.outside
+        outer = log_weights.outer(kl_weight, without_scores=True)
+        if outer is not None:
+            if log_weights.outer_scores is not None:
+                outer = outer + value * log_weights.outer_scores
+            shares = shares + outer / len(shares)
+        return -shares if objective.maximized else shares
+
+    def model_parameters() -> list[str]:
+        first = draws[0]
+        nodes, known = first.model_trace.nodes, first.drawn.nodes
+        return [name for name, node in nodes.items() if node["type"] == "param" and name not in known]
+
+    contributions = None
+    if shares is not None:
+        contributions = {name: row[-1] for name, row in zip(ordered, rows, strict=True)}
+    particles = Particles(
+        [(descriptions, of_draw.full) for descriptions, of_draw in zip(described, densities, strict=True)],
+        objective.num_particles,
+        reason,
+        contributions,
+    )
+    evaluation = Evaluation(
+        pair, structures.signature, infos, rows, host, kl_weight, surrogate, model_parameters
+    )
+    return evaluation, particles
+
+
+def _draw(
+    objective: Objective,
+    model: Program,
+    guide: Program,
+    args: Args,
+    kwargs: Kwargs,
+    gradient: Gradient,
+    local_plates: frozenset[str],
+) -> tuple[list[Draw], int | None]:
+    """The draws of all particles, and the dim of the particle plate if they are in one."""
+
+    def is_shared(node: Node) -> bool:
+        return bool(local_plates) and not local_plates <= {frame.name for frame in node["cond_indep_stack"]}
+
+    particle_dim = objective._particle_dim(model, guide, args, kwargs)
+    repeats, model, guide = objective._programs(model, guide, args, kwargs)
+    if particle_dim is not None:
+        return [draw(model, guide, args, kwargs, gradient, None)], particle_dim
+    return list(draw_particles(model, guide, args, kwargs, repeats, gradient, is_shared)), None
+
+
+def _place(
+    sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], gradient: Gradient, particle_dim: int | None
+) -> Placement:
+    placement = place(sites, bound, local_plates, masked_paths=not gradient.separate_paths)
+    for site, is_local in zip(sites, placement.local, strict=True):
+        if is_local or not site.q:
+            continue
+        if particle_dim is not None:
+            raise ValueError(
+                f"site '{site.name}' is outside local_plates={local_plates!r}, so all particles must share its draw, but they are "
+                "vectorized. Use vectorize_particles=False."
+            )
+        if gradient.separate_paths:
+            raise ValueError(
+                f"site '{site.name}' is outside local_plates={local_plates!r}: gradient='{gradient.name}' weights its path and "
+                "those inside alike. Use gradient='pathwise' or 'score_function'."
+            )
+    return placement
+
+
+class _Structures:
+    """Finds the sites of each draw; those of a program that does not change from draw to draw are looked up once."""
+
+    def __init__(self, objective: Objective, pair: Pair, args: Args, kwargs: Kwargs) -> None:
+        self.objective, self.pair, self.args, self.kwargs = objective, pair, args, kwargs
+        self.signature: Signature = ()
+        self._names: tuple[str, ...] | None = None
+
+    def read(self, drawn: Draw) -> tuple[list[Site], bool]:
+        """The draw's sites, and whether they may be others than those of the draw before."""
+        model_trace, guide_trace = drawn.model_trace, drawn.guide_trace
+        names = (*model_trace.nodes, *guide_trace.nodes)
+        is_new = names != self._names
+        if is_new:
+            self._names = names
+            self.signature = signature_of(model_trace, guide_trace, self.args, self.kwargs)
+        known = self.pair.structures.get(self.signature)
+        if known is None or is_validation_enabled():
+            check_pair(model_trace, guide_trace)
+            if is_validation_enabled():
+                check_model_guide_match(model_trace, guide_trace, self.objective.max_plate_nesting)
+        structure = known or self.objective._remember(self.pair, self.signature, model_trace, guide_trace, None)
+        return read_sites(model_trace, guide_trace, structure.sites), is_new
+
+
+def _describe(sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledger: Ledger) -> list[_Description]:
+    descriptions = []
+    for site in sites:
+        node = site.p or site.q[-1]
+        count: float | int = 0.0
+        if site.kind == "observed":
+            count = num_observations(node, log_prob(node, drawn.model_trace, max_plate_nesting), ledger)
+        scale = node["scale"]
+        descriptions.append(
+            _Description(
+                site.name,
+                site.kind,
+                node["cond_indep_stack"],
+                scale.detach() if isinstance(scale, Tensor) else scale,
+                node["mask"],
+                scale_of(node, ledger),
+                count,
+            )
+        )
+    return descriptions
+
+
+def _infos(
+    pair: Pair, signature: Signature, sites: Sequence[_Description], reason: str
+) -> tuple[SiteInfo, ...]:
+    """What the history takes; the same object as at the last step if nothing has changed."""
+    known = pair.infos.get(signature)
+    if known is not None and [info.site for info in known] == [of.site for of in sites]:
+        return known
+    pair.infos[signature] = tuple(
+        [
+            SiteInfo(of.site, of.kind, *((None, None) if of.kind == "observed" else ("sampled", reason)))
+            for of in sites
+        ]
+    )
+    return pair.infos[signature]
+
+
+def _rows(
+    sites: Sequence[_Description],
+    value: Tensor,
+    log_weights: LogWeights,
+    shares: Tensor | None,
+    ledger: Ledger,
+    num_vectorized: int,
+) -> tuple[float, Values]:
+    """The value, and for each site the history's numbers; one transfer from the device brings all of them.
+
+    ``shares`` is the bound's gradient, which weights the sites' contributions; None for the ELBO, where they are known.
+    """
+    columns = [*log_weights.columns, *log_weights.outer_columns]
+    local = log_weights.values.detach()
+    parts = [value.reshape(1), local.mean(0).flatten(1).sum(1) if local.dim() > 2 else local.mean(0)]
+    if log_weights.outer_values is not None:
+        parts.append(log_weights.outer_values.detach())
+    if shares is not None:
+        # a particle without weight contributes nothing, though its log density may be -inf
+        weighted = shares.unsqueeze(1) * local.masked_fill((shares == 0).unsqueeze(1), 0.0)
+        parts.append(weighted.sum(0).flatten(1).sum(1) if local.dim() > 2 else weighted.sum(0))
+        if log_weights.outer_values is not None:
+            parts.append(log_weights.outer_values.detach())
+    if ledger.scalars:
+        parts.append(torch.stack([scalar.to(value.device) for scalar in ledger.scalars]))
+    objective, *numbers = torch.cat(parts).tolist()
+    size = len(columns)
+    in_ledger = numbers[len(numbers) - len(ledger.scalars) :]
+    log_p, log_q, contribution = ({of.site: 0.0 for of in sites} for _ in range(3))
+    for i, column in enumerate(columns):
+        (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
+        if shares is not None:
+            contribution[column.site] += column.sign * numbers[size + i]
+    rows: Values = []
+    for of in sites:
+        name = of.site
+        weighted_term = _NAN if shares is None else contribution[name]
+        scale = in_ledger[of.history_scale] if type(of.history_scale) is int else of.history_scale
+        if of.kind == "observed":
+            count = in_ledger[of.num_observations] if type(of.num_observations) is int else of.num_observations
+            rows.append((log_p[name], _NAN, _NAN, scale, count / num_vectorized, weighted_term))
+            continue
+        prior = _NAN if of.kind == "auxiliary" else log_p[name]
+        rows.append((prior, log_q[name], log_q[name] - log_p[name], scale, 0.0, weighted_term))
+    return objective, rows

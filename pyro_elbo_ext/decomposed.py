@@ -1,0 +1,301 @@
+"""The ELBO by its terms: each site's ``kl_prior`` analytic where that is valid, else sampled."""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+
+import numpy as np
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.util import check_model_guide_match
+
+from pyro_elbo_ext import bounds
+from pyro_elbo_ext.bound_estimate import Particles, estimate_bound
+from pyro_elbo_ext.dependencies import DependencyTracker
+from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row
+from pyro_elbo_ext.gradients import Gradient, GradientName, Pathwise
+from pyro_elbo_ext.history import VALUES, History, SiteInfo
+from pyro_elbo_ext.kl import KLChoice, KLPrior, Structure, kl_prior
+from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
+from pyro_elbo_ext.terms import Site, Terms, check_pair, outline, read_sites, stack_particles, trace_pair
+
+logger = logging.getLogger(__name__)
+
+KLWeight = float | Callable[[int], float]
+
+_SAMPLED = KLPrior("sampled", "kl='sampled'")
+_SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
+
+
+class DecomposedELBO(Objective):
+    r"""Evidence lower bound that keeps every term: a drop-in for ``pyro.infer.Trace_ELBO`` and ``TraceMeanField_ELBO``.
+
+    .. math:: \mathrm{ELBO} = \mathrm E_q[\log p(x \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
+              = \log p(x) - \mathrm{KL}(q(z) \,\|\, p(z \mid x))
+
+    The first KL is ``kl_prior``, recorded for each site at each step. The second, the gap, is not part of it.
+
+    Parameters
+    ----------
+    num_particles : int
+        Draws of the guide per evaluation.
+    max_plate_nesting : int, optional
+        Bound on the number of nested plates, needed with ``vectorize_particles``; guessed for each (model, guide) by one
+        run that leaves the random state as it was, if it is not given.
+    max_iarange_nesting
+        Pyro's deprecated name of ``max_plate_nesting``.
+    vectorize_particles : bool or "vmap"
+        True draws all particles in one plate, Pyro's way: model and guide must broadcast. "vmap" draws them in one run by
+        ``torch.vmap`` without that, checked against the loop, and loops where the programs do not allow it. False draws
+        them one after the other; their graphs are held together until the backward pass.
+    strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta
+        Accepted as ``pyro.infer.ELBO`` does; nothing here uses them.
+    retain_graph : bool, optional
+        Keep the graph after ``loss_and_grads``.
+    kl : {"auto", "analytic", "sampled"}
+        Analytic where a closed form exists and is valid, else sampled; analytic, or an error that names the site and the
+        reason; or sampled everywhere, with values and gradients equal to ``Trace_ELBO``'s.
+    kl_weight : float or callable
+        Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it. The history always
+        holds the true ELBO, with weight 1, beside the objective.
+    gradient : {"pathwise", "doubly_reparameterized", "score_function", "vargrad"}
+        Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized; sticking
+        the landing; score function with leave-one-out baseline; the same by the name of VarGrad. See
+        :mod:`pyro_elbo_ext.gradients`. All but the first need every ``kl_prior`` sampled, so with them "auto" samples.
+    history : bool or History
+        Whether to record each step; or a :class:`~pyro_elbo_ext.history.History` to record to.
+
+    Attributes
+    ----------
+    last : Terms or None
+        The detached terms of the last evaluation.
+    history : History or None
+        One record for each call of ``loss_and_grads`` or, with gradients enabled, ``differentiable_loss``.
+
+    Raises
+    ------
+    ValueError
+        At construction for arguments out of range. At evaluation, before any parameter changes: if a term is NaN or
+        infinite (naming site, term and step), a latent site is missing from the guide, a site is marked for enumeration,
+        an analytic KL is asked for where none is valid, or an ``nn.Module`` in use is not registered with Pyro.
+
+    References
+    ----------
+    Wingate and Weber (2013), "Automated variational inference in probabilistic programming".
+    Ranganath, Gerrish and Blei (2014), "Black box variational inference".
+    Kucukelbir et al. (2017), "Automatic differentiation variational inference".
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        max_plate_nesting: float = float("inf"),
+        max_iarange_nesting: int | None = None,
+        vectorize_particles: bool | Literal["vmap"] = False,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        retain_graph: bool | None = None,
+        tail_adaptive_beta: float = -1.0,
+        *,
+        kl: KLChoice = "auto",
+        kl_weight: KLWeight = 1.0,
+        gradient: GradientName | Gradient = "pathwise",
+        history: bool | History = True,
+    ) -> None:
+        super().__init__(
+            num_particles,
+            max_plate_nesting,
+            max_iarange_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
+            ignore_jit_warnings,
+            jit_options,
+            retain_graph,
+            tail_adaptive_beta,
+            gradient=gradient,
+            history=history,
+        )
+        if kl not in get_args(KLChoice):
+            raise ValueError(f"kl must be one of {get_args(KLChoice)}, not {kl!r}")
+        if not callable(kl_weight):
+            _check_weight(kl_weight, "kl_weight")
+        self.estimator.check(bounds.ELBO(), num_particles)
+        if kl == "analytic" and not self._by_terms:
+            raise ValueError(
+                f"kl='analytic' leaves no log q for gradient='{self.gradient}' to work on. Use kl='sampled', or "
+                "gradient='pathwise'."
+            )
+        self.kl = kl
+        self.kl_weight = kl_weight
+        self._last: list[Particle] | Particles | None = None
+
+    @property
+    def _by_terms(self) -> bool:
+        """Whether the gradient is taken term by term; the other estimators work on the log weights as a whole."""
+        return type(self.estimator) is Pathwise
+
+    @property
+    def last(self) -> Terms | None:
+        """Detached terms of the last evaluation; None before the first."""
+        if self._last is None:
+            return None
+        if isinstance(self._last, Particles):
+            return self._last.terms()
+        if len(self._last) > 1:
+            return stack_particles([Terms({term.site: term for term in particle.terms}) for particle in self._last])
+        return Terms({term.site: term for term in self._last[0].terms}, self.num_particles)
+
+    # One evaluation
+
+    def _evaluate(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, with_gradient: bool
+    ) -> Evaluation:
+        if not self._by_terms:
+            evaluation, self._last = estimate_bound(
+                self,
+                bounds.ELBO(),
+                model,
+                guide,
+                args,
+                kwargs,
+                kl_weight=self._kl_weight(),
+                reason=f"gradient='{self.gradient}' takes log q at the draw",
+                with_gradient=with_gradient,
+            )
+            return evaluation
+        pair = self._pairs(model, guide)
+        kl_weight = self._kl_weight()
+        ledger = Ledger()
+        particles: list[Particle] = []
+        infos: list[tuple[SiteInfo, ...]] = []
+        repeats, model, guide = self._programs(model, guide, args, kwargs)
+        for _ in range(repeats):
+            ledger.begin_particle()
+            tracker = DependencyTracker() if self.kl != "sampled" and pair.track_next else None
+            with tracker or nullcontext():
+                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker)
+                signature = signature_of(model_trace, guide_trace, args, kwargs)
+                if is_validation_enabled() or signature not in pair.structures:
+                    check_pair(model_trace, guide_trace)
+                    if is_validation_enabled():
+                        check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+                structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
+            sites = read_sites(model_trace, guide_trace, structure.sites)
+            kls = [None if site.kind == "observed" else self._kl_prior(site, structure) for site in sites]
+            info = self._describe(pair, signature, sites, kls)
+            if tracker is not None or self.kl == "analytic":
+                self._report(info)
+            infos.append(info)
+            particles.append(
+                evaluate(
+                    sites,
+                    kls,
+                    model_trace,
+                    guide_trace,
+                    kl_weight=kl_weight,
+                    max_plate_nesting=self.max_plate_nesting,
+                    ledger=ledger,
+                )
+            )
+        host = ledger.to_host()
+        rows = [row(particle.slots, info, host) for particle, info in zip(particles, infos, strict=True)]
+        info, values = _average(infos, rows, self.num_particles // repeats)
+        reconstruction = math.fsum(
+            [value[0] for site, value in zip(info, values, strict=True) if site.kind == "observed"]
+        )
+        kl_total = math.fsum([value[2] for site, value in zip(info, values, strict=True) if site.kind != "observed"])
+        if not math.isfinite(reconstruction - kl_total):
+            self._raise_not_finite(info, values)
+        self._last = particles
+        objective = reconstruction - kl_weight * kl_total
+        return Evaluation(
+            pair, signature, info, values, objective, kl_weight, lambda: ledger.surrogate_loss(self.num_particles), list
+        )
+
+    def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
+        return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)
+
+    def _describe(
+        self, pair: Pair, signature: Signature, sites: list[Site], kls: list[KLPrior | None]
+    ) -> tuple[SiteInfo, ...]:
+        """How each site's term is computed; the same object as at the last step if nothing has changed."""
+        known = pair.infos.get(signature)
+        if known is not None and self.kl == "sampled":
+            return known
+        info = tuple(
+            [
+                SiteInfo(site.name, site.kind, kl and kl.method, kl and kl.reason)
+                for site, kl in zip(sites, kls, strict=True)
+            ]
+        )
+        if known == info:
+            return known
+        pair.infos[signature] = info
+        return info
+
+    def _kl_weight(self) -> float:
+        if callable(self.kl_weight):
+            return _check_weight(self.kl_weight(self.num_steps), f"kl_weight({self.num_steps})")
+        return float(self.kl_weight)
+
+    def _structure(
+        self,
+        pair: Pair,
+        signature: Signature,
+        model_trace: Trace,
+        guide_trace: Trace,
+        tracker: DependencyTracker | None,
+    ) -> Structure:
+        structure = pair.structures.get(signature)
+        if tracker is None and (structure is not None or self.kl != "sampled"):
+            if structure is None:  # new sites, seen without a tracker: sample them now, track the next run
+                pair.track_next = True
+                return Structure(outline(model_trace, guide_trace))
+            return structure
+        return self._remember(pair, signature, model_trace, guide_trace, tracker)
+
+    def _report(self, sites: tuple[SiteInfo, ...]) -> None:
+        """Say how each kl_prior is computed: in the log, or as the error that kl='analytic' asks for."""
+        sampled = [site for site in sites if site.kl_method == "sampled"]
+        if self.kl == "analytic" and sampled:
+            listed = "; ".join(f"site '{site.site}': {site.kl_reason}" for site in sampled)
+            raise ValueError(
+                f"kl='analytic', but there is no valid closed form for {listed}. Use kl='auto' or kl='sampled'."
+            )
+        for site in sites:
+            if site.kl_method is not None:
+                logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
+
+
+def _check_weight(weight: float, name: str) -> float:
+    if not isinstance(weight, numbers.Real) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name} must be a finite number, at least 0, not {weight!r}")
+    return float(weight)
+
+
+def _average(
+    infos: list[tuple[SiteInfo, ...]], rows: list[Values], vectorized: int
+) -> tuple[tuple[SiteInfo, ...], Values]:
+    """Mean over particles, of which ``vectorized`` are summed in each row; a site that some lack counts as zero in them."""
+    if len(rows) == 1 and vectorized == 1:
+        return infos[0], rows[0]
+    if all(info == infos[0] for info in infos):
+        total, sites = np.sum(rows, axis=0), infos[0]
+    else:
+        by_name: dict[str, SiteInfo] = {}
+        for info in infos:
+            for site in info:
+                by_name.setdefault(site.site, site)
+        places = {name: i for i, name in enumerate(by_name)}
+        total, sites = np.zeros((len(places), len(VALUES))), tuple(by_name.values())
+        for info, values in zip(infos, rows, strict=True):
+            total[[places[site.site] for site in info]] += values
+    total = total / len(rows)
+    total[:, _SUMMED] /= vectorized
+    return sites, [tuple(value) for value in total.tolist()]
