@@ -25,7 +25,8 @@ class History(Record):
     """Every site's terms at every step of a fit, at bounded memory.
 
     The ELBO of a step is ``sum(reconstruction) - sum(kl_prior)`` over its sites, each ``kl_prior`` being
-    KL(q || prior) with weight 1; the objective, which may weight it, is kept beside it. Values are in nats.
+    KL(q || prior) with weight 1; the objective, which may weight it or be another bound, is kept beside it. Values are
+    in nats.
 
     Parameters
     ----------
@@ -50,7 +51,11 @@ class History(Record):
         by
             "site": one row per (step, site), columns ``step, site, kind, log_p, log_q, reconstruction, kl_prior,
             kl_method, kl_reason, scale``; ``reconstruction`` is 0 at a latent site and ``kl_prior`` 0 at an
-            observed one, and a site that a step didn't have has no row there.
+            observed one, and a site that a step didn't have has no row there. A last column ``contribution`` is there
+            exactly if a step has a finite one, which is where the objective is not linear in the log weights (IWAE,
+            Renyi): the site's part in that bound, ``sum_k g_k (log p_k - log q_k)`` over particles k with g the bound's
+            gradient in the log weights. It is no KL, and NaN at steps of the ELBO, where the site's part is
+            ``reconstruction - kl_prior``. The other columns are plain means over particles in either case.
             "step": one row per step, columns ``step, elbo, objective, reconstruction, kl_prior, kl_weight,
             num_observations``.
         per_observation
@@ -71,7 +76,7 @@ class History(Record):
         return history_tables.by_step(columns, divisor)
 
     def summary(self, window: int | None = None) -> pd.DataFrame:
-        """Mean contribution of every site to the ELBO over the last steps.
+        """Mean of every site's part in the ELBO over the last steps.
 
         Parameters
         ----------
@@ -86,7 +91,12 @@ class History(Record):
             (a step without the site counts as 0, so that the sites sum to the ELBO); ``se``, its standard error
             allowing for autocorrelation (initial monotone sequence, Geyer 1992; NaN below 4 steps; a trend in
             the window inflates it, as it should); ``share``, ``|mean|`` over the sum of ``|mean|`` of all sites;
-            ``kl_method`` in the window. ``attrs`` has ``window``, ``first_step`` and ``last_step``.
+            ``kl_method`` in the window. If sites contributed to a bound that is not linear in the log weights (see
+            ``to_dataframe``), also ``contribution``: its mean over the steps in the window that have any, a step without
+            the site counting as 0. There the last row has the mean of ``objective`` over the same steps, to which
+            the sites do not sum: the objective less their sum is the remainder that comes from the concentration of
+            the weights, for IWAE -KL(normalized weights || uniform). ``attrs`` has ``window``,
+            ``first_step`` and ``last_step``.
 
         Raises
         ------
@@ -95,7 +105,7 @@ class History(Record):
         """
         self._require_steps("summary()")
         first = self._rows - self._window(window)
-        return history_tables.summarize(self._decode(first), self.elbo[first:])
+        return history_tables.summarize(self._decode(first), self.elbo[first:], self.objective[first:])
 
     def _require_steps(self, what: str) -> None:
         if not self._rows:
@@ -112,7 +122,8 @@ class History(Record):
             Coordinates ``step`` and ``site``. ``elbo``, ``objective``, ``kl_weight`` have dims (step,); ``log_p``,
             ``log_q``, ``reconstruction``, ``kl_prior``, ``scale``, ``num_observations`` (step, site), NaN where a step
             didn't have the site; ``kind``, ``kl_method``, ``kl_reason`` (site,), or (step, site) if they change, empty
-            for none. ``attrs`` holds the identity that ties them and what is needed to go on recording.
+            for none; and ``contribution`` (step, site) if any is finite. ``attrs`` holds the identity that ties
+            them and what is needed to go on recording.
         """
         by_step = {"elbo": self.elbo, "objective": self.objective, "kl_weight": self.kl_weight}
         progress = (self.num_recorded, self._stride, self._tail)
@@ -203,7 +214,9 @@ class History(Record):
         from pyro_elbo_ext.plots import plot_history
 
         table = self.to_dataframe(by="step", per_observation=per_observation)
-        _, names, present, values, labels = self._decode()
+        decoded = self._decode()
+        _, names, present, values, labels = decoded
+        bound = decoded.has_contributions
         latent = [i for i in range(len(names)) if (labels["kind"][present[:, i], i] != "observed").any()]
         divisor = self._divisor() if per_observation else np.ones(self._rows)
         kl_prior = np.where(present, values["kl_prior"], 0.0)[:, latent] / divisor[:, None]
@@ -213,7 +226,8 @@ class History(Record):
             table["reconstruction"].to_numpy(),
             kl_prior,
             [names[i] for i in latent],
-            objective=table["objective"].to_numpy() if (self.kl_weight != 1).any() else None,
+            objective=table["objective"].to_numpy() if bound or (self.kl_weight != 1).any() else None,
+            objective_label="bound (objective)" if bound else "weighted objective",
             axes=axes,
             smooth=smooth,
             top=top,
@@ -235,7 +249,9 @@ class History(Record):
         table = self.summary()
         caption = f"<p><b>History</b>: {self._status()}</p>"
         window = table.attrs["window"]
-        note = f"mean contribution to the ELBO (reconstruction - kl_prior) over the last {window:,} steps"
+        note = f"mean part in the ELBO (reconstruction - kl_prior) over the last {window:,} steps"
+        if "contribution" in table:
+            note += "; contribution is to the bound, whose mean is in the last row"
         if len(table) > 21:
             largest = table["share"].iloc[:-1].nlargest(20).index
             note += f"; the 20 largest of {len(table) - 1} sites"

@@ -24,6 +24,11 @@ IDENTITY = (
     "elbo = sum(reconstruction) - sum(kl_prior); objective = sum(reconstruction) - kl_weight * sum(kl_prior); "
     "kl_prior is KL(q || prior); log p(x) = elbo + KL(q || posterior)"
 )
+BOUND_IDENTITY = (
+    "elbo = sum(reconstruction) - sum(kl_prior); where there are contributions the objective is another bound, not linear "
+    "in the log weights: objective = sum(contribution) + a remainder from the concentration of the weights; kl_prior is "
+    "KL(q || prior), a contribution is no KL; log p(x) = elbo + KL(q || posterior)"
+)
 LONG_NAMES = {
     "log_p": "log density of the site under the model",
     "log_q": "log density of the site under the guide",
@@ -34,6 +39,7 @@ LONG_NAMES = {
     "elbo": "evidence lower bound, every kl_prior with weight 1",
     "objective": "what was optimized: reconstruction - kl_weight * kl_prior",
     "kl_weight": "weight of kl_prior in the objective",
+    "contribution": "sum_k g_k (log p_k - log q_k), the site's part in the bound; g is its gradient in the log weights",
     "kind": "observed, latent or auxiliary",
     "kl_method": "analytic or sampled; empty where there is no kl_prior",
     "kl_reason": "why the kl_prior is analytic or sampled",
@@ -55,22 +61,28 @@ def to_dataset(decoded: Decoded, by_step: dict[str, Floats], attrs: dict[str, An
     """The kept steps as ``History.to_xarray`` describes them; ``by_step`` holds the variables of shape (rows,)."""
     steps, names, present, values, labels = decoded
     data: dict[str, Any] = {name: ("step", column) for name, column in by_step.items()}
-    data.update({name: (("step", "site"), column) for name, column in values.items()})
+    bound = decoded.has_contributions
+    data.update(
+        {name: (("step", "site"), column) for name, column in values.items() if bound or name != "contribution"}
+    )
     first_row = present.argmax(0) if steps.size else np.zeros(0, np.int64)
     for name, label in labels.items():
         label[label == None] = ""  # noqa: E711 - elementwise; a file has no None
         fixed = label[first_row, np.arange(len(names))]
         data[name] = (("step", "site"), label) if ((label != fixed) & present).any() else ("site", fixed)
     dataset = xr.Dataset(data, {"step": steps, "site": np.array(names, object)})
-    for name, long_name in LONG_NAMES.items():
-        dataset[name].attrs["long_name"] = long_name
-    dataset.attrs.update(title="Decomposed ELBO by step and site", identity=IDENTITY, **attrs)
+    for key, variable in dataset.data_vars.items():
+        variable.attrs["long_name"] = LONG_NAMES[str(key)]
+    if bound:
+        dataset["objective"].attrs["long_name"] = "what was optimized: a bound that is not linear in the log weights"
+    identity = BOUND_IDENTITY if bound else IDENTITY
+    dataset.attrs.update(title="Decomposed ELBO by step and site", identity=identity, **attrs)
     return dataset
 
 
 def check_dataset(dataset: xr.Dataset) -> None:
     """ValueError if ``dataset`` lacks a variable or an attribute that ``to_dataset`` gives."""
-    needed = {*VALUES, *LABELS, "reconstruction", "objective", "kl_weight", "step", "site"}
+    needed = {*VALUES, *LABELS, "reconstruction", "objective", "kl_weight", "step", "site"} - {"contribution"}
     missing = sorted((needed - set(dataset.variables)) | (set(ATTRIBUTES) - set(dataset.attrs)))
     if missing:
         raise ValueError(f"not a saved History: {', '.join(missing)} missing")
@@ -81,6 +93,8 @@ def rows_of(dataset: xr.Dataset) -> Iterator[Row]:
     dataset = dataset.transpose("step", "site")
     names, steps = dataset["site"].values.tolist(), dataset["step"].values.tolist()
     objective, kl_weight = dataset["objective"].values.tolist(), dataset["kl_weight"].values.tolist()
+    if "contribution" not in dataset:  # none is finite, or the file is older than contributions
+        dataset = dataset.assign(contribution=xr.full_like(dataset["log_p"], np.nan))
     values = np.stack([dataset[name].values for name in VALUES], -1)
     # A present site has a 0 in one of the two: kl_prior if observed, reconstruction if not.
     absent = np.isnan(values[:, :, 2]) & np.isnan(dataset["reconstruction"].values)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 BY_SITE = ["step", "site", "kind", "log_p", "log_q", "reconstruction", "kl_prior", "kl_method", "kl_reason", "scale"]
 BY_STEP = ["step", "elbo", "objective", "reconstruction", "kl_prior", "kl_weight", "num_observations"]
-PER_OBSERVATION = ("log_p", "log_q", "reconstruction", "kl_prior", "elbo", "objective")
+PER_OBSERVATION = ("log_p", "log_q", "reconstruction", "kl_prior", "elbo", "objective", "contribution")
 
 
 def by_site(decoded: Decoded, divisor: Floats) -> pd.DataFrame:
-    """One row per (step, site), columns ``BY_SITE``; values in nats over the step's ``divisor`` (rows,)."""
+    """One row per (step, site), columns ``BY_SITE`` and ``contribution`` if there are any; nats over ``divisor`` (rows,)."""
     row, site = np.nonzero(decoded.present)
     columns: dict[str, Any] = {
         name: column[decoded.present] for name, column in {**decoded.values, **decoded.labels}.items()
@@ -28,7 +28,7 @@ def by_site(decoded: Decoded, divisor: Floats) -> pd.DataFrame:
     columns["step"] = decoded.steps[row]
     columns["site"] = np.array(decoded.names, object)[site]
     columns.update({name: columns[name] / divisor[row] for name in PER_OBSERVATION if name in columns})
-    return pd.DataFrame(columns, columns=BY_SITE)
+    return pd.DataFrame(columns, columns=[*BY_SITE, "contribution"] if decoded.has_contributions else BY_SITE)
 
 
 def by_step(columns: dict[str, NDArray[Any]], divisor: Floats) -> pd.DataFrame:
@@ -38,8 +38,8 @@ def by_step(columns: dict[str, NDArray[Any]], divisor: Floats) -> pd.DataFrame:
     return pd.DataFrame(columns, columns=BY_STEP)
 
 
-def summarize(decoded: Decoded, elbo: Floats) -> pd.DataFrame:
-    """Means over the decoded steps, as ``History.summary`` describes them; ``elbo`` (rows,) is that of these steps."""
+def summarize(decoded: Decoded, elbo: Floats, objective: Floats) -> pd.DataFrame:
+    """Means over the decoded steps, as ``History.summary`` describes them; ``elbo`` and ``objective`` (rows,) are theirs."""
     _, names, present, values, labels = decoded
     terms = np.where(present, values["reconstruction"] - values["kl_prior"], 0.0)
     series = np.column_stack([terms, elbo])
@@ -58,6 +58,11 @@ def summarize(decoded: Decoded, elbo: Floats) -> pd.DataFrame:
         },
         index=pd.Index([*names, "ELBO"], name="site"),
     )
+    if decoded.has_contributions:
+        contribution = values["contribution"]
+        bounded = np.isfinite(contribution).any(1)  # the ELBO's steps have none
+        parts = np.where(present, contribution, 0.0)[bounded].mean(0)
+        table["contribution"] = [*parts, objective[bounded].mean()]
     steps = decoded.steps
     table.attrs.update(window=len(steps), first_step=int(steps[0]), last_step=int(steps[-1]))
     return table

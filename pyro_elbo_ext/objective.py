@@ -360,7 +360,7 @@ class DecomposedELBO(ELBO):
                 logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
 
     def _raise_not_finite(self, sites: tuple[SiteInfo, ...], values: Values) -> None:
-        for site, (log_p, log_q, kl, _, _) in zip(sites, values, strict=True):
+        for site, (log_p, log_q, kl, *_) in zip(sites, values, strict=True):
             if math.isfinite(log_p if site.kind == "observed" else kl):
                 continue
             terms = {"log_p": log_p, "log_q": log_q, "kl_prior": kl}

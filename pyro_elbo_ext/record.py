@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-VALUES = ("log_p", "log_q", "kl_prior", "scale", "num_observations")
+VALUES = ("log_p", "log_q", "kl_prior", "scale", "num_observations", "contribution")
 KINDS = ("observed", "latent", "auxiliary")
 LABELS = ("kind", "kl_method", "kl_reason")
 
@@ -40,6 +40,11 @@ class Decoded(NamedTuple):
     present: NDArray[np.bool_]  # (rows, sites)
     values: dict[str, Floats]  # each (rows, sites), NaN where the site is absent
     labels: dict[str, NDArray[np.object_]]  # each (rows, sites), None where absent or not applicable
+
+    @property
+    def has_contributions(self) -> bool:
+        """Whether the objective of some step was a bound that is not linear in the log weights."""
+        return bool(np.isfinite(self.values["contribution"]).any())
 
 
 class Record:
@@ -85,11 +90,15 @@ class Record:
             Greater than the last recorded step; steps need not be consecutive.
         sites
             What the rows of ``values`` are. It may change between steps.
-        values : (len(sites), 5) array
+        values : (len(sites), 6) array
             Columns ``VALUES``: each summed over the site's batch, averaged over particles, NaN where it doesn't apply.
+            ``contribution`` is the site's part in a bound that is not linear in the log weights (IWAE, Renyi),
+            ``sum_k g_k (log p_k - log q_k)`` over particles k with g the gradient of the bound in the log weights;
+            NaN where the objective is the ELBO, to which a site contributes ``reconstruction - kl_prior``.
             It is copied.
         objective, kl_weight
-            The weighted objective, ``sum(reconstruction) - kl_weight * sum(kl_prior)``, and its weight.
+            What was optimized: the weighted objective, ``sum(reconstruction) - kl_weight * sum(kl_prior)``, and its
+            weight; or a bound that is not linear in the log weights.
 
         Raises
         ------
@@ -215,7 +224,7 @@ class Record:
 
     @property
     def objective(self) -> Floats:
-        """The weighted objective at every kept step, shape ``(len(record),)``."""
+        """What was optimized, the weighted ELBO or another bound, at every kept step, shape ``(len(record),)``."""
         return self._objective[: self._rows].copy()
 
     @property
@@ -230,7 +239,7 @@ class Record:
         return totals["reconstruction"] - totals["kl_prior"]
 
     def _groups(self, first: int = 0) -> Iterator[tuple[tuple[SiteInfo, ...], NDArray[np.int64], Floats]]:
-        """Per layout: its sites, its row numbers counted from ``first``, and its values (rows, sites, 5)."""
+        """Per layout: its sites, its row numbers counted from ``first``, and its values (rows, sites, 6)."""
         layout = self._layout[: self._rows]
         lengths = self._lengths()
         starts = (np.cumsum(lengths[layout]) - lengths[layout])[first:]
