@@ -10,13 +10,15 @@ import pandas as pd
 import xarray as xr
 
 from pyro_elbo_ext import history_files, history_tables
+from pyro_elbo_ext.gradient_noise import GradientNoise
 from pyro_elbo_ext.record import VALUES, Record, SiteInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
+    from torch import Tensor
 
 __all__ = ["VALUES", "History", "SiteInfo"]
 
@@ -34,12 +36,107 @@ class History(Record):
         Most steps kept, at least 4; None keeps all. At least the last ``max_steps // 4`` steps are kept at full
         resolution. Older ones are thinned to every ``stride``-th step (the first always among them), the stride
         doubling as the run gets longer, so between half and all of ``max_steps`` rows cover the whole run.
+    gradient_snr
+        Whether to record gradients too, for the method of the same name: None, not; "steps", one gradient for each step,
+        whose noise is its variation from step to step; "particles", the gradients of each step's particles, whose
+        variation within the step gives the noise of their mean.
+    gradient_window
+        Gradients of the last ``gradient_window`` to ``2 * gradient_window`` steps are read; at least 2. However long the
+        run, four tensors of the size of each parameter are kept.
 
     Attributes
     ----------
     num_recorded : int
         Steps recorded so far; ``len(history)`` is the number of them kept.
+
+    Raises
+    ------
+    ValueError
+        ``max_steps`` is below 4, ``gradient_snr`` is none of the three, or ``gradient_window`` is below 2.
+
+    References
+    ----------
+    Rainforth et al. (2018), "Tighter variational bounds are not necessarily better".
     """
+
+    def __init__(
+        self,
+        max_steps: int | None = 10_000,
+        *,
+        gradient_snr: Literal["steps", "particles"] | None = None,
+        gradient_window: int = 200,
+    ) -> None:
+        self._noise = None if gradient_snr is None else GradientNoise(gradient_snr, gradient_window)
+        super().__init__(max_steps)
+
+    def clear(self) -> None:
+        """Forget every recorded step and gradient; the arguments of the constructor stay."""
+        super().clear()
+        if self._noise is not None:
+            self._noise.clear()
+
+    # Gradients
+
+    @property
+    def gradient_mode(self) -> Literal["steps", "particles"] | None:
+        """What ``append_gradients`` takes, the constructor's ``gradient_snr``; None if it takes nothing."""
+        return None if self._noise is None else self._noise.mode
+
+    def append_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Record the gradients of one step; nothing waits for their device.
+
+        Parameters
+        ----------
+        gradients
+            By parameter, of the parameter's shape in mode "steps". In mode "particles" of shape (K, *parameter.shape),
+            the gradients of K particles whose mean over them is the step's. They are copied, in single precision or
+            wider. A parameter may come later, pause, or change its shape, which starts it anew; one that has not come
+            for ``2 * gradient_window`` steps is forgotten.
+
+        Raises
+        ------
+        TypeError
+            A gradient is not a tensor of real floating-point numbers.
+        ValueError
+            The history was not constructed to record gradients, or K is below 2. Nothing is then recorded.
+        """
+        self._require_noise("append_gradients()").append(gradients)
+
+    def gradient_snr(self, by: Literal["parameter", "element"] = "parameter") -> pd.DataFrame:
+        """Signal-to-noise ratio of the step's gradient, |E[g]| / sd[g], over the last steps (Rainforth et al. 2018).
+
+        In mode "steps" the moments are those of the gradients of the last steps, so that a drift of the gradient counts
+        as noise. In mode "particles" the mean is that of the steps' means, and sd the root of the mean over steps of
+        the variance within the step over K, the variance of the mean of K particles. Like the constructor's
+        ``gradient_snr``, gradients do not go into files.
+
+        Parameters
+        ----------
+        by
+            "parameter": one row each, columns ``parameter``, ``numel``, ``snr`` (norm of the mean over the root of the sum
+            of variances), ``snr_median``, ``snr_min``, ``snr_max`` (of its elements, leaving out NaN) and ``num_steps``.
+            "element": one row each, columns ``parameter``, ``index`` (a tuple), ``mean``, ``sd``, ``snr`` and ``num_steps``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A ratio is inf where the gradient did not vary and is not 0; NaN where it was always 0, and in mode "steps"
+            after a single step.
+
+        Raises
+        ------
+        ValueError
+            The history was not constructed to record gradients, none was recorded, or ``by`` is neither.
+        """
+        return self._require_noise("gradient_snr()").table(by)
+
+    def _require_noise(self, what: str) -> GradientNoise:
+        if self._noise is None:
+            raise ValueError(
+                f'{what} needs a history that records gradients: construct it with History(gradient_snr="steps"), or '
+                '"particles", and give it to the objective before the fit'
+            )
+        return self._noise
 
     # Tables
 
@@ -134,7 +231,7 @@ class History(Record):
 
     @classmethod
     def from_xarray(cls, dataset: xr.Dataset) -> History:
-        """The history that gave ``dataset`` by ``to_xarray``, ready for further steps.
+        """The history that gave ``dataset`` by ``to_xarray``, ready for further steps, but without gradients.
 
         Raises
         ------
@@ -151,7 +248,7 @@ class History(Record):
         return history
 
     def save(self, path: str | Path) -> None:
-        """Write the history to ``path``, replacing it: netCDF if it ends in .nc, zarr if it ends in .zarr.
+        """Write the history without its gradients to ``path``, replacing it: netCDF if it ends in .nc, zarr if it ends in .zarr.
 
         Raises
         ------
