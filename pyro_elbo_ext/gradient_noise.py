@@ -30,6 +30,14 @@ class Moments(NamedTuple):
     )
 
 
+class Estimate(NamedTuple):
+    """What the moments say, on the host."""
+
+    num_steps: int
+    mean: Floats  # of the step gradients
+    variance: Floats
+
+
 class GradientNoise:
     """Moments of the gradients of the last ``window + 1`` to ``2 * window`` steps (all of a shorter run).
 
@@ -84,8 +92,8 @@ class GradientNoise:
         names = list({**self._previous, **self._current})
         if not names:
             raise ValueError("gradient_snr() needs the gradients of at least one step; none has been recorded")
-        read = [self._read(name) for name in names]
-        return _by_parameter(names, read) if by == "parameter" else _by_element(names, read)
+        estimates = [self._read(name) for name in names]
+        return _by_parameter(names, estimates) if by == "parameter" else _by_element(names, estimates)
 
     def _moments(self, name: str, gradient: Tensor) -> Moments:
         """The moments of one step."""
@@ -119,13 +127,13 @@ class GradientNoise:
             spread = spread + delta**2 * (a.num_steps * b.num_steps / num_steps)
         return Moments(num_steps, mean + delta * (b.num_steps / num_steps), spread)
 
-    def _read(self, name: str) -> tuple[int, Floats, Floats]:
-        """Number of steps, and mean and variance of the step gradients, from the device."""
+    def _read(self, name: str) -> Estimate:
+        """Both buckets of a parameter, from its device."""
         buckets = [bucket[name] for bucket in (self._previous, self._current) if name in bucket]
         moments = self._merge(*buckets) if len(buckets) == 2 else buckets[0]
         mean, spread = (moment.cpu().double().numpy() for moment in (moments.mean, moments.spread))
         divisor = moments.num_steps - 1 if self.mode == "steps" else moments.num_steps
-        return moments.num_steps, mean, spread / divisor if divisor else np.full(mean.shape, math.nan)
+        return Estimate(moments.num_steps, mean, spread / divisor if divisor else np.full(mean.shape, math.nan))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy can be read where the parameters' device is missing; the next step takes its moments back to it."""
@@ -141,16 +149,16 @@ def _ratio(mean: Floats, variance: Floats) -> Floats:
         return np.asarray(np.abs(mean) / np.sqrt(variance))
 
 
-def _by_parameter(names: list[str], read: list[tuple[int, Floats, Floats]]) -> pd.DataFrame:
+def _by_parameter(names: list[str], estimates: list[Estimate]) -> pd.DataFrame:
     rows = []
-    for name, (num_steps, mean, variance) in zip(names, read, strict=True):
+    for name, (num_steps, mean, variance) in zip(names, estimates, strict=True):
         snr = _ratio(mean, variance)
         known = snr[~np.isnan(snr)]
         rows.append(
             {
                 "parameter": name,
                 "numel": mean.size,
-                "snr": float(_ratio(np.linalg.norm(mean), variance.sum())),
+                "snr": float(_ratio(np.asarray(np.sqrt((mean**2).sum())), np.asarray(variance.sum()))),
                 "snr_median": np.median(known) if known.size else math.nan,
                 "snr_min": known.min() if known.size else math.nan,
                 "snr_max": known.max() if known.size else math.nan,
@@ -160,16 +168,17 @@ def _by_parameter(names: list[str], read: list[tuple[int, Floats, Floats]]) -> p
     return pd.DataFrame(rows)
 
 
-def _by_element(names: list[str], read: list[tuple[int, Floats, Floats]]) -> pd.DataFrame:
-    size = [mean.size for _, mean, _ in read]
-    mean, variance = (np.concatenate([moments[i].ravel() for moments in read]) for i in (1, 2))
+def _by_element(names: list[str], estimates: list[Estimate]) -> pd.DataFrame:
+    size = [estimate.mean.size for estimate in estimates]
+    mean = np.concatenate([estimate.mean.ravel() for estimate in estimates])
+    variance = np.concatenate([estimate.variance.ravel() for estimate in estimates])
     return pd.DataFrame(
         {
             "parameter": np.repeat(np.array(names, object), size),
-            "index": pd.Series([at for _, moment, _ in read for at in np.ndindex(moment.shape)], dtype=object),
+            "index": pd.Series([at for estimate in estimates for at in np.ndindex(estimate.mean.shape)], dtype=object),
             "mean": mean,
             "sd": np.sqrt(variance),
             "snr": _ratio(mean, variance),
-            "num_steps": np.repeat([num_steps for num_steps, _, _ in read], size),
+            "num_steps": np.repeat([estimate.num_steps for estimate in estimates], size),
         }
     )

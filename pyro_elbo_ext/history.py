@@ -248,7 +248,9 @@ class History(Record):
         return history
 
     def save(self, path: str | Path) -> None:
-        """Write the history without its gradients to ``path``, replacing it: netCDF if it ends in .nc, zarr if it ends in .zarr.
+        """Write the history to ``path``, replacing it: netCDF if it ends in .nc, zarr if it ends in .zarr.
+
+        Gradients are left out.
 
         Raises
         ------
