@@ -115,6 +115,8 @@ class GradientNoise:
                 f"gradient_snr='particles' needs at least 2 particles, the first dimension of each gradient; that of "
                 f"{name!r} has shape {tuple(gradient.shape)}. Use num_particles of at least 2, or gradient_snr='steps'"
             )
+        if not gradient.numel():  # torch warns of its variance
+            return Moments(1, gradient[0], gradient[0])
         variance, mean = torch.var_mean(gradient.to(dtype), 0)
         return Moments(1, mean, variance / len(gradient))
 
@@ -124,8 +126,8 @@ class GradientNoise:
         mean, spread = a.mean.to(b.mean.device), a.spread.to(b.mean.device) + b.spread
         delta = b.mean - mean
         if self.mode == "steps":
-            spread = spread + delta**2 * (a.num_steps * b.num_steps / num_steps)
-        return Moments(num_steps, mean + delta * (b.num_steps / num_steps), spread)
+            spread = torch.addcmul(spread, delta, delta, value=a.num_steps * b.num_steps / num_steps)
+        return Moments(num_steps, torch.add(mean, delta, alpha=b.num_steps / num_steps), spread)
 
     def _read(self, name: str) -> Estimate:
         """Both buckets of a parameter, from its device."""
