@@ -233,11 +233,11 @@ def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]
         scale = host[slot.scale] if type(slot.scale) is int else slot.scale
         if info.kind == "observed":
             count = slot.num_observations
-            values.append((log_p, _NAN, _NAN, scale, host[count] if type(count) is int else count))
+            values.append((log_p, _NAN, _NAN, scale, host[count] if type(count) is int else count, _NAN))
             continue
         log_q = sum([host[at] for at in slot.log_q])
         kl_prior = log_q if slot.log_p is None else log_q - log_p
         if slot.kl_prior is not None:
             kl_prior = host[slot.kl_prior]
-        values.append((log_p, log_q, kl_prior, scale, 0.0))
+        values.append((log_p, log_q, kl_prior, scale, 0.0, _NAN))
     return values

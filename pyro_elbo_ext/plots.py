@@ -28,6 +28,7 @@ def plot_history(
     sites: Sequence[str],
     *,
     objective: Floats | None = None,
+    objective_label: str = "weighted objective",
     axes: Sequence[Axes] | None = None,
     smooth: float = 0.05,
     top: int = 6,
@@ -45,6 +46,8 @@ def plot_history(
         Increasing; need not be evenly spaced.
     elbo, reconstruction, objective : (n,) arrays
         ``objective`` (drawn dashed in the first panel) where it isn't the ELBO.
+    objective_label
+        What the legend calls ``objective``.
     kl_prior : (n, len(sites)) array
         0 where a step didn't have the site.
     axes
@@ -86,7 +89,7 @@ def plot_history(
     width = smooth * (steps[-1] - steps[0])
     _curve(panels[0], steps, elbo, width, COLOURS[0], "ELBO")
     if objective is not None:
-        _curve(panels[0], steps, objective, width, COLOURS[5], "weighted objective", linestyle="--")
+        _curve(panels[0], steps, objective, width, COLOURS[5], objective_label, linestyle="--")
         _legend(panels[0])
     _curve(panels[1], steps, reconstruction, width, COLOURS[2], "reconstruction")
     shown = [elbo] if objective is None else [elbo, objective]

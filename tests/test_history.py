@@ -26,11 +26,24 @@ STEP_COLUMNS = ["step", "elbo", "objective", "reconstruction", "kl_prior", "kl_w
 
 
 def two_values(t: float, count: float = 10.0) -> np.ndarray:
-    return np.array([[-1.0 - t, -0.5, 0.5 + t, 1.0, 0.0], [-20.0 + t, NAN, NAN, 2.0, count]])
+    return np.array([[-1.0 - t, -0.5, 0.5 + t, 1.0, 0.0, NAN], [-20.0 + t, NAN, NAN, 2.0, count, NAN]])
 
 
 def three_values(t: float) -> np.ndarray:
-    return np.array([[-2.0, -1.0 - t, 1.0 + t, 1.0, 0.0], [NAN, -3.0, 0.25, 1.0, 0.0], [-7.0 * t, NAN, NAN, 1.0, 5.0]])
+    return np.array(
+        [
+            [-2.0, -1.0 - t, 1.0 + t, 1.0, 0.0, NAN],
+            [NAN, -3.0, 0.25, 1.0, 0.0, NAN],
+            [-7.0 * t, NAN, NAN, 1.0, 5.0, NAN],
+        ]
+    )
+
+
+def bound_values(t: float) -> np.ndarray:
+    """As ``two_values``, under a bound that is not linear in the log weights."""
+    values = two_values(t)
+    values[:, -1] = [-0.25 - t, -16.0 + t]
+    return values
 
 
 def record(history: History, start: int, stop: int) -> None:
@@ -91,7 +104,7 @@ def test_elbo_has_weight_one_and_stands_beside_the_objective() -> None:
 def test_per_observation_makes_batch_sizes_compare() -> None:
     history = History()
     for step, batch in enumerate((10, 40)):
-        values = two_values(0.0) * np.array([batch, batch, batch, 1.0, 1.0])
+        values = two_values(0.0) * np.array([batch, batch, batch, 1.0, 1.0, 1.0])
         values[1, 4] = batch
         history.append(step, TWO, values, objective=-20.25 * batch, kl_weight=0.5)
     table = history.to_dataframe(per_observation=True)
@@ -152,7 +165,8 @@ def test_xarray_has_labels_per_site_until_they_change() -> None:
     assert dataset["kl_method"].dims == ("step", "site")
     assert dataset["kl_reason"].dims == ("site",)
     assert dataset["kl_method"].sel(site="mu").values.tolist() == ["analytic", "", "sampled"]
-    assert set(VALUES) <= set(dataset.data_vars)
+    assert set(VALUES) - {"contribution"} <= set(dataset.data_vars)
+    assert "contribution" not in dataset
 
 
 # Refusing what can't be recorded
@@ -161,9 +175,9 @@ def test_xarray_has_labels_per_site_until_they_change() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"values": np.zeros((3, 5))}, ValueError, r"shape \(3, 5\), but 2 sites need \(2, 5\)"),
-        ({"values": np.zeros((2, 4))}, ValueError, r"shape \(2, 4\)"),
-        ({"values": [[0.0] * 5] * 2}, TypeError, "numpy array, got list"),
+        ({"values": np.zeros((3, 6))}, ValueError, r"shape \(3, 6\), but 2 sites need \(2, 6\)"),
+        ({"values": np.zeros((2, 5))}, ValueError, r"shape \(2, 5\)"),
+        ({"values": [[0.0] * 6] * 2}, TypeError, "numpy array, got list"),
         ({"sites": [MU, Y]}, TypeError, "tuple of SiteInfo, got list"),
         ({"sites": (Y, Y)}, ValueError, "'y' occurs more than once"),
         ({"sites": (MU._replace(kind="latents"), Y)}, ValueError, "'mu' has kind 'latents'"),
@@ -245,7 +259,7 @@ def test_memory_stays_bounded_when_every_step_has_new_labels() -> None:
         history.append(step, sites, two_values(0.0), objective=0.0, kl_weight=1.0)
     assert len(history._layouts) <= 201
     assert len(history._order) <= 202
-    assert history._flat.size <= 3 * 100 * 10
+    assert history._flat.size <= 3 * 100 * 12
     assert set(history.to_dataframe()["site"]) == {"y", *(f"mu_{step}" for step in history.steps)}
 
 
@@ -255,7 +269,7 @@ def test_memory_does_not_grow_with_the_run() -> None:
     for step in range(20_000):
         history.append(step, TWO, two_values(0.0), objective=0.0, kl_weight=1.0)
         sizes.append(history._flat.nbytes + 28 * history._steps.size)
-    assert max(sizes) == 1000 * (10 * 8 + 28)
+    assert max(sizes) == 1000 * (12 * 8 + 28)
 
 
 def test_clear_forgets_everything_but_max_steps() -> None:
@@ -338,7 +352,7 @@ def test_standard_error_on_an_autoregression(phi: float) -> None:
     series = ar1(phi, n, chains, seed=7)
     sites = tuple(SiteInfo(f"z{i}", "latent", "sampled", None) for i in range(chains))
     history = History(None)
-    values = np.zeros((chains, 5))
+    values = np.zeros((chains, 6))
     for t in range(n):
         values[:, 2] = series[t]
         history.append(t, sites, values, objective=0.0, kl_weight=1.0)
@@ -355,6 +369,75 @@ def test_standard_error_on_an_autoregression(phi: float) -> None:
     assert abs((z**2).mean() - 1) < 4 * math.sqrt(2 / chains)
     # The total's error is that of a sum of independent series, not of one of them.
     assert table.loc["ELBO", "se"] ** 2 / (chains * exact) == pytest.approx(1, abs=0.5)
+
+
+# Contributions to a bound that is not linear in the log weights
+
+
+def mixed() -> History:
+    """A step of the ELBO, then three of a bound, the last with fewer sites."""
+    history = History()
+    history.append(0, TWO, two_values(0.0), objective=-20.5, kl_weight=1.0)
+    for t in (1, 2):
+        history.append(t, TWO, bound_values(t), objective=-16.5 - t, kl_weight=1.0)
+    history.append(3, (Y,), bound_values(3.0)[1:], objective=-13.5, kl_weight=1.0)
+    return history
+
+
+def test_contribution_is_the_last_column_exactly_where_one_was_recorded() -> None:
+    history = mixed()
+    table = history.to_dataframe()
+    assert list(table.columns) == [*COLUMNS, "contribution"]
+    np.testing.assert_array_equal(table["contribution"], [NAN, NAN, -1.25, -15.0, -2.25, -14.0, -13.0])
+    pd.testing.assert_frame_equal(
+        table[table["step"] < 3][["log_p", "log_q", "reconstruction", "kl_prior"]],
+        pd.DataFrame(
+            [row for t in range(3) for row in ([-1.0 - t, -0.5, 0.0, 0.5 + t], [-20.0 + t, NAN, -20.0 + t, 0.0])],
+            columns=["log_p", "log_q", "reconstruction", "kl_prior"],
+        ),
+    )
+    np.testing.assert_array_equal(history.elbo, [-20.5, -20.5, -20.5, -17.0])  # of plain means, whatever the bound
+    np.testing.assert_array_equal(history.objective, [-20.5, -17.5, -18.5, -13.5])
+    per_observation = history.to_dataframe(per_observation=True)
+    np.testing.assert_array_equal(per_observation["contribution"], table["contribution"] / 10)
+    infinite = History()
+    values = two_values(0.0)
+    values[:, -1] = math.inf
+    infinite.append(0, TWO, values, objective=0.0, kl_weight=1.0)
+    assert list(infinite.to_dataframe().columns) == COLUMNS
+
+
+def test_summary_has_contributions_and_the_mean_objective_that_they_do_not_sum_to() -> None:
+    table = mixed().summary(window=4)
+    assert list(table.columns) == ["kind", "mean", "se", "share", "kl_method", "contribution"]
+    assert table.index.tolist() == ["mu", "y", "ELBO"]
+    # Over the three steps that have any; mu is absent in one of them.
+    np.testing.assert_allclose(table["contribution"], [-3.5 / 3, -42.0 / 3, (-17.5 - 18.5 - 13.5) / 3])
+    assert table.loc["ELBO", "mean"] == pytest.approx(mixed().elbo.mean())
+    elbo_only = mixed()
+    for t in range(4, 6):
+        elbo_only.append(t, TWO, two_values(t), objective=-20.5, kl_weight=1.0)
+    assert "contribution" not in elbo_only.summary(window=2)
+    assert "contribution is to the bound" in mixed()._repr_html_()
+    weighted = History()
+    record(weighted, 0, 9)
+    assert "contribution is to the bound" not in weighted._repr_html_()
+
+
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_contributions_survive_files_which_without_them_are_as_before(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("h5netcdf" if suffix == ".nc" else "zarr")
+    path = tmp_path / f"history{suffix}"
+    mixed().save(path)
+    loaded = History.load(path)
+    assert_same(loaded, mixed())
+    assert list(loaded.to_dataframe().columns) == [*COLUMNS, "contribution"]
+    dataset = loaded.to_xarray()
+    assert dataset["contribution"].dims == ("step", "site")
+    assert "objective = sum(contribution) + a remainder" in dataset.attrs["identity"]
+    older = History.from_xarray(dataset.drop_vars("contribution"))
+    assert list(older.to_dataframe().columns) == COLUMNS
+    np.testing.assert_array_equal(older.elbo, loaded.elbo)
 
 
 # Files and copies
@@ -382,7 +465,7 @@ def test_what_is_loaded_equals_what_was_saved_and_can_go_on(
 def test_saved_numbers_are_exact_and_nan_and_infinity_survive(tmp_path: Path) -> None:
     pytest.importorskip("h5netcdf")
     history = History()
-    values = np.array([[math.pi, -math.inf, 1e-310, 0.1, 0.0], [NAN, NAN, NAN, 1 / 3, 1e300]])
+    values = np.array([[math.pi, -math.inf, 1e-310, 0.1, 0.0, NAN], [NAN, NAN, NAN, 1 / 3, 1e300, 1e-17]])
     history.append(2**60, TWO, values, objective=0.1 + 0.2, kl_weight=1 / 3)
     history.save(tmp_path / "history.nc")
     loaded = History.load(tmp_path / "history.nc")
@@ -394,7 +477,7 @@ def test_saved_numbers_are_exact_and_nan_and_infinity_survive(tmp_path: Path) ->
 def test_a_step_without_sites_survives(tmp_path: Path) -> None:
     pytest.importorskip("h5netcdf")
     history = History()
-    history.append(0, (), np.zeros((0, 5)), objective=0.0, kl_weight=1.0)
+    history.append(0, (), np.zeros((0, 6)), objective=0.0, kl_weight=1.0)
     history.append(1, TWO, two_values(0.0), objective=0.0, kl_weight=1.0)
     history.save(tmp_path / "history.nc")
     assert_same(History.load(tmp_path / "history.nc"), history)
@@ -467,7 +550,7 @@ def test_repr_says_how_many_steps_and_the_last_elbo() -> None:
 def test_html_escapes_names_and_shows_the_largest_of_many_sites() -> None:
     history = History()
     sites = tuple(SiteInfo(f"<z{i:02d}>", "latent", "sampled", None) for i in range(30))
-    values = np.zeros((30, 5))
+    values = np.zeros((30, 6))
     values[:, 2] = np.arange(30.0)
     history.append(0, sites, values, objective=0.0, kl_weight=1.0)
     html = history._repr_html_()

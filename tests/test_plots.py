@@ -180,7 +180,7 @@ def test_running_mean_of_a_line_is_the_line_up_to_the_cut_end() -> None:
 # Through History
 
 
-def filled(n: int = 100, kl_weight: float = 1.0, observations: float = 20.0) -> History:
+def filled(n: int = 100, kl_weight: float = 1.0, observations: float = 20.0, contribution: float = np.nan) -> History:
     history = History(64)
     sites = (
         SiteInfo("mu", "latent", "analytic", None),
@@ -188,7 +188,13 @@ def filled(n: int = 100, kl_weight: float = 1.0, observations: float = 20.0) -> 
         SiteInfo("y", "observed", None, None),
     )
     for t in range(n):
-        values = np.array([[-1.0, -1, 4, 1, 0], [np.nan, -1, -1, 1, 0], [-40, np.nan, np.nan, 1, observations]])
+        values = np.array(
+            [
+                [-1.0, -1, 4, 1, 0, contribution],
+                [np.nan, -1, -1, 1, 0, contribution],
+                [-40, np.nan, np.nan, 1, observations, contribution],
+            ]
+        )
         history.append(t, sites, values, objective=-40 - kl_weight * 3, kl_weight=kl_weight)
     return history
 
@@ -210,6 +216,13 @@ def test_history_plot_shows_the_objective_when_weighted_and_per_observation() ->
     assert axes[0].get_ylabel() == "nats per observation"
     with pytest.raises(ValueError, match="no observations"):
         filled(observations=0.0).plot(per_observation=True)
+
+
+def test_history_plot_calls_a_nonlinear_objective_a_bound() -> None:
+    axes = filled(contribution=-12.0).plot()
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["ELBO", "bound (objective)"]
+    axes = filled(kl_weight=0.5).plot()
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["ELBO", "weighted objective"]
 
 
 def test_a_thinned_raw_curve_is_drawn_at_one_density() -> None:
