@@ -5,20 +5,32 @@ is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prio
 """
 
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.mcmc import run_nuts
-from pyro_elbo_ext.objective import DecomposedELBO
+from pyro_elbo_ext.multi_sample import (
+    ChiUpperBound,
+    ImportanceWeightedELBO,
+    MultiSampleELBO,
+    RenyiELBO,
+    ThermodynamicELBO,
+)
 from pyro_elbo_ext.terms import Term, Terms
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChiUpperBound",
     "Comparison",
     "DecomposedELBO",
     "History",
+    "ImportanceWeightedELBO",
+    "MultiSampleELBO",
+    "RenyiELBO",
     "Term",
     "Terms",
+    "ThermodynamicELBO",
     "compare_to_mcmc",
     "from_pyro_mcmc",
     "from_pyro_svi",

@@ -21,7 +21,7 @@ from pyro_elbo_ext.log_weights import Densities, LogWeights, join, read_densitie
 from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
 from pyro_elbo_ext.particles import Draw, draw, draw_particles
 from pyro_elbo_ext.placement import Placement, place
-from pyro_elbo_ext.terms import Kind, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
+from pyro_elbo_ext.terms import Kind, Method, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
 
 _NAN = float("nan")
 
@@ -57,8 +57,9 @@ class Particles:
         for descriptions, full in self.looped:
             terms = {}
             for of, (log_p, log_q) in zip(descriptions, full, strict=True):
-                method, reason = (None, None) if of.kind == "observed" else ("sampled", self.reason)
-                terms[of.site] = Term(of.site, of.kind, log_p, log_q, None, method, reason, of.stack, of.scale, of.mask)  # type: ignore[arg-type]
+                method: Method | None = None if of.kind == "observed" else "sampled"
+                reason = None if of.kind == "observed" else self.reason
+                terms[of.site] = Term(of.site, of.kind, log_p, log_q, None, method, reason, of.stack, of.scale, of.mask)
             each.append(Terms(terms, vectorized))
         return Terms(stack_particles(each).by_site, self.num_particles, self.contributions)
 
@@ -109,8 +110,8 @@ def estimate_bound(
                 here = _place(sites, bound, local_plates, gradient, particle_dim)
                 if placement is not None and here.plates != placement.plates:
                     raise ValueError(
-                        "the particles have different sites, and no longer share the same plates: there is no common bound. Make "
-                        "the sites of model and guide the same in every run, or use DecomposedELBO."
+                        "the particles have different sites, and no longer share the same plates: there is no common "
+                        "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
                     )
                 placement, description = here, _describe(sites, drawn, objective.max_plate_nesting, ledger)
             densities.append(read_densities(drawn, sites, here, gradient, objective.max_plate_nesting, particle_dim))
@@ -132,8 +133,8 @@ def estimate_bound(
     if not math.isfinite(host):
         objective._raise_not_finite(infos, rows)
         raise ValueError(
-            f"{type(bound).__name__} is {host} at step {objective.num_steps}, though no site's mean is infinite. No parameter has "
-            "been changed. Check the scales and the range of the log densities."
+            f"{type(bound).__name__} is {host} at step {objective.num_steps}, though no site's mean is infinite. No "
+            "parameter has been changed. Check the scales and the range of the log densities."
         )
 
     def surrogate() -> Tensor:
@@ -159,9 +160,7 @@ def estimate_bound(
         reason,
         contributions,
     )
-    evaluation = Evaluation(
-        pair, structures.signature, infos, rows, host, kl_weight, surrogate, model_parameters
-    )
+    evaluation = Evaluation(pair, structures.signature, infos, rows, host, kl_weight, surrogate, model_parameters)
     return evaluation, particles
 
 
@@ -195,13 +194,13 @@ def _place(
             continue
         if particle_dim is not None:
             raise ValueError(
-                f"site '{site.name}' is outside local_plates={local_plates!r}, so all particles must share its draw, but they are "
-                "vectorized. Use vectorize_particles=False."
+                f"site '{site.name}' is outside local_plates={local_plates!r}, so all particles must share its draw, "
+                "but they are vectorized. Use vectorize_particles=False."
             )
         if gradient.separate_paths:
             raise ValueError(
-                f"site '{site.name}' is outside local_plates={local_plates!r}: gradient='{gradient.name}' weights its path and "
-                "those inside alike. Use gradient='pathwise' or 'score_function'."
+                f"site '{site.name}' is outside local_plates={local_plates!r}: gradient='{gradient.name}' weights its "
+                "path and those inside alike. Use gradient='pathwise' or 'score_function'."
             )
     return placement
 
@@ -253,18 +252,13 @@ def _describe(sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledg
     return descriptions
 
 
-def _infos(
-    pair: Pair, signature: Signature, sites: Sequence[_Description], reason: str
-) -> tuple[SiteInfo, ...]:
+def _infos(pair: Pair, signature: Signature, sites: Sequence[_Description], reason: str) -> tuple[SiteInfo, ...]:
     """What the history takes; the same object as at the last step if nothing has changed."""
     known = pair.infos.get(signature)
     if known is not None and [info.site for info in known] == [of.site for of in sites]:
         return known
     pair.infos[signature] = tuple(
-        [
-            SiteInfo(of.site, of.kind, *((None, None) if of.kind == "observed" else ("sampled", reason)))
-            for of in sites
-        ]
+        [SiteInfo(of.site, of.kind, *((None, None) if of.kind == "observed" else ("sampled", reason))) for of in sites]
     )
     return pair.infos[signature]
 

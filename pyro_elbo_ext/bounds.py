@@ -130,8 +130,8 @@ class IWAE(_LogPowerMean):
 class Renyi(_LogPowerMean):
     """``(1 / (1 - alpha)) log mean_k w_k^(1 - alpha)`` (Li and Turner 2016, "Renyi divergence variational inference").
 
-    ``alpha=0`` is IWAE, ``alpha=1`` (the limit) the ELBO, ``alpha > 1`` lies below the ELBO. For ``alpha < 0`` it is an upper
-    bound with infinitely many particles, and neither with few.
+    ``alpha=0`` is IWAE, ``alpha=1`` (the limit) the ELBO, ``alpha > 1`` lies below the ELBO. For ``alpha < 0`` it is an
+    upper bound with infinitely many particles, and neither with few.
     """
 
     alpha: float = 0.5
@@ -180,8 +180,8 @@ class TVO(Bound):
     .. math:: \log p(x) = \int_0^1 \mathrm E_{\pi_\beta}[\log w] \, d\beta, \qquad \pi_\beta \propto q\, w^\beta.
 
     The integrand increases with beta: its values at the left ends of the intervals give a lower sum, at the right ends an
-    upper one. The expectations are self-normalized over the K particles, so the sums are bounds as K grows. One interval from
-    0 to 1 has the ELBO as its lower sum.
+    upper one. The expectations are self-normalized over the K particles, so the sums are bounds as K grows. One
+    interval from 0 to 1 has the ELBO as its lower sum.
 
     Parameters
     ----------

@@ -64,8 +64,8 @@ class DecomposedELBO(Objective):
         Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it. The history always
         holds the true ELBO, with weight 1, beside the objective.
     gradient : {"pathwise", "doubly_reparameterized", "score_function", "vargrad"}
-        Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized; sticking
-        the landing; score function with leave-one-out baseline; the same by the name of VarGrad. See
+        Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized;
+        sticking the landing; score function with leave-one-out baseline; the same by the name of VarGrad. See
         :mod:`pyro_elbo_ext.gradients`. All but the first need every ``kl_prior`` sampled, so with them "auto" samples.
     history : bool or History
         Whether to record each step; or a :class:`~pyro_elbo_ext.history.History` to record to.
@@ -213,10 +213,10 @@ class DecomposedELBO(Objective):
         if not math.isfinite(reconstruction - kl_total):
             self._raise_not_finite(info, values)
         self._last = particles
+        by_particle = self.history is not None and self.history.gradient_mode == "particles"
+        shares = ledger.surrogate_shares if by_particle else ledger.surrogate_loss
         objective = reconstruction - kl_weight * kl_total
-        return Evaluation(
-            pair, signature, info, values, objective, kl_weight, lambda: ledger.surrogate_loss(self.num_particles), list
-        )
+        return Evaluation(pair, signature, info, values, objective, kl_weight, lambda: shares(self.num_particles), list)
 
     def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
         return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)

@@ -54,11 +54,18 @@ class Ledger:
         What the surrogate multiplies each with; None for those that only the record needs.
     extra : list of Tensor
         Scalars that only the surrogate needs: score-function terms.
+    starts : list of tuple
+        Where each looped particle begins in ``scalars`` and ``extra``.
     """
 
     scalars: list[Tensor] = field(default_factory=list)
     weights: list[float | None] = field(default_factory=list)
     extra: list[Tensor] = field(default_factory=list)
+    starts: list[tuple[int, int]] = field(default_factory=list)
+
+    def begin_particle(self) -> None:
+        """What follows belongs to the next looped particle."""
+        self.starts.append((len(self.scalars), len(self.extra)))
 
     def add(self, density: Tensor, weight: float | None) -> int:
         self.scalars.append(density.sum() if density.dim() else density)
@@ -67,13 +74,22 @@ class Ledger:
 
     def surrogate_loss(self, num_particles: int) -> Tensor:
         """Scalar whose gradient is unbiased for that of the negative objective, averaged over particles."""
-        used = [i for i, weight in enumerate(self.weights) if weight is not None]
+        return self._surrogate_loss(num_particles, (0, 0), (len(self.scalars), len(self.extra)))
+
+    def surrogate_shares(self, num_particles: int) -> Tensor:
+        """Each looped particle's share of :meth:`surrogate_loss`, shape ``(looped particles,)``."""
+        ends = [*self.starts[1:], (len(self.scalars), len(self.extra))]
+        shares = [self._surrogate_loss(num_particles, *place) for place in zip(self.starts, ends, strict=True)]
+        return torch.stack(shares)
+
+    def _surrogate_loss(self, num_particles: int, start: tuple[int, int], end: tuple[int, int]) -> Tensor:
+        used = [i for i in range(start[0], end[0]) if self.weights[i] is not None]
         total = torch.zeros(())
         if used:
             stacked = _stack([self.scalars[i] for i in used])
-            weights = [-weight / num_particles for weight in self.weights if weight is not None]
+            weights = [-weight / num_particles for weight in self.weights[start[0] : end[0]] if weight is not None]
             total = torch.dot(stacked, stacked.new_tensor(weights))
-        for scalar in self.extra:
+        for scalar in self.extra[start[1] : end[1]]:
             total = total - scalar / num_particles
         return total
 

@@ -1,8 +1,8 @@
 r"""Estimators of a bound's gradient.  None of them changes the bound's value.
 
 The objective of K particles is ``L = E[f(l_1, ..., l_K)]`` with ``l_k = log p(x, z_k) - log q(z_k)``. Its gradient has three
-parts: the *path* from the parameters through the draws into ``l``, the *direct* dependence of the densities on the parameters,
-and, for draws without a path, the *score* ``grad log q``. With ``g_k = df/dl_k`` and ``h_k = d^2 f/dl_k^2``
+parts: the *path* from the parameters through the draws into ``l``, the *direct* dependence of the densities on the
+parameters, and, for draws without a path, the *score* ``grad log q``. With ``g_k = df/dl_k`` and ``h_k = d^2 f/dl_k^2``
 
 - model parameters only have the direct part, with weight ``g_k``, under every estimator;
 - for a draw with a path the direct part of ``log q`` is a score, which may be traded for a path:
@@ -87,14 +87,15 @@ class Gradient(ABC):
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
         """Each particle's share of the surrogate, shape ``(K,)``; the gradient of their sum estimates the bound's."""
 
-    def check(self, bound: Bound, num_particles: int) -> None:
+    def check(self, bound: Bound, num_particles: int) -> None:  # noqa: B027 - most work for every bound
         """Raise ValueError, saying what to do, if the estimator does not work for this bound."""
 
 
 class Pathwise(Gradient):
     """Through the draws where they are reparameterized, score function with leave-one-out baseline elsewhere.
 
-    With IWAE the latter is VIMCO, with a control variate for the direct part too, so that it vanishes where all weights are equal.
+    With IWAE the latter is VIMCO, with a control variate for the direct part too, so that it vanishes where all weights
+    are equal.
     """
 
     name = "pathwise"
@@ -127,7 +128,8 @@ class ScoreFunction(Pathwise):
 class VarGrad(ScoreFunction):
     """Gradient of half the variance of the log weights at fixed draws (Richter et al. 2020, "VarGrad").
 
-    For the ELBO that is the score function with leave-one-out baseline, term by term; for other bounds it is not the gradient.
+    For the ELBO that is the score function with leave-one-out baseline, term by term; for other bounds it is not the
+    gradient.
     """
 
     name = "vargrad"
@@ -135,8 +137,8 @@ class VarGrad(ScoreFunction):
     def check(self, bound: Bound, num_particles: int) -> None:
         if not bound.linear:
             raise ValueError(
-                f"gradient='vargrad' is a gradient of the ELBO, not of {type(bound).__name__}. Use gradient='score_function', "
-                "which is VIMCO for IWAE, or DecomposedELBO(gradient='vargrad')."
+                f"gradient='vargrad' is a gradient of the ELBO, not of {type(bound).__name__}. Use "
+                "gradient='score_function', which is VIMCO for IWAE, or DecomposedELBO(gradient='vargrad')."
             )
         if num_particles < 2:
             raise ValueError("gradient='vargrad' takes a variance over particles: use num_particles of at least 2")

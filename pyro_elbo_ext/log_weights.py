@@ -1,7 +1,7 @@
 """From the traces of K particles to their log weights, by site, and to what the estimators of gradients need.
 
-Every site's scaled log densities are summed over all dims but those of the plates that the bound is taken inside, which gives
-one column of shape ``(K, *B)`` for each; ``log w = log p(x, z) - log q(z)`` is a signed sum of columns.
+Every site's scaled log densities are summed over all dims but those of the plates that the bound is taken inside, which
+gives one column of shape ``(K, *B)`` for each; ``log w = log p(x, z) - log q(z)`` is a signed sum of columns.
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ class LogWeights:
     def _signed(self, use: Sequence[bool], placement: Placement, kl_weight: float) -> Tensor:
         outside = placement.outside
         divisor = outside if isinstance(outside, float) else 1.0
-        signs = [sign / divisor if used else 0.0 for used, sign in zip(use, _signs(self.columns, kl_weight), strict=True)]
+        signs = [
+            sign / divisor if used else 0.0 for used, sign in zip(use, _signs(self.columns, kl_weight), strict=True)
+        ]
         taken = self.values
         if not all(use):  # a column left out must not matter, not even if it is infinite
             at = [i for i, used in enumerate(use) if used]

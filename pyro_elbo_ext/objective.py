@@ -55,10 +55,10 @@ class Evaluation:
     objective : float
         The bound, or the weighted ELBO; what the history calls by that name.
     surrogate : callable
-        Gives each particle's share of a function whose gradient estimates that of the *loss*, shape ``(K,)``, or their sum, a
-        scalar, where the particles' shares cannot be told apart.
-    parameters : tuple of str
-        Names of the parameters that only the model has.
+        Gives each particle's share of a function whose gradient estimates that of the *loss*, shape ``(K,)``, or their
+        sum, a scalar, where the particles' shares cannot be told apart.
+    model_parameters : callable
+        Gives the names of the parameters that the model has and the guide has not.
     """
 
     pair: Pair
@@ -126,7 +126,9 @@ class Objective(ELBO):
         return self.estimator.name
 
     @abstractmethod
-    def _evaluate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, with_gradient: bool) -> Evaluation:
+    def _evaluate(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, with_gradient: bool
+    ) -> Evaluation:
         """Evaluate the objective once, averaged over its particles.
 
         Raises ValueError where a term is NaN or infinite, before anything has changed.
@@ -218,7 +220,12 @@ class Objective(ELBO):
         return 1, particles[0](model), particles[1](guide)
 
     def _remember(
-        self, pair: Pair, signature: Signature, model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker | None
+        self,
+        pair: Pair,
+        signature: Signature,
+        model_trace: Trace,
+        guide_trace: Trace,
+        tracker: DependencyTracker | None,
     ) -> Structure:
         """Read the structure of the traces and keep it."""
         structure = read_structure(model_trace, guide_trace, tracker)

@@ -29,8 +29,8 @@ Kwargs = dict[str, Any]
 class Draw:
     """The traces of one particle, or of all of them if they are vectorized.
 
-    ``drawn`` is the guide's trace that made the draws: ``guide_trace`` itself, unless the densities were evaluated at detached
-    copies of them; then ``paths`` ties each copy to its draw.
+    ``drawn`` is the guide's trace that made the draws: ``guide_trace`` itself, unless the densities were evaluated at
+    detached copies of them; then ``paths`` ties each copy to its draw.
     """
 
     model_trace: Trace
@@ -64,18 +64,16 @@ def draw_particles(
     shared = Trace()
     for trace in (first.model_trace, first.drawn):
         for name, node in trace.nodes.items():
-            if node["type"] == "sample" and not node["is_observed"]:
-                if site_is_subsample(node) or (trace is first.drawn and is_shared(node)):
-                    shared.nodes[name] = node
+            is_draw = node["type"] == "sample" and not node["is_observed"]
+            if is_draw and (site_is_subsample(node) or (trace is first.drawn and is_shared(node))):
+                shared.nodes[name] = node
     if shared.nodes:
         model, guide = poutine.replay(model, trace=shared), poutine.replay(guide, trace=shared)
     for particle in range(1, count):
         yield draw(model, guide, args, kwargs, gradient, particle)
 
 
-def draw(
-    model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: Gradient, particle: int | None
-) -> Draw:
+def draw(model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: Gradient, particle: int | None) -> Draw:
     """Run guide and model once, for one particle or (``particle=None``) for all of them in a particle plate."""
     if not gradient.separate_paths:
         with _DetachDraws() if gradient.detach_draws else nullcontext():
@@ -84,8 +82,8 @@ def draw(
     if isinstance(poutine.unwrap(guide), Messenger):
         raise ValueError(
             f"gradient='{gradient.name}' runs the guide a second time at its own draws, but a "
-            f"{type(poutine.unwrap(guide)).__name__} runs together with the model. Use gradient='pathwise', or a guide that is "
-            "a program of its own, such as AutoNormal."
+            f"{type(poutine.unwrap(guide)).__name__} runs together with the model. Use gradient='pathwise', or a guide "
+            "that is a program of its own, such as AutoNormal."
         )
     drawn = trace_program(guide, args, kwargs)
     fixed, paths = detached_copies(drawn, particle)

@@ -72,8 +72,8 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
         plates, local = _named(sites, stacks, local_plates)
         if not (bound.linear or bound.side == "lower"):
             raise ValueError(
-                f"local_plates={local_plates!r} takes the ELBO outside those plates, so that the whole is a lower bound, but "
-                f"{type(bound).__name__} is an upper one. Use a lower bound, or no local_plates."
+                f"local_plates={local_plates!r} takes the ELBO outside those plates, so that the whole is a lower "
+                f"bound, but {type(bound).__name__} is an upper one. Use a lower bound, or no local_plates."
             )
     else:
         plates = set.intersection(*stacks) if stacks else set()
@@ -115,8 +115,8 @@ def _named(
         inside = {frame.name for frame in stack} & set(names)
         if inside and inside != set(names):
             raise ValueError(
-                f"site '{site.name}' is in plate '{min(inside)}' but not in '{min(set(names) - inside)}': the bound cannot be "
-                "taken inside both. Name in local_plates only plates that its sites share."
+                f"site '{site.name}' is in plate '{min(inside)}' but not in '{min(set(names) - inside)}': the bound "
+                "cannot be taken inside both. Name in local_plates only plates that its sites share."
             )
         local.append(bool(inside))
     return {known[name] for name in names}, tuple(local)
@@ -126,9 +126,7 @@ def _subsampling(frame: CondIndepStackFrame) -> float:
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
 
 
-def _check_subsampling(
-    sites: Sequence[Site], inside: Sequence[Site], plates: set[CondIndepStackFrame]
-) -> None:
+def _check_subsampling(sites: Sequence[Site], inside: Sequence[Site], plates: set[CondIndepStackFrame]) -> None:
     for site in inside:
         for node in [*([] if site.p is None else [site.p]), *site.q]:
             for frame in _frames(node):
@@ -141,14 +139,15 @@ def _check_subsampling(
                     else "it is a sequential plate (for i in pyro.plate(...))"
                 )
                 remedy = (
-                    f"Use local_plates='{frame.name}' to take the bound inside the plate and the ELBO outside, all the data, "
-                    "or DecomposedELBO"
+                    f"Use local_plates='{frame.name}' to take the bound inside the plate and the ELBO outside, all the "
+                    "data, or DecomposedELBO"
                     if outsiders
                     else "Use it as a context (with pyro.plate(...)), all the data, or DecomposedELBO"
                 )
                 raise ValueError(
-                    f"site '{site.name}' is in plate '{frame.name}', which subsamples {frame.size} of {frame.full_size}, but "
-                    f"{reason}: a log weight would need all the data, and its scaled-up subsample gives no bound. {remedy}."
+                    f"site '{site.name}' is in plate '{frame.name}', which subsamples {frame.size} of "
+                    f"{frame.full_size}, but {reason}: a log weight would need all the data, and its scaled-up "
+                    f"subsample gives no bound. {remedy}."
                 )
 
 
@@ -157,16 +156,16 @@ def _check_masks(inside: Sequence[Site]) -> None:
         for node in site.q:
             if node["mask"] is not None and node["mask"] is not True and type(node["fn"]) is not Delta:
                 raise ValueError(
-                    f"guide site '{node['name']}' is masked: where its density does not count, its path must not be weighted "
-                    "like the others under a bound that is not linear. Use gradient='pathwise' or 'score_function'."
+                    f"guide site '{node['name']}' is masked: where its density does not count, its path must not be "
+                    "weighted like the others under a bound that is not linear. Use gradient='pathwise' or 'score_function'."
                 )
 
 
 def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
     """The scale that the guide's sites share, apart from subsampling.
 
-    ``s (log p - log q)`` gives s times a bound, and what scales only the model tempers it: both are taken care of by dividing
-    all scales by the guide's. Guide sites with different scales make no density, so there is no weight.
+    ``s (log p - log q)`` gives s times a bound, and what scales only the model tempers it: both are taken care of by
+    dividing all scales by the guide's. Guide sites with different scales make no density, so there is no weight.
     """
     scales: dict[str, float | Tensor] = {}
     for site in inside:
@@ -174,8 +173,8 @@ def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
             scale = node["scale"]
             if isinstance(scale, Tensor) and scale.numel() != 1:
                 raise ValueError(
-                    f"guide site '{node['name']}' has a scale of shape {tuple(scale.shape)}: a log weight needs one scale for the "
-                    "whole guide. Scale the model instead, or use DecomposedELBO."
+                    f"guide site '{node['name']}' has a scale of shape {tuple(scale.shape)}: a log weight needs one "
+                    "scale for the whole guide. Scale the model instead, or use DecomposedELBO."
                 )
             scales[node["name"]] = scale / math.prod([_subsampling(frame) for frame in _frames(node)])
     if not scales:
@@ -184,9 +183,11 @@ def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
     for name, other in others:
         if other is not value and not math.isclose(float(other), float(value), rel_tol=1e-5):
             raise ValueError(
-                f"guide sites '{first}' and '{name}' have different scales, {float(value):.6g} and {float(other):.6g}: together "
-                "they make no density, so there is no log weight. Scale the model instead, or use DecomposedELBO."
+                f"guide sites '{first}' and '{name}' have different scales, {float(value):.6g} and {float(other):.6g}: "
+                "together they make no density, so there is no log weight. Scale the model instead, or use DecomposedELBO."
             )
     if not isinstance(value, Tensor) and value <= 0:
-        raise ValueError(f"guide site '{first}' has scale {value:.6g}: its log weight does not exist. Use DecomposedELBO.")
+        raise ValueError(
+            f"guide site '{first}' has scale {value:.6g}: its log weight does not exist. Use DecomposedELBO."
+        )
     return value.detach().reshape(()) if isinstance(value, Tensor) else value

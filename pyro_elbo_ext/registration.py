@@ -59,6 +59,15 @@ def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args:
     )
 
 
+def parameters_of(loss: Tensor) -> dict[str, Tensor]:
+    """The leaves that ``loss`` depends on, by their names in Pyro's param store; the others are numbered."""
+    names = {id(parameter): name for name, parameter in pyro.get_param_store()._params.items()}
+    leaves = {id(leaf): leaf for leaf in _leaves(loss)}
+    found = {names[key]: leaf for key, leaf in leaves.items() if key in names}
+    others = (leaf for key, leaf in leaves.items() if key not in names)
+    return {**found, **{f"unregistered_{i}": leaf for i, leaf in enumerate(others)}}
+
+
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
     seen: set[Any] = set()
     stack = [loss.grad_fn]

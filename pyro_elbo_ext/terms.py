@@ -339,8 +339,8 @@ class Terms(Mapping[str, Term]):
         If more than one, dimension 0 of every tensor is the particle.
     contributions : dict of str to float, or None
         Each site's weighted contribution to a bound that is not linear in the log weights, in nats:
-        ``sum_k g_k (log p_k - log q_k)`` with g the bound's gradient in the log weights (for IWAE the normalized weights). It
-        is not a KL, and the contributions do not sum to the bound. None for the ELBO.
+        ``sum_k g_k (log p_k - log q_k)`` with g the bound's gradient in the log weights (for IWAE the normalized
+        weights). It is not a KL, and the contributions do not sum to the bound. None for the ELBO.
     """
 
     by_site: dict[str, Term]
@@ -382,7 +382,8 @@ class Terms(Mapping[str, Term]):
         return torch.as_tensor(total).expand(self.num_particles)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per site: summed over the batch, averaged over particles, in nats; with ``contribution`` if there are any."""
+        """One row per site: summed over the batch, averaged over particles, in nats; with ``contribution`` if there "
+        "are any."""
         rows = [
             {
                 "site": term.site,
