@@ -139,7 +139,8 @@ class MultiSampleELBO(Objective):
 class ImportanceWeightedELBO(MultiSampleELBO):
     r"""The importance-weighted bound, ``log mean_k w_k``.
 
-    It lies between the ELBO (K = 1) and ``log p(x)``, with a gap that falls as 1/K. Takes what :class:`MultiSampleELBO` takes, but for ``bound``.
+    It lies between the ELBO (K = 1) and ``log p(x)``, with a gap that falls as 1/K. Takes what :class:`MultiSampleELBO`
+    takes, but for ``bound``.
 
     References
     ----------
