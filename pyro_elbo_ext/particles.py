@@ -75,19 +75,23 @@ def draw_particles(
 
 def draw(model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: Gradient, particle: int | None) -> Draw:
     """Run guide and model once, for one particle or (``particle=None``) for all of them in a particle plate."""
-    if not gradient.separate_paths:
-        with _DetachDraws() if gradient.detach_draws else nullcontext():
-            model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-        return Draw(model_trace, guide_trace, guide_trace)
-    if isinstance(poutine.unwrap(guide), Messenger):
+    together = isinstance(poutine.unwrap(guide), Messenger)
+    if together and gradient.separate_paths:
         raise ValueError(
             f"gradient='{gradient.name}' runs the guide a second time at its own draws, but a "
             f"{type(poutine.unwrap(guide)).__name__} runs together with the model. Use gradient='pathwise', or a guide "
             "that is a program of its own, such as AutoNormal."
         )
-    drawn = trace_program(guide, args, kwargs)
-    fixed, paths = detached_copies(drawn, particle)
-    guide_trace = trace_program(poutine.replay(guide, trace=fixed), args, kwargs) if paths else drawn
+    with _DetachDraws() if gradient.detach_draws else nullcontext():
+        if together:
+            model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+            return Draw(model_trace, guide_trace, guide_trace)
+        drawn = trace_program(guide, args, kwargs)
+    guide_trace, paths = drawn, []
+    if gradient.separate_paths:
+        fixed, paths = detached_copies(drawn, particle)
+        if paths:
+            guide_trace = trace_program(poutine.replay(guide, trace=fixed), args, kwargs)
     model_trace = trace_program(poutine.replay(model, trace=guide_trace), args, kwargs)
     return Draw(model_trace, guide_trace, drawn, paths)
 
