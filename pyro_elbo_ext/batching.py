@@ -114,8 +114,9 @@ def run_batched(
     given, subsamples = _split_draws(draws or {}, num_particles, reference)
     outputs = _Outputs()
     particle = _Particle(model, guide, args, kwargs, reference, subsamples, derive, outputs)
-    fallback = _functorch._is_vmap_fallback_enabled()
-    _functorch._set_vmap_fallback_enabled(False)  # it is a loop over the particles, with a warning
+    fallback = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+    # a loop over the particles, with a warning, for operators that have no rule
+    _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
     try:
         with pyro.validation_enabled(False), _buffers_unbatched():
             seed = torch.zeros(num_particles, dtype=torch.bool)
@@ -128,7 +129,7 @@ def run_batched(
             raise
         raise CannotBatch(f"{particle.where()}{reason}") from error
     finally:
-        _functorch._set_vmap_fallback_enabled(fallback)
+        _functorch._set_vmap_fallback_enabled(fallback)  # type: ignore[attr-defined]
     return _lay_out(outputs, num_particles)
 
 
@@ -218,7 +219,11 @@ class _Particle:
             if node["type"] != "sample":
                 continue
             known = reference.nodes.get(name)
-            if known is None or node["is_observed"] != known["is_observed"] or type(node["fn"]) is not type(known["fn"]):
+            if (
+                known is None
+                or node["is_observed"] != known["is_observed"]
+                or type(node["fn"]) is not type(known["fn"])
+            ):
                 raise CannotBatch(f"site '{name}' of the {where} is not as in the run before: the structure varies")
             laid_out = {key: known[key] for key in _FROM_REFERENCE}
             nodes.append(laid_out)
@@ -269,7 +274,10 @@ class Supply(Messenger):
     """
 
     def __init__(
-        self, draws: Mapping[str, Tensor], subsamples: Mapping[str, tuple[_Subsample, Tensor]], mode: DrawMode | None
+        self,
+        draws: Mapping[str, Tensor],
+        subsamples: Mapping[str, tuple[_Subsample, Tensor]],
+        mode: DrawMode | None = None,
     ) -> None:
         super().__init__()
         self._draws = draws
