@@ -106,12 +106,12 @@ class _DirichletDraw(torch.autograd.Function):
         ctx.save_for_backward(output, inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         draw, concentration = ctx.saved_tensors
         return dirichlet._Dirichlet_backward(draw, concentration, grad)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, concentration: Tensor) -> Any:  # type: ignore[override]
+    def vmap(info: Any, in_dims: Any, concentration: Tensor) -> Any:
         return _DirichletDraw.apply(concentration.movedim(in_dims[0], 0)), 0
 
 
