@@ -13,7 +13,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.batching import Batched, CannotBatch, Supply
+from pyro_elbo_ext.batching import Batched
+from pyro_elbo_ext.supply import CannotBatch, Supply
 from pyro_elbo_ext.terms import Node, log_prob, score_parts, trace_pair
 
 Program = Callable[..., Any]

@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions import Delta
 from pyro.distributions.score_parts import ScoreParts
 from pyro.poutine import Trace
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
+from pyro_elbo_ext.supply import CannotBatch, Supply, subsamples
 from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, log_prob, score_parts, trace_pair
 from pyro_elbo_ext.vmap_draws import DrawMode, samplers_for
 
@@ -52,10 +51,6 @@ _REASONS = {
 }
 
 _FROM_REFERENCE = ("type", "name", "fn", "args", "kwargs", "infer", "is_observed")
-
-
-class CannotBatch(Exception):
-    """The particles cannot be run as one batch; the message says why, and at which site.  Run them one by one."""
 
 
 class Batched(NamedTuple):
@@ -111,9 +106,9 @@ def run_batched(
     ValueError
         If ``draws`` do not fit. Any other error of the programs themselves is raised as it is.
     """
-    given, subsamples = _split_draws(draws or {}, num_particles, reference)
+    given, indices = _split_draws(draws or {}, num_particles, reference)
     outputs = _Outputs()
-    particle = _Particle(model, guide, args, kwargs, reference, subsamples, derive, outputs)
+    particle = _Particle(model, guide, args, kwargs, reference, indices, derive, outputs)
     fallback = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
     # a loop over the particles, with a warning, for operators that have no rule
     _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
@@ -173,13 +168,13 @@ class _Particle:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         reference: tuple[Trace, Trace],
-        subsamples: dict[str, tuple[_Subsample, Tensor]],
+        indices: dict[str, tuple[_Subsample, Tensor]],
         derive: Derive | None,
         outputs: _Outputs,
     ) -> None:
         self._programs = model, guide, args, kwargs
         self._reference = reference
-        self._subsamples = subsamples
+        self._indices = indices
         self._derive = derive
         self._outputs = outputs
         self._supply: Supply | None = None
@@ -197,7 +192,7 @@ class _Particle:
         """Fill the outputs' nodes, and return their tensors."""
         mode = DrawMode(seed)
         with samplers_for(mode):
-            self._supply = Supply(draws, self._subsamples, mode)
+            self._supply = Supply(draws, self._indices, mode)
             with self._supply:
                 model_trace, guide_trace = trace_pair(*self._programs)
             unwrapped = pyro.poutine.unwrap(self._programs[1])
@@ -253,80 +248,6 @@ class _Particle:
         return nodes
 
 
-class Supply(Messenger):
-    """Pyro messenger that supplies values to sites, and makes draws in a way that can be batched.
-
-    To be entered around the programs, where it sees each site after their own handlers.
-
-    Parameters
-    ----------
-    draws
-        Guide site -> its value.
-    subsamples
-        Subsample site -> the distribution of the indices that is expected, and the indices.
-    mode
-        Under which the other sites are drawn; None outside ``torch.vmap``.
-
-    Attributes
-    ----------
-    site : str or None
-        Where the programs have got to.
-    """
-
-    def __init__(
-        self,
-        draws: Mapping[str, Tensor],
-        subsamples: Mapping[str, tuple[_Subsample, Tensor]],
-        mode: DrawMode | None = None,
-    ) -> None:
-        super().__init__()
-        self._draws = draws
-        self._subsamples = subsamples
-        self._mode = mode
-        self.site: str | None = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.site = name = msg["name"]
-        if msg["done"] or msg["is_observed"] or msg["value"] is not None:
-            return
-        fn, args, kwargs = msg["fn"], msg["args"], msg["kwargs"]
-        if isinstance(fn, _Subsample):
-            msg["value"] = self._indices(name, fn)
-        elif name in self._draws:
-            msg["value"] = self._draws[name]
-            if type(fn) is Delta:
-                msg["fn"] = Delta(msg["value"], fn.log_density, fn.event_dim)
-        elif type(fn) is Delta and not args and not kwargs:
-            msg["value"] = fn.v  # itself, by which score_parts knows its own draw
-        elif self._mode is not None:
-            with self._mode:
-                msg["value"] = fn(*args, **kwargs)
-        msg["done"] = msg["value"] is not None
-
-    def _indices(self, name: str, fn: _Subsample) -> Tensor | None:
-        if not _subsamples(fn):
-            return None  # all indices: the same for each particle
-        expected, indices = self._subsamples.get(name, (None, None))
-        if expected is None or (fn.size, fn.subsample_size) != (expected.size, expected.subsample_size):
-            raise CannotBatch(
-                f"plate '{name}' subsamples {fn.subsample_size} of {fn.size}, which is not as in the run before: the "
-                "structure varies"
-            )
-        return indices
-
-    def _pyro_param(self, msg: Any) -> None:
-        store = pyro.get_param_store()
-        if msg["name"] not in store and getattr(msg["fn"], "__self__", None) is store:
-            raise CannotBatch(
-                f"parameter '{msg['name']}' does not exist yet, and would be made for one particle only: the structure "
-                "varies"
-            )
-
-
-def _subsamples(fn: _Subsample) -> bool:
-    return fn.subsample_size is not None and fn.subsample_size < fn.size
-
-
 def _split_draws(
     draws: Mapping[str, Tensor], num_particles: int, reference: tuple[Trace, Trace]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[_Subsample, Tensor]]]:
@@ -355,7 +276,7 @@ def _split_draws(
     indices = {
         name: (node["fn"], draws[name] if name in draws else node["fn"].sample())
         for name, node in sites.items()
-        if site_is_subsample(node) and _subsamples(node["fn"])
+        if site_is_subsample(node) and subsamples(node["fn"])
     }
     return given, indices
 

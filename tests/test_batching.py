@@ -20,9 +20,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_elbo_ext.batch_check import check_batched
-from pyro_elbo_ext.batching import Batched, CannotBatch, run_batched
+from pyro_elbo_ext.batching import Batched, run_batched
 from pyro_elbo_ext.estimate import Ledger, evaluate
 from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.supply import CannotBatch
 from pyro_elbo_ext.terms import PARTICLE_PLATE, log_prob, read_sites, score_parts, trace_pair
 from tests.oracles import PROBLEMS, Problem
 from tests.test_parity import AUTOGUIDES, Encoder, eight_schools, vectors
@@ -393,6 +394,12 @@ def test_subsample_of_another_size_than_before() -> None:
     reference = trace_pair(subsampling, subsampling_guide, (None, 4, 2), {})
     with pytest.raises(CannotBatch, match="plate 'data' subsamples 3 of 4"):
         run_batched(subsampling, subsampling_guide, (None, 4, 3), {}, K, reference)
+
+
+def test_messenger_guides_do_not_say_how_they_subsample() -> None:
+    guide = AutoNormalMessenger(subsampling)
+    with pytest.raises(CannotBatch, match="plate 'data' subsamples 2 of 4"):
+        batch(subsampling, guide)
 
 
 def test_plate_in_a_loop() -> None:
