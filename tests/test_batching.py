@@ -492,6 +492,18 @@ def test_factor_in_guide() -> None:
     assert_batches(model, guide)
 
 
+def test_svi_sees_the_parameters_of_a_batched_run() -> None:
+    guide = AutoNormal(eight_schools)
+    reference = trace_pair(eight_schools, guide, (), {})
+    with poutine.trace(param_only=True) as capture:
+        result = run_batched(eight_schools, guide, (), {}, K, reference)
+    batched_log_weights(result).mean().backward()
+    captured = {id(node["value"].unconstrained()) for node in capture.trace.nodes.values()}
+    parameters = pyro.get_param_store()._params.values()
+    assert captured == {id(parameter) for parameter in parameters}
+    assert all(parameter.grad.any() for parameter in parameters)
+
+
 def test_no_parameter_is_made_for_one_particle() -> None:
     def guide() -> None:
         normal_guide()
