@@ -136,7 +136,7 @@ def samplers_for(mode: DrawMode) -> Iterator[None]:
     Like Pyro's stack of handlers and its switch for validation, this holds for the whole process.
     """
     dirichlet._Dirichlet = _BatchedDirichlet(mode)  # type: ignore[assignment,misc]
-    # a distribution that was expanded while validation was on goes on checking its values
+    # a distribution that was expanded while validation was on goes on checking its values, and waits for the device
     Distribution._validate_sample = _accept  # type: ignore[method-assign]
     try:
         yield

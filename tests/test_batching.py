@@ -447,7 +447,6 @@ def test_pyro_module_with_samples(local: bool) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.linear = PyroModule[nn.Linear](3, 1)
-            # made while validation is on: it goes on checking values
             self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
             self.log_scale = PyroParam(torch.tensor(0.0))
 
@@ -459,6 +458,17 @@ def test_pyro_module_with_samples(local: bool) -> None:
     with pyro.settings.context(module_local_params=local):
         model = Regression()
         assert_batches(model, AutoNormal(model), X, Y)
+
+
+def test_values_are_not_checked_again() -> None:
+    prior = dist.Gamma(2.0, 1.0).expand([2]).to_event(1)  # made while validation is on, which expand writes down
+
+    def model() -> None:
+        regression()
+        pyro.sample("outside", prior, obs=torch.tensor([-1.0, 1.0]))
+
+    result, _ = batch(model, normal_guide)
+    assert result.model_trace.nodes["outside"]["log_prob"].isnan().all()
 
 
 @pytest.mark.parametrize("make", [dist.transforms.affine_autoregressive, dist.transforms.spline_autoregressive])
@@ -718,6 +728,20 @@ def test_reason_names_the_site(name: str) -> None:
     after = [NORMALIZE.running_mean, NORMALIZE.running_var, RUNNING.mean]
     assert all(torch.equal(a, b) for a, b in zip(after, buffers, strict=True))
     assert_batches(eight_schools, AutoNormal(eight_schools))  # nothing is left in a bad state
+
+
+def test_sampler_that_drops_what_an_in_place_draw_returns() -> None:
+    class Own(dist.Normal):  # type: ignore[misc]
+        def rsample(self, sample_shape: Any = ()) -> Tensor:
+            noise = torch.empty(self.loc.shape)
+            noise.normal_()
+            return self.loc + self.scale * noise
+
+    def guide() -> None:
+        pyro.sample("w", Own(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1))
+
+    with pytest.raises(CannotBatch, match="site 'w', it draws random numbers into an existing tensor"):
+        batch(regression, guide)
 
 
 def test_log_density_that_cannot_be_batched() -> None:
