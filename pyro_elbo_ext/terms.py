@@ -157,6 +157,8 @@ def score_parts(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -
 
 
 def _is_own_draw(fn: Delta, value: Tensor) -> bool:
+    if value is fn.v:
+        return True
     return value.data_ptr() == fn.v.data_ptr() and value.shape == fn.v.shape and value.stride() == fn.v.stride()
 
 
