@@ -82,6 +82,7 @@ def run_batched(
     *,
     draws: Mapping[str, Tensor] | None = None,
     derive: Derive | None = None,
+    detach: bool = False,
 ) -> Batched:
     """Draw all particles from the guide and score them under model and guide, running each once.
 
@@ -98,6 +99,8 @@ def run_batched(
     derive
         Called with the model's and the guide's trace of one particle, without subsample sites, inside ``torch.vmap``;
         returns tensors of a shape that broadcasts to the batch.
+    detach
+        Whether draws are constants to what follows; a Delta's are not.
 
     Raises
     ------
@@ -108,7 +111,7 @@ def run_batched(
     """
     given, indices = _split_draws(draws or {}, num_particles, reference)
     outputs = _Outputs()
-    particle = _Particle(model, guide, args, kwargs, reference, indices, derive, outputs)
+    particle = _Particle(model, guide, args, kwargs, reference, indices, derive, detach, outputs)
     fallback = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
     # a loop over the particles, with a warning, for operators that have no rule
     _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
@@ -170,18 +173,23 @@ class _Particle:
         reference: tuple[Trace, Trace],
         indices: dict[str, tuple[_Subsample, Tensor]],
         derive: Derive | None,
+        detach: bool,
         outputs: _Outputs,
     ) -> None:
         self._programs = model, guide, args, kwargs
         self._reference = reference
         self._indices = indices
         self._derive = derive
+        self._detach = detach
         self._outputs = outputs
         self._supply: Supply | None = None
         self._scored: str | None = None
+        self._deriving = False
 
     def where(self) -> str:
         """Where the run has got to, to begin an error with."""
+        if self._deriving:
+            return "in the closed form of a kl_prior (kl='sampled' needs none), "
         if self._scored is not None:
             return f"in the log density of site '{self._scored}', "
         if self._supply is not None and self._supply.site is not None:
@@ -192,7 +200,7 @@ class _Particle:
         """Fill the outputs' nodes, and return their tensors."""
         mode = DrawMode(seed)
         with samplers_for(mode):
-            self._supply = Supply(draws, self._indices, mode)
+            self._supply = Supply(draws, self._indices, mode, detach=self._detach)
             with self._supply:
                 model_trace, guide_trace = trace_pair(*self._programs)
             unwrapped = pyro.poutine.unwrap(self._programs[1])
@@ -203,6 +211,7 @@ class _Particle:
             outputs.model = self._score(model_trace, self._reference[0], "model")
             self._scored = None
             if self._derive is not None:
+                self._deriving = True
                 derived = self._derive(prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace))
                 outputs.derived = {name: outputs.add(value) for name, value in derived.items()}
         return outputs.tensors

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.util import check_model_guide_match
 from torch import Tensor
@@ -19,7 +20,7 @@ from pyro_elbo_ext.gradients import Gradient, Pathwise
 from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.log_weights import Densities, LogWeights, join, read_densities
 from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
-from pyro_elbo_ext.particles import Draw, draw, draw_particles
+from pyro_elbo_ext.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.placement import Placement, place
 from pyro_elbo_ext.terms import Kind, Method, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
 
@@ -98,7 +99,9 @@ def estimate_bound(
     gradient: Gradient = objective.estimator if with_gradient else Pathwise()
     pair = objective._pairs(model, guide)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        draws, particle_dim = _draw(objective, model, guide, args, kwargs, gradient, frozenset(local_plates))
+        draws, particle_dim, first = _draw(
+            objective, pair, model, guide, args, kwargs, gradient, frozenset(local_plates)
+        )
         structures = _Structures(objective, pair, args, kwargs)
         ledger = Ledger()
         placement: Placement | None = None
@@ -147,8 +150,7 @@ def estimate_bound(
         return -shares if objective.maximized else shares
 
     def model_parameters() -> list[str]:
-        first = draws[0]
-        nodes, known = first.model_trace.nodes, first.drawn.nodes
+        nodes, known = first[0].nodes, first[1].nodes
         return [name for name, node in nodes.items() if node["type"] == "param" and name not in known]
 
     contributions = None
@@ -166,23 +168,32 @@ def estimate_bound(
 
 def _draw(
     objective: Objective,
+    pair: Pair,
     model: Program,
     guide: Program,
     args: Args,
     kwargs: Kwargs,
     gradient: Gradient,
     local_plates: frozenset[str],
-) -> tuple[list[Draw], int | None]:
-    """The draws of all particles, and the dim of the particle plate if they are in one."""
+) -> tuple[list[Draw], int | None, tuple[Trace, Trace]]:
+    """The draws of all particles; their dim if they are vectorized; model's and guide's trace of one run, with "
+    "parameters."""
 
     def is_shared(node: Node) -> bool:
         return bool(local_plates) and not local_plates <= {frame.name for frame in node["cond_indep_stack"]}
 
+    batch = objective._batch(pair, model, guide, args, kwargs)
+    if batch is not None and not any(is_shared(node) for _, node in drawn_sites(batch.reference[1])):
+        batched = batch.draw(model, guide, args, kwargs, objective.num_particles, gradient)
+        if batched is not None:
+            return [batched.draw], batched.particle_dim, batch.reference
     particle_dim = objective._particle_dim(model, guide, args, kwargs)
     repeats, model, guide = objective._programs(model, guide, args, kwargs)
     if particle_dim is not None:
-        return [draw(model, guide, args, kwargs, gradient, None)], particle_dim
-    return list(draw_particles(model, guide, args, kwargs, repeats, gradient, is_shared)), None
+        draws = [draw(model, guide, args, kwargs, gradient, None)]
+    else:
+        draws = list(draw_particles(model, guide, args, kwargs, repeats, gradient, is_shared))
+    return draws, particle_dim, (draws[0].model_trace, draws[0].drawn)
 
 
 def _place(

@@ -13,6 +13,7 @@ import numpy as np
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
+from torch import Tensor
 
 from pyro_elbo_ext import bounds
 from pyro_elbo_ext.bound_estimate import Particles, estimate_bound
@@ -172,6 +173,31 @@ class DecomposedELBO(Objective):
         pair = self._pairs(model, guide)
         kl_weight = self._kl_weight()
         ledger = Ledger()
+        batched = self._evaluate_batch(pair, model, guide, args, kwargs, kl_weight, ledger)
+        if batched is not None:
+            signature, particles, infos = batched
+        else:
+            signature, particles, infos = self._evaluate_loop(pair, model, guide, args, kwargs, kl_weight, ledger)
+        repeats = len(particles)
+        host = ledger.to_host()
+        rows = [row(particle.slots, info, host) for particle, info in zip(particles, infos, strict=True)]
+        info, values = _average(infos, rows, self.num_particles // repeats)
+        reconstruction = math.fsum(
+            [value[0] for site, value in zip(info, values, strict=True) if site.kind == "observed"]
+        )
+        kl_total = math.fsum([value[2] for site, value in zip(info, values, strict=True) if site.kind != "observed"])
+        if not math.isfinite(reconstruction - kl_total):
+            self._raise_not_finite(info, values)
+        self._last = particles
+        by_particle = self.history is not None and self.history.gradient_mode == "particles"
+        shares = ledger.surrogate_shares if by_particle else ledger.surrogate_loss
+        objective = reconstruction - kl_weight * kl_total
+        return Evaluation(pair, signature, info, values, objective, kl_weight, lambda: shares(self.num_particles), list)
+
+    def _evaluate_loop(
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: float, ledger: Ledger
+    ) -> tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]]]:
+        """Particles one after the other, or all of them in Pyro's particle plate."""
         particles: list[Particle] = []
         infos: list[tuple[SiteInfo, ...]] = []
         repeats, model, guide = self._programs(model, guide, args, kwargs)
@@ -203,20 +229,48 @@ class DecomposedELBO(Objective):
                     ledger=ledger,
                 )
             )
-        host = ledger.to_host()
-        rows = [row(particle.slots, info, host) for particle, info in zip(particles, infos, strict=True)]
-        info, values = _average(infos, rows, self.num_particles // repeats)
-        reconstruction = math.fsum(
-            [value[0] for site, value in zip(info, values, strict=True) if site.kind == "observed"]
+        return signature, particles, infos
+
+    def _evaluate_batch(
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: float, ledger: Ledger
+    ) -> tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]]] | None:
+        """All particles in one run; None if they cannot be batched."""
+        batch = self._batch(pair, model, guide, args, kwargs)
+        if batch is None:
+            return None
+        signature = signature_of(*batch.reference, args, kwargs)
+        structure = self._structure(pair, signature, *batch.reference, None)
+        found: dict[str, KLPrior] = {}
+
+        def derive(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+            tensors = {}
+            for site in read_sites(model_trace, guide_trace, structure.sites):
+                if site.kind != "observed":
+                    found[site.name] = kl = self._kl_prior(site, structure)
+                    tensors.update({f"value of {site.name}": kl.value, f"log_q of {site.name}": kl.log_q})
+            return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+        batched = batch.draw(model, guide, args, kwargs, self.num_particles, self.estimator, derive)
+        if batched is None:
+            return None
+        model_trace, guide_trace = batched.draw.model_trace, batched.draw.guide_trace
+        sites = read_sites(model_trace, guide_trace, structure.sites)
+        kls = [
+            None
+            if site.kind == "observed"
+            else found[site.name]._replace(
+                value=batched.derived.get(f"value of {site.name}"), log_q=batched.derived.get(f"log_q of {site.name}")
+            )
+            for site in sites
+        ]
+        info = self._describe(pair, signature, sites, kls)
+        if self.kl == "analytic":
+            self._report(info)
+        ledger.begin_particle()
+        particle = evaluate(
+            sites, kls, model_trace, guide_trace, kl_weight=kl_weight, max_plate_nesting=math.inf, ledger=ledger
         )
-        kl_total = math.fsum([value[2] for site, value in zip(info, values, strict=True) if site.kind != "observed"])
-        if not math.isfinite(reconstruction - kl_total):
-            self._raise_not_finite(info, values)
-        self._last = particles
-        by_particle = self.history is not None and self.history.gradient_mode == "particles"
-        shares = ledger.surrogate_shares if by_particle else ledger.surrogate_loss
-        objective = reconstruction - kl_weight * kl_total
-        return Evaluation(pair, signature, info, values, objective, kl_weight, lambda: shares(self.num_particles), list)
+        return signature, [particle], [info]
 
     def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
         return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)

@@ -16,13 +16,14 @@ from pyro.infer import ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_elbo_ext.batched_draws import Batch, CallKey, call_key
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.gradients import Gradient, as_gradient
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.kl import Structure, read_structure
 from pyro_elbo_ext.per_pair import PerPair
 from pyro_elbo_ext.registration import check_registered, collects_parameters, parameters_of
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Terms, run_pair
+from pyro_elbo_ext.terms import PARTICLE_PLATE, Terms, check_pair, run_pair
 
 Program = Callable[..., Any]
 Signature = tuple[object, ...]
@@ -42,6 +43,7 @@ class Pair:
     track_next: bool = True  # the dependencies of the sites last seen are not known
     registered: set[Signature] = field(default_factory=set)
     max_plate_nesting: int | None = None
+    batches: dict[CallKey, Batch] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -219,6 +221,24 @@ class Objective(ELBO):
         particles = [pyro.plate(PARTICLE_PLATE, self.num_particles, dim=dim) for _ in range(2)]
         return 1, particles[0](model), particles[1](guide)
 
+    def _batch(self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Batch | None:
+        """What is known of batching the particles of such a call; None if they are not to be batched."""
+        if self.vectorize_particles != "vmap" or self.num_particles == 1:
+            return None
+        key = call_key(args, kwargs)
+        batch = pair.batches.get(key)
+        if batch is None:
+
+            def read(model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker) -> None:
+                check_pair(model_trace, guide_trace)
+                signature = signature_of(model_trace, guide_trace, args, kwargs)
+                self._remember(pair, signature, model_trace, guide_trace, tracker)
+
+            if len(pair.batches) >= _MAX_STRUCTURES:
+                pair.batches.clear()
+            batch = pair.batches[key] = Batch.start(model, guide, args, kwargs, read)
+        return batch
+
     def _remember(
         self,
         pair: Pair,
@@ -262,7 +282,7 @@ class Objective(ELBO):
             if not shares.dim() or len(shares) < 2:
                 raise ValueError(
                     "History(gradient_snr='particles') needs at least two particles whose gradients can be told apart: use "
-                    "num_particles of 2 or more without vectorize_particles=True, or gradient_snr='steps'"
+                    "num_particles of 2 or more with vectorize_particles=False, or gradient_snr='steps'"
                 )
             last = len(shares) - 1
             by_particle = [

@@ -64,9 +64,9 @@ def draw_particles(
     shared = Trace()
     for trace in (first.model_trace, first.drawn):
         for name, node in trace.nodes.items():
-            is_draw = node["type"] == "sample" and not node["is_observed"]
-            if is_draw and (site_is_subsample(node) or (trace is first.drawn and is_shared(node))):
+            if node["type"] == "sample" and site_is_subsample(node):
                 shared.nodes[name] = node
+    shared.nodes.update({name: node for name, node in drawn_sites(first.drawn) if is_shared(node)})
     if shared.nodes:
         model, guide = poutine.replay(model, trace=shared), poutine.replay(guide, trace=shared)
     for particle in range(1, count):
@@ -87,13 +87,21 @@ def draw(model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: G
             model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
             return Draw(model_trace, guide_trace, guide_trace)
         drawn = trace_program(guide, args, kwargs)
-    guide_trace, paths = drawn, []
+    guide_trace = drawn
+    paths: list[Path] = []
     if gradient.separate_paths:
         fixed, paths = detached_copies(drawn, particle)
         if paths:
             guide_trace = trace_program(poutine.replay(guide, trace=fixed), args, kwargs)
     model_trace = trace_program(poutine.replay(model, trace=guide_trace), args, kwargs)
     return Draw(model_trace, guide_trace, drawn, paths)
+
+
+def drawn_sites(guide_trace: Trace) -> Iterator[tuple[str, Node]]:
+    """The guide's sites but for subsamples and what is observed or factored in."""
+    for name, node in guide_trace.nodes.items():
+        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node):
+            yield name, node
 
 
 def detached_copies(drawn: Trace, particle: int | None) -> tuple[Trace, list[Path]]:

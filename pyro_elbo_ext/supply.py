@@ -31,6 +31,8 @@ class Supply(Messenger):
         Subsample site -> the distribution of the indices that is expected, and the indices.
     mode
         Under which the other sites are drawn; None outside ``torch.vmap``.
+    detach
+        Whether draws made under ``mode`` are constants to what follows.
 
     Attributes
     ----------
@@ -43,11 +45,14 @@ class Supply(Messenger):
         draws: Mapping[str, Tensor],
         indices: Mapping[str, tuple[_Subsample, Tensor]],
         mode: DrawMode | None = None,
+        *,
+        detach: bool = False,
     ) -> None:
         super().__init__()
         self._draws = draws
         self._known = indices
         self._mode = mode
+        self._detach = detach
         self.site: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -65,7 +70,8 @@ class Supply(Messenger):
             msg["value"] = fn.v  # itself, by which score_parts knows its own draw
         elif self._mode is not None:
             with self._mode:
-                msg["value"] = fn(*args, **kwargs)
+                value = fn(*args, **kwargs)
+            msg["value"] = value.detach() if self._detach else value
         msg["done"] = msg["value"] is not None
 
     def _indices(self, name: str, fn: _Subsample) -> Tensor | None:

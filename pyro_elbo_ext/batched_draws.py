@@ -1,0 +1,157 @@
+"""Batching of an objective's particles: tried and checked once for each kind of call, and the reason kept if it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Delta
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_elbo_ext.batch_check import check_batched
+from pyro_elbo_ext.batching import Batched, Derive, run_batched
+from pyro_elbo_ext.dependencies import DependencyTracker
+from pyro_elbo_ext.gradients import Gradient, Path
+from pyro_elbo_ext.particles import Draw
+from pyro_elbo_ext.supply import CannotBatch
+from pyro_elbo_ext.terms import PARTICLE_PLATE, trace_pair
+
+logger = logging.getLogger(__name__)
+
+Program = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+CallKey = tuple[object, ...]
+
+
+class BatchedDraw(NamedTuple):
+    """The draw of all particles, the (negative) dim that tells them apart, and what was derived from each."""
+
+    draw: Draw
+    particle_dim: int
+    derived: dict[str, Tensor]
+
+
+def call_key(args: Args, kwargs: Kwargs) -> CallKey:
+    """What tells calls of a program apart whose particles may have other shapes or sites."""
+    return tuple(
+        [
+            (key, value.shape if isinstance(value, Tensor) else value)
+            for key, value in (*enumerate(args), *kwargs.items())
+            if value is None or isinstance(value, bool | str | int | float | Tensor)
+        ]
+    )
+
+
+@dataclass(slots=True)
+class Batch:
+    """One kind of call of a (model, guide) whose particles are to be batched.
+
+    Attributes
+    ----------
+    reference : tuple of Trace
+        Model's and guide's trace of one ordinary run.
+    reason : str or None
+        Why the particles are looped over after all; None while they are batched.
+    """
+
+    reference: tuple[Trace, Trace]
+    reason: str | None = None
+    checked: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        model: Program,
+        guide: Program,
+        args: Args,
+        kwargs: Kwargs,
+        read: Callable[[Trace, Trace, DependencyTracker], None],
+    ) -> Batch:
+        """Run model and guide once in the ordinary way, for reference; the random state is left as it was.
+
+        ``read`` is called with the traces while the tracker of their dependencies is still active.
+        """
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        tracker = DependencyTracker()
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker:
+            reference = trace_pair(model, guide, args, kwargs, tracker)
+            read(*reference, tracker)
+        return cls(reference)
+
+    def draw(
+        self,
+        model: Program,
+        guide: Program,
+        args: Args,
+        kwargs: Kwargs,
+        count: int,
+        gradient: Gradient,
+        derive: Derive | None = None,
+    ) -> BatchedDraw | None:
+        """All particles' draws; None if they have to be looped over, once the reason is known."""
+        if self.reason is not None or count == 1:
+            return None
+        try:
+            batched = run_batched(
+                model, guide, args, kwargs, count, self.reference, derive=derive, detach=gradient.detach_draws
+            )
+            if not self.checked:
+                check_batched(batched, model, guide, args, kwargs, self.reference)
+            paths: list[Path] = []
+            scored = batched
+            if gradient.separate_paths:
+                draws, paths = _copies(batched)
+                if paths:
+                    scored = run_batched(model, guide, args, kwargs, count, self.reference, draws=draws, derive=derive)
+        except CannotBatch as error:
+            self._give_up(str(error))
+            return None
+        except Exception as error:
+            if self.checked:
+                raise
+            # an error of the program itself will be raised by the loop too; any other has to do with the batching
+            self._give_up(f"{type(error).__name__}: {error}")
+            return None
+        self.checked = True
+        particle_dim = _particle_dim(scored)
+        if particle_dim is None:
+            self._give_up("model and guide have no sites")
+            return None
+        drawn = Draw(scored.model_trace, scored.guide_trace, batched.guide_trace, paths)
+        return BatchedDraw(drawn, particle_dim, scored.derived)
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        logger.warning("vectorize_particles='vmap': the particles are drawn one after the other, since %s", reason)
+
+
+def _copies(batched: Batched) -> tuple[dict[str, Tensor], list[Path]]:
+    """Values to score again, those with a path as new leaves; and the subsample that they belong to."""
+    draws: dict[str, Tensor] = {}
+    paths: list[Path] = []
+    for trace in (batched.model_trace, batched.guide_trace):
+        for name, node in trace.nodes.items():
+            if site_is_subsample(node):
+                draws[name] = node["value"]
+            elif trace is batched.guide_trace and not node["is_observed"] and not isinstance(node["fn"], Delta):
+                value = node["value"].detach()
+                if node["value"].requires_grad:
+                    value = value.requires_grad_()
+                    paths.append(Path(node["value"], value, None))
+                draws[name] = value
+    return draws, paths
+
+
+def _particle_dim(batched: Batched) -> int | None:
+    for trace in (batched.model_trace, batched.guide_trace):
+        for node in trace.nodes.values():
+            for frame in node["cond_indep_stack"]:
+                if frame.name == PARTICLE_PLATE:
+                    return frame.dim
+    return None
