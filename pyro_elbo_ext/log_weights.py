@@ -195,7 +195,8 @@ class LogWeights:
         if not all(use):  # a column left out must not matter, not even if it is infinite
             at = [i for i, used in enumerate(use) if used]
             signs, taken = [signs[i] for i in at], taken[:, at]
-        total = torch.tensordot(taken, taken.new_tensor(signs), dims=([1], [0]))
+        vector = taken.new_tensor(signs)
+        total = taken @ vector if taken.dim() == 2 else torch.tensordot(taken, vector, dims=([1], [0]))
         return total if isinstance(outside, float) else total / outside
 
 
