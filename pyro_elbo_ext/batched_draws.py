@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,17 +72,17 @@ class Batch:
         guide: Program,
         args: Args,
         kwargs: Kwargs,
-        read: Callable[[Trace, Trace, DependencyTracker], None],
+        tracker: DependencyTracker | None,
+        read: Callable[[Trace, Trace], object],
     ) -> Batch:
         """Run model and guide once in the ordinary way, for reference; the random state is left as it was.
 
-        ``read`` is called with the traces while the tracker of their dependencies is still active.
+        ``read`` is called with the traces while the ``tracker`` of their dependencies, if there is one, is still active.
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        tracker = DependencyTracker()
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker or nullcontext():
             reference = trace_pair(model, guide, args, kwargs, tracker)
-            read(*reference, tracker)
+            read(*reference)
         return cls(reference)
 
     def draw(
