@@ -88,14 +88,21 @@ class Ledger:
         if used:
             stacked = _stack([self.scalars[i] for i in used])
             weights = [-weight / num_particles for weight in self.weights[start[0] : end[0]] if weight is not None]
-            total = torch.dot(stacked, stacked.new_tensor(weights))
+            total = torch.dot(stacked, weights_like(stacked, weights))
         for scalar in self.extra[start[1] : end[1]]:
             total = total - scalar / num_particles
         return total
 
-    def to_host(self) -> list[float]:
-        """Read every scalar: the one point of a step that waits for the device."""
-        return _stack(self.scalars).tolist() if self.scalars else []
+    def stacked(self) -> Tensor:
+        """Every scalar, detached, in one tensor."""
+        return _stack(self.scalars).detach() if self.scalars else torch.zeros(0)
+
+
+def weights_like(tensor: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
+    """The weights in one tensor; some are tensors where ``kl_weight`` is an input of a graph that is being traced."""
+    if any(isinstance(weight, Tensor) for weight in weights):
+        return torch.stack([torch.as_tensor(weight, dtype=tensor.dtype, device=tensor.device) for weight in weights])
+    return tensor.new_tensor(weights)
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 
-from pyro_elbo_ext.estimate import check_path
+from pyro_elbo_ext.estimate import check_path, weights_like
 from pyro_elbo_ext.gradients import Gradient, Path, Weights
 from pyro_elbo_ext.particles import Draw
 from pyro_elbo_ext.placement import Placement
@@ -202,7 +202,7 @@ class LogWeights:
         signs = _signs(self.outer_columns, kl_weight)
         if without_scores:
             signs = [0.0 if of.is_scored else sign for of, sign in zip(self.outer_columns, signs, strict=True)]
-        return torch.dot(self.outer_values, self.outer_values.new_tensor(signs))
+        return torch.dot(self.outer_values, weights_like(self.outer_values, signs))
 
     def _signed(self, use: Sequence[bool], placement: Placement, kl_weight: float) -> Tensor:
         outside = placement.outside
@@ -214,7 +214,7 @@ class LogWeights:
         if not all(use):  # a column left out must not matter, not even if it is infinite
             at = [i for i, used in enumerate(use) if used]
             signs, taken = [signs[i] for i in at], taken[:, at]
-        vector = taken.new_tensor(signs)
+        vector = weights_like(taken, signs)
         total = taken @ vector if taken.dim() == 2 else torch.tensordot(taken, vector, dims=([1], [0]))
         return total if isinstance(outside, float) else total / outside
 
