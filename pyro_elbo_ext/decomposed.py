@@ -317,9 +317,16 @@ class DecomposedELBO(Objective):
     def _kl_weight(self) -> float:
         if self._traced is not None:
             return self._traced.kl_weight  # type: ignore[return-value]  # it stands for a number in all that follows
+        return self.kl_weight_at(self.num_steps)
+
+    def kl_weight_at(self, step: int) -> float:
+        """The weight of ``kl_prior`` at a step (0, 1, ...)."""
         if callable(self.kl_weight):
-            return _check_weight(self.kl_weight(self.num_steps), f"kl_weight({self.num_steps})")
+            return _check_weight(self.kl_weight(step), f"kl_weight({step})")
         return float(self.kl_weight)
+
+    def forget(self) -> None:
+        self._last = None
 
     def _structure(
         self,

@@ -165,6 +165,10 @@ class Objective(ELBO):
     def last(self) -> Terms | None:
         """Detached terms of the last evaluation; None before the first."""
 
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget the last evaluation: ``last`` is None again."""
+
     # What Pyro calls
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
