@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyro
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.errors import CannotCompile
@@ -93,7 +95,8 @@ def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Progra
     """
     with as_traced():
         try:
-            graph = make_fx(evaluation)(inputs)
+            with _ScalarIndices():
+                graph = make_fx(evaluation)(inputs)
         except RuntimeError as error:
             reason = _reads_a_value(error)
             if reason is None:
@@ -118,6 +121,17 @@ def as_traced() -> Iterator[None]:
 
 def _accept(self: Distribution, value: Tensor) -> None:
     """The first step, which Pyro ran, has checked."""
+
+
+class _ScalarIndices(TorchFunctionMode):
+    """``x[k]`` with a scalar tensor ``k``, for which torch reads ``k`` into Python, as the operator that does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if indices and all(isinstance(k, Tensor) and k.dim() == 0 and k.dtype is torch.int64 for k in indices):
+                return torch.ops.aten.index.Tensor(args[0], list(indices))
+        return func(*args, **(kwargs or {}))
 
 
 def _reads_a_value(error: RuntimeError) -> str | None:

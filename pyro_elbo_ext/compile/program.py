@@ -73,10 +73,7 @@ class Program:
     def has_same_parameters(self) -> bool:
         """Whether the param store holds the tensors that it held when the program was traced."""
         store = pyro.get_param_store()._params
-        for name, p in self.parameters:
-            if name is not None and store.get(name) is not p:
-                return False
-        return True
+        return all(name is None or store.get(name) is p for name, p in self.parameters)
 
     def bind(self, binding: Binding) -> None:
         """Take parameters and state from there."""

@@ -204,7 +204,7 @@ class CompiledSVI(SVI):
         with tqdm(total=num_steps, disable=not progress, unit="step") as bar:
             taken = 0
             while taken < num_steps:
-                many = self._many(num_steps - taken, args, kwargs) if taken else None
+                many = self._many(num_steps - taken, args, kwargs)
                 if many is None:  # Pyro's first step, or all of them where something is not compiled
                     many = torch.tensor([self.step(*args, **kwargs)], dtype=torch.float64)
                 losses.append(many)
@@ -249,7 +249,9 @@ class CompiledSVI(SVI):
         """The program for these arguments; if there is none yet, Pyro takes the call, and then it is made."""
         last = self._last
         if last is not None and not kwargs and _same_objects(args, last[0]) and self._mode() == last[1]:
-            return _Found(last[2], list(args), None)
+            if last[2].has_same_parameters():
+                return _Found(last[2], list(args), None)
+            self._forget()
         if self._traced is None:
             return _Found(None, [], float(pyro_call(*args, **kwargs)))
         try:
@@ -260,8 +262,11 @@ class CompiledSVI(SVI):
         key = (*self._mode(), arguments.key)
         found = self._programs.get(key)
         if isinstance(found, Program):
-            self._remember(args, kwargs, found)
-            return _Found(found, arguments.tensors, None)
+            if found.has_same_parameters():
+                self._remember(args, kwargs, found)
+                return _Found(found, arguments.tensors, None)
+            self._forget()
+            found = None
         if found is not None and not self.fallback:
             raise found
         with poutine.trace(param_only=True) as called:
@@ -278,7 +283,12 @@ class CompiledSVI(SVI):
             found = self._programs.get((*self._mode(), take_apart(args, kwargs).key))
         except CannotCompile:  # the step that follows says so
             return None
-        return found if isinstance(found, Program) else None
+        return found if isinstance(found, Program) and found.has_same_parameters() else None
+
+    def _forget(self) -> None:
+        """Begin anew: the param store was cleared or loaded, or a parameter replaced."""
+        self._programs.clear()
+        self._last = None
 
     def _make(self, key: Key, arguments: Arguments, called: poutine.Trace) -> None:
         assert self._traced is not None
@@ -323,10 +333,6 @@ class CompiledSVI(SVI):
 
     def _bind(self, program: Program) -> bool:
         """Tie a program to parameters and optimizers as they are; False if Pyro must take a step first."""
-        if not program.has_same_parameters():  # the param store was cleared or loaded: begin anew
-            self._programs.clear()
-            self._last = None
-            return False
         if self.optimizer_reason is not None:
             return True
         try:
@@ -388,9 +394,4 @@ class CompiledSVI(SVI):
 
 
 def _same_objects(args: Args, others: Args) -> bool:
-    if len(args) != len(others):
-        return False
-    for a, b in zip(args, others, strict=True):
-        if a is not b:
-            return False
-    return True
+    return len(args) == len(others) and all(a is b for a, b in zip(args, others, strict=True))

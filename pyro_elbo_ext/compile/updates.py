@@ -70,7 +70,7 @@ def rule_for(optimizer: Optimizer, parameter: Tensor, clip: Settings) -> Rule:
         If the optimizer, or a setting, is not among those that can be in a graph.
     """
     (group,) = [group for group in optimizer.param_groups if any(parameter is p for p in group["params"])]
-    state = optimizer.state[parameter]
+    state = optimizer.state.get(parameter, {})
     if not isinstance(group["lr"], float | int):
         raise Unsupported(f"its learning rate is a {type(group['lr']).__name__}, not a number")
     if parameter.is_complex() or parameter.is_sparse:
