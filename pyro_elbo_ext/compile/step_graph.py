@@ -103,7 +103,8 @@ def compile_function(
             return graph
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # torch's of itself
+                for category in (FutureWarning, DeprecationWarning):  # torch's compiler warns of torch
+                    warnings.filterwarnings("ignore", category=category, module="torch")
                 return _compile(graph, inputs, backend, same_draws, options)
         except Exception as error:
             raise CannotCompile(
