@@ -116,6 +116,8 @@ def compile_function(
 def _compile(
     graph: GraphModule, inputs: Sequence[Tensor], backend: str, same_draws: bool, options: dict[str, Any]
 ) -> Compiled:
+    if not same_draws:
+        _fuse_draws(graph)
     examples: list[Any] = [_plain(tensor) for tensor in inputs]
     if backend != "inductor":
         compiled: Compiled = torch.compile(graph, backend=backend, dynamic=False)
@@ -130,6 +132,34 @@ def _compile(
     # On an ATen graph this is torch.compile without Dynamo, whose guards cost more than the call itself; shapes and
     # dtypes have been compared before a step is run.
     return _inductor.compile(graph, examples, {"fallback_random": same_draws, "size_asserts": False, **options})
+
+
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
+_DRAWS = {
+    torch.ops.aten.normal_.default: (torch.ops.aten.randn.default, (0.0, 1.0)),
+    torch.ops.aten.uniform_.default: (torch.ops.aten.rand.default, (0.0, 1.0)),
+}
+
+
+def _fuse_draws(graph: GraphModule) -> None:
+    """Draw standard normal and uniform numbers in the kernels that use them, not by a call of torch's generator."""
+    for node in list(graph.graph.nodes):
+        fused, standard = _DRAWS.get(node.target, (None, ()))
+        if fused is None or tuple(node.args[1:]) not in ((), standard) or node.kwargs:
+            continue
+        memory = node.args[0]
+        if memory.target not in _EMPTY or len(memory.users) > 1:
+            continue
+        like = memory.meta["val"]
+        with graph.graph.inserting_before(node):
+            drawn = graph.graph.call_function(
+                fused, (list(like.shape),), {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+            )
+        drawn.meta = dict(node.meta)
+        node.replace_all_uses_with(drawn)
+        graph.graph.erase_node(node)
+        graph.graph.erase_node(memory)
+    graph.recompile()
 
 
 def _plain(tensor: Tensor) -> Tensor:
