@@ -52,6 +52,7 @@ tutorials: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python -m tests.benchmarks.compiled
 
 clean:
 	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache
