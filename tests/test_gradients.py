@@ -82,12 +82,17 @@ PARTICLES = [*((problem, 2) for problem in PROBLEMS), *((p, 3) for p in PROBLEMS
 @pytest.mark.parametrize(("problem", "num_particles"), PARTICLES, ids=str)
 @pytest.mark.parametrize(("bound", "gradient"), COMBINATIONS, ids=name_of)
 def test_unbiased(problem: Problem, num_particles: int, bound: Bound, gradient: Gradient) -> None:
+    check_unbiased(problem, MultiSampleELBO(bound, num_particles, gradient=gradient, history=False))
+
+
+def check_unbiased(problem: Problem, objective: MultiSampleELBO) -> None:
+    """Compare the means over the copies of the problem with the exact bound and its exact gradient."""
+    bound = objective.bound
     params = {name: torch.tensor(value).double().requires_grad_() for name, value in problem.params.items()}
-    exact = problem.exact(bound, num_particles, params) * problem.scale
+    exact = problem.exact(bound, objective.num_particles, params) * problem.scale
     exact.backward()
     sign = -1.0 if bound.side == "lower" else 1.0
 
-    objective = MultiSampleELBO(bound, num_particles, gradient=gradient, history=False)
     loss, estimates = estimate(problem, objective)
     assert objective.last is not None
     values = problem.scale * bound.value(per_copy_log_weights(objective) / problem.scale)
