@@ -18,7 +18,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+)
 from pyro.infer.elbo import ELBOModule
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
@@ -33,7 +39,7 @@ from pyro_elbo_ext import (
     ThermodynamicELBO,
 )
 from pyro_elbo_ext.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
-from tests.oracles import DATA, PROBLEMS, Problem, _exact_plated
+from tests.oracles import DATA, PROBLEMS, _exact_plated
 from tests.test_gradients import BOUNDS
 from tests.test_parity import AUTOGUIDES, eight_schools, evaluate, vectors
 
@@ -721,3 +727,394 @@ def test_masked_guide_has_no_doubly_reparameterized_gradient_under_a_bound_that_
         with pytest.raises(ValueError, match=r"(?s)guide site 'z' is masked.*gradient='pathwise'"):
             objective.loss_and_grads(model, guide)
     MultiSampleELBO(ELBO(), gradient="doubly_reparameterized").loss_and_grads(model, guide)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What SVI, ELBOModule, pickle and copy expect; history and last
+
+
+OBJECTIVES: dict[str, Callable[..., MultiSampleELBO]] = {
+    "iwae": ImportanceWeightedELBO,
+    "renyi": lambda *args, **options: RenyiELBO(0.5, *args, **options),
+    "chi": lambda *args, **options: ChiUpperBound(2.5, *args, **options),
+    "thermodynamic": lambda *args, **options: ThermodynamicELBO((0.0, 0.2, 1.0), *args, **options),
+    "bound": lambda *args, **options: MultiSampleELBO(TVO(side="upper"), *args, **options),
+}
+
+
+def model(x: Tensor | None = None) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(2.0) if x is None else x)
+
+
+def guide(x: Tensor | None = None) -> None:
+    loc = pyro.param("loc", torch.tensor(0.3))
+    pyro.sample("z", dist.Normal(loc, pyro.param("scale", torch.tensor(0.7), constraint=dist.constraints.positive)))
+
+
+def svi(objective: Any, model: Any = model, guide: Any = guide) -> SVI:
+    return SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), objective)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_are_plain_numbers(name: str) -> None:
+    objective = OBJECTIVES[name](3)
+    assert type(objective.loss(model, guide)) is float
+    assert type(objective.loss_and_grads(model, guide)) is float
+    assert type(svi(objective).step()) is float
+    assert type(svi(objective).evaluate_loss()) is float
+    differentiable = objective.differentiable_loss(model, guide)
+    assert differentiable.shape == ()
+    assert differentiable.requires_grad
+    with torch.no_grad():
+        assert not objective.differentiable_loss(model, guide).requires_grad
+    assert objective.history is not None
+    assert len(objective.history) == 3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_parameters_move_down_the_loss(name: str) -> None:
+    # with few particles an upper bound is one from below, which falls as the guide moves away; with many others fall late
+    objective = OBJECTIVES[name](20 if name in ("chi", "bound") else 4, history=False)
+    before = np.mean([objective.loss(model, guide) for _ in range(20)])
+    optimizer = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), objective)
+    for _ in range(40):
+        optimizer.step()
+    assert pyro.param("loc").item() > 0.8  # the posterior's mean is 1.6
+    if objective.maximized:
+        assert np.mean([objective.loss(model, guide) for _ in range(20)]) < before - 0.1
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "score_function", "doubly_reparameterized"])
+def test_runs_and_random_numbers(gradient: Any) -> None:
+    """K runs of each, guide before model; doubly_reparameterized scores the guide again. Nothing else is drawn."""
+    runs: list[str] = []
+
+    def counted_model() -> None:
+        runs.append("model")
+        model()
+
+    def counted_guide() -> None:
+        runs.append("guide")
+        guide()
+
+    expected = ["guide", "model"] if gradient != "doubly_reparameterized" else ["guide", "guide", "model"]
+    for options in ({}, {"vectorize_particles": True, "max_plate_nesting": 0}):
+        pyro.set_rng_seed(4)
+        pyro.infer.RenyiELBO(num_particles=4, **options).loss(model, guide)
+        theirs = torch.rand(())
+        for _ in range(2):
+            objective = ImportanceWeightedELBO(4, gradient=gradient, **options)
+            pyro.set_rng_seed(4)
+            objective.loss_and_grads(counted_model, counted_guide)
+            assert torch.rand(()) == theirs
+            assert runs == expected * (1 if options else 4)
+            runs.clear()
+            pyro.set_rng_seed(4)
+            objective.loss(counted_model, counted_guide)  # needs no gradient, so no second run either
+            assert torch.rand(()) == theirs
+            assert runs == ["guide", "model"] * (1 if options else 4)
+            runs.clear()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda objective: pickle.loads(pickle.dumps(objective))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_equal_and_independent(duplicate: Callable[[Any], Any], name: str) -> None:
+    objective = OBJECTIVES[name](3, gradient="doubly_reparameterized")
+    for _ in range(3):
+        svi(objective).step()
+    twin = duplicate(objective)
+    assert type(twin) is type(objective)
+    assert twin.bound == objective.bound
+    assert (twin.maximized, twin.gradient, twin.local_plates) == (objective.maximized, objective.gradient, ())
+    assert objective.last is not None
+    assert twin.last.contributions == objective.last.contributions
+    assert torch.equal(twin.last.log_weights, objective.last.log_weights)
+    assert twin.history.to_dataframe().equals(objective.history.to_dataframe())  # type: ignore[union-attr]
+    losses = []
+    for each in (objective, twin):
+        pyro.set_rng_seed(1)
+        losses.append(each.loss(model, guide))
+    assert losses[0] == losses[1]
+    svi(twin).step()
+    assert (len(objective.history), len(twin.history)) == (3, 4)  # type: ignore[arg-type]
+
+
+class Model(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = PyroParam(torch.tensor(0.0))
+
+    def forward(self) -> None:
+        z = pyro.sample("z", dist.Normal(self.prior, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(2.0))
+
+
+class Guide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = PyroParam(torch.tensor(0.0))
+        self.net = torch.nn.Linear(1, 1)
+
+    def forward(self) -> None:
+        shift = self.net(torch.ones(1)).squeeze(-1)
+        pyro.sample("z", dist.Normal(self.loc + shift, 0.447))
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized"])
+def test_elbo_module_trains_with_local_parameters(gradient: Any) -> None:
+    with pyro.settings.context(module_local_params=True):
+        objective = ImportanceWeightedELBO(6, gradient=gradient)
+        module = objective(Model(), Guide())
+        assert isinstance(module, ELBOModule)
+        module()
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            module().backward()
+            optimizer.step()
+        guide_loc = module.guide.loc + module.guide.net(torch.ones(1))
+    assert module.model.prior.item() == pytest.approx(2.0, abs=0.3)  # the evidence is largest where the prior is at x
+    assert guide_loc.item() == pytest.approx(2.0, abs=0.4)
+    assert objective.history is not None
+    assert len(objective.history) == 201
+
+
+PLATES = ["gaussian", "chain, guide forward", "delta", "mixed", "auxiliary, discrete", "plated", "scaled guide"]
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
+@pytest.mark.parametrize("name", PLATES)
+@pytest.mark.parametrize("bound", NONLINEAR, ids=str)
+def test_history_and_contributions(bound: Bound, name: str, gradient: Any) -> None:
+    problem = BY_NAME[name]
+    objective = MultiSampleELBO(bound, 5, gradient=gradient)
+    sign = -1 if bound.side == "lower" else 1
+    losses = [objective.loss_and_grads(problem.model, problem.guide) for _ in range(3)]
+    history, last = objective.history, objective.last
+    assert history is not None
+    assert last is not None
+    assert last.contributions is not None
+    steps, sites = history.to_dataframe(by="step"), history.to_dataframe()
+    assert steps.objective.to_list() == [sign * loss for loss in losses]
+    assert steps.elbo.iloc[-1] == pytest.approx(last.log_weights.mean().item(), rel=1e-5)
+    assert steps.elbo.iloc[-1] == pytest.approx(last.elbo, rel=1e-5)
+    assert (steps.kl_weight == 1).all()
+
+    own = sites[sites.step == 2].set_index("site")
+    assert list(own.index) == list(last)
+    assert own.contribution.to_dict() == last.contributions
+    assert (own[own.kind != "observed"].kl_method == "sampled").all()
+    assert (own[own.kind != "observed"].kl_reason.str.contains("no closed form")).all()
+    np.testing.assert_allclose(own.log_p.astype(float), last.to_dataframe().log_p.astype(float), rtol=1e-5)
+    np.testing.assert_allclose(own.kl_prior, last.to_dataframe().kl_prior, rtol=1e-5, atol=1e-6)
+
+    scale = 0.1 if name == "scaled guide" else 1.0
+    log_weights = last.log_weights.double() / scale
+    shares = bound.gradient(log_weights)
+    for site, term in last.items():
+        by_particle = log_weights_by_element(objective, site).reshape(5, -1).sum(1)
+        assert own.contribution[site] == pytest.approx((shares * by_particle).sum().item(), rel=1e-4, abs=1e-5)
+        for tensor in (term.log_p, term.log_q):
+            assert tensor is None or not tensor.requires_grad
+    if isinstance(bound, IWAE):
+        divergence = (shares * (shares * 5).clamp_min(1e-300).log()).sum().item()
+        assert own.contribution.sum() - scale * divergence == pytest.approx(-losses[-1], rel=1e-5, abs=1e-5)
+    summary = history.summary(window=2)
+    assert "contribution" in summary
+    assert summary.contribution.iloc[-1] == pytest.approx(steps.objective.iloc[-2:].mean())
+    assert last.to_dataframe().contribution.to_list() == list(last.contributions.values())
+
+
+def test_last_has_a_particle_dim_before_the_batch() -> None:
+    plated = BY_NAME["plated"]
+    for options in ({}, {"vectorize_particles": True, "max_plate_nesting": 1}):
+        objective = ImportanceWeightedELBO(5, **options)
+        assert objective.last is None
+        objective.loss(plated.model, plated.guide)
+        last = objective.last
+        assert last is not None
+        assert last.num_particles == 5
+        assert last.log_weights.shape == (5,)
+        assert last["z"].log_p is not None
+        assert last["z"].log_q is not None
+        assert last["z"].log_p.shape == last["z"].log_q.shape == (5, 4)
+        assert last["w"].log_p is not None
+        assert last["w"].log_p.flatten().shape == (5,)
+        assert last["z"].plates == ("data",)
+        assert [term.kind for term in last.values()] == ["latent", "latent", "observed"]
+        assert "contribution" in last.to_dataframe()
+        assert "contribution" in repr(last)
+        assert "<table" in last._repr_html_()
+        assert objective.history is not None
+        assert len(objective.history) == 0  # an evaluation is not a step
+
+
+def test_history_off_given_or_bounded() -> None:
+    objective = ImportanceWeightedELBO(2, history=False)
+    svi(objective).step()
+    assert objective.history is None
+    assert objective.last is not None
+    mine = History(max_steps=10)
+    objective = ImportanceWeightedELBO(2, history=mine)
+    svi(objective).step()
+    assert objective.history is mine
+    assert len(mine) == 1
+
+
+def test_no_contributions_where_the_bound_is_linear() -> None:
+    for objective in (MultiSampleELBO(ELBO(), 3), RenyiELBO(1.0, 3), DecomposedELBO(3, gradient="vargrad")):
+        loss = objective.loss_and_grads(model, guide)
+        assert objective.last is not None
+        assert objective.last.contributions is None
+        assert "contribution" not in objective.last.to_dataframe()
+        assert objective.history is not None
+        assert "contribution" not in objective.history.to_dataframe()
+        assert objective.history.elbo[-1] == pytest.approx(-loss)
+
+
+def test_sites_may_vary_from_particle_to_particle() -> None:
+    """A site that some particles lack counts as zero in them."""
+
+    runs = {"model": itertools.count(), "guide": itertools.count()}
+
+    def varying_model() -> None:
+        model()
+        if next(runs["model"]) % 3 == 1:
+            pyro.sample("w", dist.Normal(0.0, 2.0))
+
+    def varying_guide() -> None:
+        guide()
+        if next(runs["guide"]) % 3 == 1:
+            pyro.sample("w", dist.Normal(0.5, 1.0))
+
+    objective = ImportanceWeightedELBO(3)
+    loss = objective.loss_and_grads(varying_model, varying_guide)
+    assert objective.last is not None
+    assert objective.last["w"].log_p is not None
+    assert (objective.last["w"].log_p != 0).tolist() == [False, True, False]
+    assert loss == pytest.approx(-IWAE().value(objective.last.log_weights).item(), rel=1e-5)
+
+
+def test_messenger_guide_has_every_estimator() -> None:
+    """At the posterior two of them have no noise, though the guide runs together with the model."""
+    messenger = AutoNormalMessenger(model, init_loc_fn=lambda site: torch.tensor(1.6), init_scale=0.2**0.5)
+    objectives: list[Any] = [
+        ImportanceWeightedELBO(4, gradient=gradient) for gradient in ("pathwise", "doubly_reparameterized")
+    ]
+    objectives += [DecomposedELBO(4, gradient=gradient) for gradient in ("doubly_reparameterized", "vargrad")]
+    sizes = []
+    for objective in objectives:
+        messenger.zero_grad()
+        loss = objective.loss_and_grads(model, messenger)
+        assert loss == pytest.approx(-dist.Normal(0.0, 1.25**0.5).log_prob(torch.tensor(2.0)).item(), rel=1e-5)
+        gradients = [parameter.grad for parameter in messenger.parameters()]
+        assert len(gradients) == 2
+        sizes.append(max(float(gradient.abs().max()) for gradient in gradients if gradient is not None))
+    assert sizes[0] > 0.05
+    assert max(sizes[1:]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients in the history
+
+RECORDED: dict[str, Callable[[bool | History], Any]] = {
+    "elbo": lambda history: DecomposedELBO(4, history=history),
+    "elbo, sampled": lambda history: DecomposedELBO(4, kl="sampled", history=history),
+    "elbo, doubly_reparameterized": lambda history: DecomposedELBO(
+        4, gradient="doubly_reparameterized", history=history
+    ),
+    "elbo, vargrad": lambda history: DecomposedELBO(4, gradient="vargrad", history=history),
+    "iwae": lambda history: ImportanceWeightedELBO(4, history=history),
+    "iwae, doubly_reparameterized": lambda history: ImportanceWeightedELBO(
+        4, gradient="doubly_reparameterized", history=history
+    ),
+    "iwae, score_function": lambda history: ImportanceWeightedELBO(4, gradient="score_function", history=history),
+    "iwae, vectorized": lambda history: ImportanceWeightedELBO(4, 1, vectorize_particles=True, history=history),
+}
+
+
+def gradients_in(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["steps", "particles"])
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("problem", ["gaussian", "mixed", "plated"])
+def test_recorded_gradients(name: str, mode: Any, problem: str) -> None:
+    """The same gradients and parameters as without recording; their ratio is that of gradients collected by hand."""
+    program = BY_NAME[problem]
+    collected: list[dict[str, Tensor]] = []
+    losses: list[list[float]] = []
+    for history in (True, History(gradient_snr=mode)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(6)
+        objective = RECORDED[name](history)
+        objective.loss(program.model, program.guide)
+        pyro.set_rng_seed(6)
+        parameters = {name: pyro.get_param_store()._params[f"param_{name}"] for name in program.params}
+        steps, at = [], len(collected)
+        optimizer = svi(objective, program.model, program.guide)
+        for _ in range(6):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(optimizer, "optim", lambda _, known=parameters: collected.append(gradients_in(known)))
+                steps.append(optimizer.step())
+        losses.append(steps)
+        assert len(collected) == at + 6
+    assert losses[0] == losses[1]
+    plain, recorded = collected[:6], collected[6:]
+    for ours, theirs in zip(recorded, plain, strict=True):
+        for parameter, gradient in theirs.items():
+            torch.testing.assert_close(ours[parameter], gradient, rtol=2e-5, atol=2e-5)
+    table = history.gradient_snr(by="element").set_index(["parameter", "index"])
+    assert (table.num_steps == 6).all()
+    for parameter in program.params:
+        own = table.loc[f"param_{parameter}"]
+        by_step = torch.stack([each[parameter].reshape(-1) for each in plain]).double().numpy()
+        np.testing.assert_allclose(own["mean"], by_step.mean(0), rtol=1e-4, atol=1e-4)
+        if mode == "steps":
+            np.testing.assert_allclose(own["sd"], by_step.std(0, ddof=1), rtol=1e-3, atol=1e-4)
+            assert (own["sd"] > 0).all()
+
+
+def test_noise_of_particles_is_that_of_single_ones() -> None:
+    """For the ELBO, whose particles are independent: spread of their gradients, against evaluations of one particle."""
+    history = History(gradient_snr="particles")
+    objective = DecomposedELBO(6, kl="sampled", history=history)
+    pyro.set_rng_seed(8)
+    steps = 5
+    for _ in range(steps):
+        objective.loss_and_grads(model, guide)
+    single = DecomposedELBO(kl="sampled", history=False)
+    parameter = pyro.get_param_store()._params["loc"]
+    pyro.set_rng_seed(8)
+    gradients = np.empty((steps, 6))
+    for index in np.ndindex(steps, 6):
+        parameter.grad = None
+        single.loss_and_grads(model, guide)
+        assert parameter.grad is not None
+        gradients[index] = parameter.grad.item()
+    row = history.gradient_snr(by="element").set_index("parameter").loc["loc"]
+    assert row["mean"] == pytest.approx(gradients.mean(), rel=1e-5)
+    assert row["sd"] == pytest.approx(math.sqrt((gradients.var(1, ddof=1) / 6).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda history: DecomposedELBO(4, 1, vectorize_particles=True, history=history),
+        lambda history: DecomposedELBO(1, history=history),
+        lambda history: ImportanceWeightedELBO(1, history=history),
+    ],
+)
+def test_particles_that_cannot_be_told_apart(make: Callable[[History], Any]) -> None:
+    objective = make(History(gradient_snr="particles"))
+    guide()
+    parameters = pyro.get_param_store()._params
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with pytest.raises(ValueError, match=r"num_particles of 2 or more with vectorize_particles=False"):
+        svi(objective).step()
+    assert all(torch.equal(parameters[name], value) for name, value in before.items())
+    assert len(objective.history) == 0
