@@ -399,6 +399,48 @@ def test_vectorized_particles_are_the_looped_ones_at_the_same_noise() -> None:
             np.testing.assert_allclose(steps[0], steps[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3], ids=lambda scale: f"scale {scale}")
+@pytest.mark.parametrize("bound", NONLINEAR, ids=str)
+def test_two_subsampled_plates(bound: Bound, scale: float) -> None:
+    """All sites in both: the bound of each cell, scaled by both, and by what scales the programs beside."""
+    generator = torch.Generator().manual_seed(5)
+    x, noise = torch.randn(3, 4, generator=generator).double(), torch.randn(2, 3, 4, generator=generator).double()
+    runs = itertools.count()
+
+    def plates(rows: Tensor, columns: Tensor) -> tuple[Any, Any]:
+        return pyro.plate("rows", 3, subsample=rows, dim=-2), pyro.plate("columns", 4, subsample=columns, dim=-1)
+
+    def model(*chosen: Tensor) -> None:
+        rows, columns = plates(*chosen)
+        with poutine.scale(scale=scale), rows as i, columns as j:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.6), obs=x[i][:, j])
+
+    def guide(*chosen: Tensor) -> None:
+        rows, columns = plates(*chosen)
+        with poutine.scale(scale=scale), columns as j, rows as i:
+            loc = pyro.param("loc", torch.zeros(3, 4).double())[i][:, j]
+            pyro.sample("z", TableNormal(loc, torch.ones(()).double(), noise[next(runs) % 2][i][:, j]))
+
+    objective = MultiSampleELBO(bound, 2)
+    every = [
+        (torch.tensor(rows), torch.tensor(columns))
+        for rows in itertools.combinations(range(3), 2)
+        for columns in itertools.combinations(range(4), 2)
+    ]
+    full = objective.loss_and_grads(model, guide, torch.arange(3), torch.arange(4))
+    gradient = pyro.get_param_store()._params["loc"].grad
+    assert gradient is not None
+    expected, gradient = gradient.clone(), gradient.zero_()
+    assert abs(full) == pytest.approx(
+        abs(scale * bound.value(log_weights_by_element(objective) / scale).sum().item()), rel=1e-7
+    )
+    losses = [objective.loss_and_grads(model, guide, *chosen) for chosen in every]
+    assert np.std(losses) > 0.05
+    assert np.mean(losses) == pytest.approx(full, rel=1e-7)
+    torch.testing.assert_close(gradient / len(every), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_pyros_bound_of_a_subsample_is_none() -> None:
     """Pyro scales the weights before it takes their mean: under- and overflowing exponents, and no estimate of the bound."""
     programs = Local(4)
@@ -568,6 +610,98 @@ def test_local_plates_pathwise_gradient_by_hand() -> None:
     loss = dist.Normal(prior, 0.5).log_prob(w) - dist.Normal(prior, 1.0).log_prob(w) - IWAE().value(log_weights).sum()
     for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10)
+
+
+class GivenBernoulli(dist.Bernoulli):  # type: ignore[misc]
+    """A Bernoulli whose draw is given."""
+
+    draw = 0.0
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return torch.full_like(self.probs, self.draw)
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "score_function"])
+@pytest.mark.parametrize("bound", [ELBO(), IWAE(), Renyi(0.5), TVO()], ids=str)
+def test_local_plates_with_a_discrete_site_outside(bound: Bound, gradient: Any) -> None:
+    """Enumerated: its score has the whole objective as its cost, whatever the subsample."""
+    programs = Local(3)
+
+    def model(subsample: Tensor | None) -> None:
+        k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3).double()))
+        with pyro.plate("data", 6, subsample=subsample) as i:
+            z = pyro.sample("z", dist.Normal(2 * k, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.6), obs=programs.x[i])
+        programs.particle += 1
+
+    def guide(subsample: Tensor | None) -> None:
+        pyro.sample("k", GivenBernoulli(logits=pyro.param("logit", torch.tensor(0.4).double())))
+        with pyro.plate("data", 6, subsample=subsample) as i:
+            noise = programs.noise[programs.particle % 3][i]
+            pyro.sample("z", TableNormal(programs.parameter("loc")[i], torch.tensor(0.8).double(), noise))
+
+    objective = MultiSampleELBO(bound, 3, local_plates="data", gradient=gradient)
+    probability = torch.tensor(0.4).double().sigmoid()
+    found, loss = {"logit": torch.zeros(()).double(), "loc": torch.zeros(6).double()}, 0.0
+    for k, weight in ((0.0, 1 - probability), (1.0, probability)):
+        GivenBernoulli.draw = k
+        for chosen in subsampled(4):
+            loss += weight.item() * objective.loss_and_grads(model, guide, chosen) / 15
+            for name, each in programs.gradients().items():
+                found[name] += weight * each / 15
+
+    logit, loc = torch.tensor(0.4).double().requires_grad_(), programs.start[0].clone().requires_grad_()
+    q, z = dist.Bernoulli(logits=logit), loc + torch.tensor(0.8).double() * programs.noise
+    expected: Any = 0.0
+    for k in (torch.zeros(()).double(), torch.ones(()).double()):
+        log_w = dist.Normal(2 * k, 1.0).log_prob(z) + dist.Normal(z, 0.6).log_prob(programs.x)
+        log_w = log_w - dist.Normal(loc, torch.tensor(0.8).double()).log_prob(z)
+        prior = dist.Bernoulli(torch.tensor(0.3).double()).log_prob(k)
+        expected = expected - q.log_prob(k).exp() * (prior - q.log_prob(k) + bound.value(log_w).sum())
+    assert loss == pytest.approx(expected.item(), rel=1e-10)
+    of_logit, of_loc = torch.autograd.grad(expected, (logit, loc))
+    torch.testing.assert_close(found["logit"], of_logit, rtol=1e-9, atol=1e-9)
+    if gradient == "pathwise":
+        torch.testing.assert_close(found["loc"], of_loc, rtol=1e-9, atol=1e-9)
+    assert of_logit.abs() > 0.1
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "score_function"])
+def test_local_plates_with_a_point_outside(gradient: Any) -> None:
+    """Under MAP for the site outside it is still one that the particles share."""
+    programs = Local(3, is_global=True)
+
+    def guide(subsample: Tensor | None = None) -> None:
+        pyro.sample("w", dist.Delta(pyro.param("point", torch.tensor(0.1).double())))
+        with pyro.plate("data", 6, subsample=subsample) as i:
+            loc, scale = programs.parameter("loc")[i], programs.parameter("log_scale")[i].exp()
+            pyro.sample("z", TableNormal(loc, scale, programs.noise[programs.particle % 3][i]))
+
+    objective = ImportanceWeightedELBO(3, local_plates="data", gradient=gradient)
+    full = objective.loss_and_grads(programs.model, guide)
+    inner = log_weights_by_element(objective, "z", "x")
+    outer = dist.Normal(torch.tensor(0.2).double(), 1.0).log_prob(torch.tensor(0.1).double())
+    assert full == pytest.approx(-(outer + IWAE().value(inner).sum()).item(), rel=1e-10)
+    expected = programs.gradients()
+    assert expected["point"].abs() > 0.01
+    losses = [objective.loss_and_grads(programs.model, guide, chosen) for chosen in subsampled(2)]
+    assert np.mean(losses) == pytest.approx(full, rel=1e-10)
+    for name, gradient_of_all in programs.gradients().items():
+        torch.testing.assert_close(gradient_of_all / 15, expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_local_plates_batched_are_the_looped_ones() -> None:
+    problem = BY_NAME["plated"]
+    losses = []
+    for vectorize in (False, "vmap"):  # a shared draw cannot be batched: these particles are looped over
+        objective = ImportanceWeightedELBO(4, vectorize_particles=vectorize, local_plates="data")  # type: ignore[arg-type]
+        pyro.set_rng_seed(1)
+        objective.loss(problem.model, problem.guide)
+        pyro.set_rng_seed(1)
+        losses.append(objective.loss_and_grads(problem.model, problem.guide))
+        outer = log_weights_by_element(objective, "w")
+        assert (outer == outer[0]).all()
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("name", ["plated", "subsampled"])
@@ -1015,6 +1149,85 @@ def test_messenger_guide_has_every_estimator() -> None:
         sizes.append(max(float(gradient.abs().max()) for gradient in gradients if gradient is not None))
     assert sizes[0] > 0.05
     assert max(sizes[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
+def test_a_bound_of_ones_own_needs_a_value_alone(gradient: Any, vectorize: bool) -> None:
+    class Mine(Bound):
+        def value(self, log_weights: Tensor) -> Tensor:
+            return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+
+    found = []
+    for bound in (Mine(), IWAE()):
+        programs = Local(3, vectorized=vectorize)
+        objective = MultiSampleELBO(bound, 3, 1, vectorize_particles=vectorize, gradient=gradient)
+        loss = objective.loss_and_grads(programs.model, programs.guide)
+        found.append((loss, programs.gradients()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    for name, each in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], each, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("vectorize", [False, True, "vmap"])
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mixed_precision_terms(dtype: torch.dtype, gradient: Any, vectorize: Any) -> None:
+    def mixed_model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.Poisson(z.float().exp()), obs=torch.tensor(2.0))
+
+    def mixed_guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3, dtype=dtype)), 1.0))
+
+    mixed_guide()
+    objective = ImportanceWeightedELBO(3, 0, vectorize_particles=vectorize, gradient=gradient)
+    loss = objective.loss_and_grads(mixed_model, mixed_guide)
+    assert objective.last is not None
+    assert loss == pytest.approx(-IWAE().value(objective.last.log_weights).item(), rel=1e-6)
+    gradient_of_loc = pyro.get_param_store()._params["loc"].grad
+    assert gradient_of_loc is not None
+    assert gradient_of_loc.dtype == dtype
+
+
+@pytest.mark.parametrize("vectorize", [False, True, "vmap"])
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
+def test_without_latents_the_bound_is_the_evidence(gradient: Any, vectorize: Any) -> None:
+    def observed() -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0), obs=torch.ones(5))
+
+    for bound in NONLINEAR:
+        pyro.clear_param_store()
+        objective = MultiSampleELBO(bound, 3, 1, vectorize_particles=vectorize, gradient=gradient)
+        loss = objective.loss_and_grads(observed, lambda: None)
+        sign = -1 if bound.side == "lower" else 1
+        assert loss == pytest.approx(sign * 5 * dist.Normal(0.5, 1.0).log_prob(torch.tensor(1.0)).item(), rel=1e-6)
+        assert pyro.get_param_store()._params["loc"].grad.item() == pytest.approx(sign * 2.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["doubly_reparameterized", "score_function", "vargrad"])
+@pytest.mark.parametrize("name", ["lognormal", "mixed", "auxiliary, discrete", "plated"])
+def test_kl_weight_with_every_estimator(name: str, gradient: Any) -> None:
+    """It weights ``kl_prior`` in the value, and the gradient is linear in it."""
+    problem = BY_NAME[name]
+    found = []
+    for weight in (0.0, 0.5, 1.0):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(7)
+        objective = DecomposedELBO(4, kl_weight=weight, gradient=gradient)
+        loss = objective.loss_and_grads(problem.model, problem.guide)
+        last = objective.last
+        assert last is not None
+        assert loss == pytest.approx(-(last.reconstruction - weight * last.kl_prior), rel=1e-5)
+        assert objective.history is not None
+        assert objective.history.elbo[-1] == pytest.approx(last.elbo, rel=1e-5)
+        assert objective.history.objective[-1] == -loss
+        parameters = pyro.get_param_store()._params
+        found.append([parameters[f"param_{parameter}"].grad.clone() for parameter in problem.params])
+    for none, half, full in zip(*found, strict=True):
+        torch.testing.assert_close(half, (none + full) / 2, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(none, full)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
