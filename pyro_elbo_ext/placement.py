@@ -57,7 +57,8 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
     bound
         Where it is linear nothing is required.
     local_plates
-        Names of the plates to take the bound inside, the ELBO outside; empty for the plates that all sites share.
+        Names of the plates to take the bound inside, the ELBO outside; empty for the plates that all sites share. The
+        bound is taken inside whatever further plates the sites in them share.
     masked_paths
         Whether a masked guide site is acceptable; it is not where paths are weighted apart from scores.
 
@@ -121,7 +122,8 @@ def _named(
                 "cannot be taken inside both. Name in local_plates only plates that its sites share."
             )
         local.append(bool(inside))
-    return {known[name] for name in names}, tuple(local)
+    shared = set.intersection(*[stack for stack, is_local in zip(stacks, local, strict=True) if is_local])
+    return shared, tuple(local)
 
 
 def _subsampled(node: Node) -> list[CondIndepStackFrame]:
