@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Delta
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -17,7 +17,7 @@ from pyro_elbo_ext.batch_check import check_batched
 from pyro_elbo_ext.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.gradients import Gradient, Path
-from pyro_elbo_ext.particles import Draw
+from pyro_elbo_ext.particles import Draw, detached_copies
 from pyro_elbo_ext.supply import CannotBatch
 from pyro_elbo_ext.terms import PARTICLE_PLATE, trace_pair
 
@@ -71,17 +71,17 @@ class Batch:
         guide: Program,
         args: Args,
         kwargs: Kwargs,
-        read: Callable[[Trace, Trace, DependencyTracker], None],
+        tracker: DependencyTracker | None,
+        read: Callable[[Trace, Trace], object],
     ) -> Batch:
         """Run model and guide once in the ordinary way, for reference; the random state is left as it was.
 
-        ``read`` is called with the traces while the tracker of their dependencies is still active.
+        ``read`` is called with the traces while the ``tracker`` of their dependencies, if there is one, is still active.
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        tracker = DependencyTracker()
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker or nullcontext():
             reference = trace_pair(model, guide, args, kwargs, tracker)
-            read(*reference, tracker)
+            read(*reference)
         return cls(reference)
 
     def draw(
@@ -133,18 +133,9 @@ class Batch:
 
 def _copies(batched: Batched) -> tuple[dict[str, Tensor], list[Path]]:
     """Values to score again, those with a path as new leaves; and the subsample that they belong to."""
-    draws: dict[str, Tensor] = {}
-    paths: list[Path] = []
+    draws, _, paths = detached_copies(batched.guide_trace, None)
     for trace in (batched.model_trace, batched.guide_trace):
-        for name, node in trace.nodes.items():
-            if site_is_subsample(node):
-                draws[name] = node["value"]
-            elif trace is batched.guide_trace and not node["is_observed"] and not isinstance(node["fn"], Delta):
-                value = node["value"].detach()
-                if node["value"].requires_grad:
-                    value = value.requires_grad_()
-                    paths.append(Path(node["value"], value, None))
-                draws[name] = value
+        draws.update({name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)})
     return draws, paths
 
 

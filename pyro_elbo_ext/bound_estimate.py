@@ -18,10 +18,11 @@ from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.estimate import Ledger, num_observations, scale_of
 from pyro_elbo_ext.gradients import Gradient, Pathwise
 from pyro_elbo_ext.history import SiteInfo
-from pyro_elbo_ext.log_weights import Densities, LogWeights, join, read_densities
+from pyro_elbo_ext.log_weights import Densities, LogWeights, join, plate_scores, read_densities
 from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
 from pyro_elbo_ext.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.placement import Placement, place
+from pyro_elbo_ext.plate_costs import PlateScores, score_shares
 from pyro_elbo_ext.terms import Kind, Method, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
 
 _NAN = float("nan")
@@ -107,6 +108,7 @@ def estimate_bound(
         placement: Placement | None = None
         densities: list[Densities] = []
         described: list[list[_Description]] = []
+        with_plates: list[PlateScores] = []
         for drawn in draws:
             sites, is_new = structures.read(drawn)
             if placement is None or is_new:
@@ -119,10 +121,14 @@ def estimate_bound(
                 placement, description = here, _describe(sites, drawn, objective.max_plate_nesting, ledger)
             densities.append(read_densities(drawn, sites, here, gradient, objective.max_plate_nesting, particle_dim))
             described.append(description)
+            if bound.linear and densities[-1].scored_nodes:
+                with_plates.append(plate_scores(densities[-1], sites, kl_weight))
         assert placement is not None
         num_vectorized = None if particle_dim is None else objective.num_particles
         log_weights = join(densities, [path for drawn in draws for path in drawn.paths], num_vectorized)
         weights = log_weights.weights(placement, gradient, kl_weight)
+        if with_plates and not local_plates:
+            weights.score_shares = score_shares(with_plates, num_vectorized)
     detached = weights.log_weights.detach()
     value = bound.value(detached).sum() * placement.outside
     outer = log_weights.outer(kl_weight)

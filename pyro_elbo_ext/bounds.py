@@ -100,7 +100,7 @@ class _LogPowerMean(Bound):
 
     def value(self, log_weights: Tensor) -> Tensor:
         power = self.power
-        if power == 0:
+        if power == 0 or len(log_weights) == 1:
             return log_weights.mean(0)
         by_sum = (torch.logsumexp(power * log_weights, 0) - math.log(len(log_weights))) / power
         if abs(power) >= 0.1:

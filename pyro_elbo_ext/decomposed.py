@@ -142,6 +142,10 @@ class DecomposedELBO(Objective):
         return type(self.estimator) is Pathwise
 
     @property
+    def _tracks_dependencies(self) -> bool:  # type: ignore[override]
+        return self._by_terms and self.kl != "sampled"
+
+    @property
     def last(self) -> Terms | None:
         """Detached terms of the last evaluation; None before the first."""
         if self._last is None:
@@ -203,7 +207,7 @@ class DecomposedELBO(Objective):
         repeats, model, guide = self._programs(model, guide, args, kwargs)
         for _ in range(repeats):
             ledger.begin_particle()
-            tracker = DependencyTracker() if self.kl != "sampled" and pair.track_next else None
+            tracker = DependencyTracker() if self._tracks_dependencies and pair.track_next else None
             with tracker or nullcontext():
                 model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker)
                 signature = signature_of(model_trace, guide_trace, args, kwargs)

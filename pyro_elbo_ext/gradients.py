@@ -56,6 +56,9 @@ class Weights:
         Score terms of draws whose path is incomplete, such as those made by rejection sampling.
     paths : list of Path
         The reparameterized draws, for :class:`DoublyReparameterized`.
+    score_shares : Tensor or None
+        For a bound that is linear, all score terms with their coefficients, shape ``(K,)``: each score then has the cost of
+        its own plates alone. None otherwise.
     """
 
     log_weights: Tensor
@@ -64,6 +67,7 @@ class Weights:
     scores: Tensor | None = None
     corrections: Tensor | None = None
     paths: list[Path] = field(default_factory=list)
+    score_shares: Tensor | None = None
 
 
 class Gradient(ABC):
@@ -101,17 +105,9 @@ class Pathwise(Gradient):
     name = "pathwise"
 
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
-        log_weights = weights.log_weights.detach()
-        total = bound.gradient(log_weights) * _finite(weights.log_weights)
-        if weights.scores is None and weights.corrections is None:
-            return _by_particle(total)
-        centered, own = _centered(log_weights, bound)
-        if weights.corrections is not None:
-            total = total + centered * weights.corrections
-        if weights.scores is not None:
-            assert weights.scored is not None
-            total = total + centered * weights.scores + own * weights.scored
-        return _by_particle(total)
+        gradient = bound.gradient(weights.log_weights.detach())
+        shares = _by_particle(gradient * _finite(weights.log_weights))
+        return shares + _score_terms(weights, bound, 0.0)
 
 
 class ScoreFunction(Pathwise):
@@ -158,15 +154,7 @@ class DoublyReparameterized(Gradient):
         assert weights.direct is not None
         log_weights = weights.log_weights.detach()
         gradient = bound.gradient(log_weights)
-        total = gradient * _finite(weights.direct)
-        if weights.scores is not None or weights.corrections is not None:
-            centered, own = _centered(log_weights, bound)
-            if weights.corrections is not None:
-                total = total + (centered - gradient + own) * weights.corrections
-            if weights.scores is not None:
-                assert weights.scored is not None
-                total = total + centered * weights.scores + (own - gradient) * weights.scored
-        shares = _by_particle(total)
+        shares = _by_particle(gradient * _finite(weights.direct)) + _score_terms(weights, bound, gradient)
         if weights.paths:
             shares = shares + _along_paths(weights, gradient - bound.curvature(log_weights))
         return shares
@@ -179,6 +167,30 @@ def _by_particle(values: Tensor) -> Tensor:
 def _finite(log_weights: Tensor) -> Tensor:
     """Zero for a particle of weight zero: ``-inf`` there is legitimate, and has no gradient."""
     return log_weights.masked_fill(log_weights == -torch.inf, 0.0)
+
+
+def _score_terms(weights: Weights, bound: Bound, missing: Tensor | float) -> Tensor | float:
+    """The terms of the draws without a path, shape ``(K,)``.
+
+    ``missing`` is the weight of the direct part of their log q that the rest of the surrogate has left out.
+    """
+    if weights.scores is None and weights.corrections is None:
+        return 0.0
+    log_weights = weights.log_weights.detach()
+    if weights.score_shares is not None:
+        if weights.scored is None:
+            return weights.score_shares
+        # with a constant weight the direct part is a score of mean zero: all of it goes
+        return weights.score_shares + _by_particle((bound.gradient(log_weights) - missing) * weights.scored)
+    centered, own = _centered(log_weights, bound)
+    total = torch.zeros_like(log_weights)
+    if weights.scores is not None:
+        assert weights.scored is not None
+        total = total + centered * weights.scores + (own - missing) * weights.scored
+    if weights.corrections is not None:
+        is_apart = isinstance(missing, Tensor)  # then the path has traded the score with the correction in it
+        total = total + (centered + own - missing if is_apart else centered) * weights.corrections
+    return _by_particle(total)
 
 
 def _centered(log_weights: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:

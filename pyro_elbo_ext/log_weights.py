@@ -19,6 +19,7 @@ from pyro_elbo_ext.estimate import check_path
 from pyro_elbo_ext.gradients import Gradient, Path, Weights
 from pyro_elbo_ext.particles import Draw
 from pyro_elbo_ext.placement import Placement
+from pyro_elbo_ext.plate_costs import PlateScores, Stack
 from pyro_elbo_ext.terms import Node, Site, log_prob, score_parts
 
 
@@ -41,6 +42,7 @@ class Densities(NamedTuple):
     values: list[Tensor]
     scores: list[tuple[bool, Tensor]]  # of the draws without a path: whether it is local, log q unscaled and unmasked
     corrections: list[tuple[bool, Tensor]]  # of the draws whose path is incomplete
+    scored_nodes: list[tuple[Stack, Tensor]]  # both, in full, with their plates
 
 
 def read_densities(
@@ -62,7 +64,7 @@ def read_densities(
     particle_dim
         The (negative) dim of the particle plate; None if the particles are looped over.
     """
-    densities = Densities([], [], [], [], [])
+    densities = Densities([], [], [], [], [], [])
     for site, is_local in zip(sites, placement.local, strict=True):
         kept = _kept(placement, is_local, particle_dim)
         log_p: Tensor | None = None
@@ -82,6 +84,7 @@ def read_densities(
                 densities.scores.append((is_local, _reduce(score, kept)))
             if correction is not None:
                 densities.corrections.append((is_local, _reduce(correction, kept)))
+            densities.scored_nodes.extend((vectorized(node), part) for part in (score, correction) if part is not None)
         densities.full.append((log_p, tuple(log_qs)))
     return densities
 
@@ -113,6 +116,22 @@ def _log_q(
     if is_identically_zero(score):
         return log_q, None, None
     return (log_q, score, None) if is_identically_zero(entropy_term) else (log_q, None, score)
+
+
+def vectorized(node: Node) -> Stack:
+    """The plates that a node is in by broadcasting."""
+    return tuple([frame for frame in node["cond_indep_stack"] if frame.vectorized])
+
+
+def plate_scores(densities: Densities, sites: Sequence[Site], kl_weight: float) -> PlateScores:
+    """The draw's costs and scores with their plates, for a bound that is the sum of its terms."""
+    costs = []
+    for site, (log_p, log_qs) in zip(sites, densities.full, strict=True):
+        weight = 1.0 if site.kind == "observed" else kl_weight
+        if site.p is not None and log_p is not None:
+            costs.append((vectorized(site.p), weight * log_p))
+        costs.extend((vectorized(node), -weight * log_q) for node, log_q in zip(site.q, log_qs, strict=True))
+    return PlateScores(costs, densities.scored_nodes)
 
 
 def _kept(placement: Placement, is_local: bool, particle_dim: int | None) -> dict[int, int | None]:
@@ -195,7 +214,8 @@ class LogWeights:
         if not all(use):  # a column left out must not matter, not even if it is infinite
             at = [i for i, used in enumerate(use) if used]
             signs, taken = [signs[i] for i in at], taken[:, at]
-        total = torch.tensordot(taken, taken.new_tensor(signs), dims=([1], [0]))
+        vector = taken.new_tensor(signs)
+        total = taken @ vector if taken.dim() == 2 else torch.tensordot(taken, vector, dims=([1], [0]))
         return total if isinstance(outside, float) else total / outside
 
 

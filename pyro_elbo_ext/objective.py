@@ -80,6 +80,7 @@ class Objective(ELBO):
     """
 
     maximized = True  # the loss is the negative objective
+    _tracks_dependencies = False  # what closed forms need
 
     def __init__(
         self,
@@ -229,14 +230,15 @@ class Objective(ELBO):
         batch = pair.batches.get(key)
         if batch is None:
 
-            def read(model_trace: Trace, guide_trace: Trace, tracker: DependencyTracker) -> None:
+            def read(model_trace: Trace, guide_trace: Trace) -> None:
                 check_pair(model_trace, guide_trace)
                 signature = signature_of(model_trace, guide_trace, args, kwargs)
                 self._remember(pair, signature, model_trace, guide_trace, tracker)
 
             if len(pair.batches) >= _MAX_STRUCTURES:
                 pair.batches.clear()
-            batch = pair.batches[key] = Batch.start(model, guide, args, kwargs, read)
+            tracker = DependencyTracker() if self._tracks_dependencies else None
+            batch = pair.batches[key] = Batch.start(model, guide, args, kwargs, tracker, read)
         return batch
 
     def _remember(

@@ -15,9 +15,12 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from pyro_elbo_ext.gradients import Gradient, Path
+from pyro_elbo_ext.supply import Supply
 from pyro_elbo_ext.terms import Node, trace_pair, trace_program
 
 Program = Callable[..., Any]
@@ -75,25 +78,21 @@ def draw_particles(
 
 def draw(model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: Gradient, particle: int | None) -> Draw:
     """Run guide and model once, for one particle or (``particle=None``) for all of them in a particle plate."""
-    together = isinstance(poutine.unwrap(guide), Messenger)
-    if together and gradient.separate_paths:
-        raise ValueError(
-            f"gradient='{gradient.name}' runs the guide a second time at its own draws, but a "
-            f"{type(poutine.unwrap(guide)).__name__} runs together with the model. Use gradient='pathwise', or a guide "
-            "that is a program of its own, such as AutoNormal."
-        )
     with _DetachDraws() if gradient.detach_draws else nullcontext():
-        if together:
+        if isinstance(poutine.unwrap(guide), Messenger):
             model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-            return Draw(model_trace, guide_trace, guide_trace)
-        drawn = trace_program(guide, args, kwargs)
-    guide_trace = drawn
+            drawn = guide_trace
+        else:
+            drawn = guide_trace = trace_program(guide, args, kwargs)
+            model_trace = None
     paths: list[Path] = []
     if gradient.separate_paths:
-        fixed, paths = detached_copies(drawn, particle)
+        values, indices, paths = detached_copies(drawn, particle)
         if paths:
-            guide_trace = trace_program(poutine.replay(guide, trace=fixed), args, kwargs)
-    model_trace = trace_program(poutine.replay(model, trace=guide_trace), args, kwargs)
+            with Supply(values, indices):
+                model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+    if model_trace is None:
+        model_trace = trace_program(poutine.replay(model, trace=guide_trace), args, kwargs)
     return Draw(model_trace, guide_trace, drawn, paths)
 
 
@@ -104,21 +103,27 @@ def drawn_sites(guide_trace: Trace) -> Iterator[tuple[str, Node]]:
             yield name, node
 
 
-def detached_copies(drawn: Trace, particle: int | None) -> tuple[Trace, list[Path]]:
-    """The guide's draws as constants to replay it at, those with a path as new leaves.
+def detached_copies(
+    drawn: Trace, particle: int | None
+) -> tuple[dict[str, Tensor], dict[str, tuple[_Subsample, Tensor]], list[Path]]:
+    """The guide's draws as constants to run it at again, those with a path as new leaves; and its subsamples.
 
-    A Delta is no draw but a function of others: it is left out, so that a replay computes it anew.
+    A Delta is no draw but a function of others: it is left out, so that a second run computes it anew.
     """
-    fixed, paths = Trace(), []
-    for name, node in drawn.nodes.items():
-        if node["type"] != "sample" or node["is_observed"] or isinstance(node["fn"], Delta):
-            continue
-        value = node["value"]
-        if not site_is_subsample(node) and value.requires_grad:
-            value = value.detach().requires_grad_()
-            paths.append(Path(node["value"], value, particle))
-        fixed.nodes[name] = {**node, "value": value}
-    return fixed, paths
+    values: dict[str, Tensor] = {}
+    paths: list[Path] = []
+    for name, node in drawn_sites(drawn):
+        if not isinstance(node["fn"], Delta):
+            value = node["value"].detach()
+            if node["value"].requires_grad:
+                paths.append(Path(node["value"], value.requires_grad_(), particle))
+            values[name] = value
+    indices = {
+        name: (node["fn"], node["value"])
+        for name, node in drawn.nodes.items()
+        if node["type"] == "sample" and site_is_subsample(node)
+    }
+    return values, indices, paths
 
 
 class _DetachDraws(Messenger):

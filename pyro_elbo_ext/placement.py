@@ -9,7 +9,7 @@ some sites have are summed over inside the log weights, which needs all of their
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pyro.distributions import Delta
@@ -57,7 +57,8 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
     bound
         Where it is linear nothing is required.
     local_plates
-        Names of the plates to take the bound inside, the ELBO outside; empty for the plates that all sites share.
+        Names of the plates to take the bound inside, the ELBO outside; empty for the plates that all sites share. The
+        bound is taken inside whatever further plates the sites in them share.
     masked_paths
         Whether a masked guide site is acceptable; it is not where paths are weighted apart from scores.
 
@@ -86,18 +87,20 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
         _check_subsampling(sites, inside, plates)
         if not masked_paths:
             _check_masks(inside)
-    subsampling = math.prod([_subsampling(frame) for frame in ordered])
-    return Placement(ordered, subsampling * _guide_scale(inside), local)
+    return Placement(ordered, _scale_of(ordered) * _guide_scale(inside), local)
 
 
-def _frames(node: Node) -> list[CondIndepStackFrame]:
-    return [frame for frame in node["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
+def _nodes(site: Site) -> tuple[Node, ...]:
+    return site.q if site.p is None else (site.p, *site.q)
 
 
 def _plates(site: Site) -> set[CondIndepStackFrame]:
     """Plates that every node of the site is in, by broadcasting."""
-    nodes = [*([] if site.p is None else [site.p]), *site.q]
-    return set.intersection(*[{frame for frame in _frames(node) if frame.vectorized} for node in nodes])
+    stacks = [node["cond_indep_stack"] for node in _nodes(site)]
+    if not all(stacks):
+        return set()
+    shared = set(stacks[0]).intersection(*stacks[1:])
+    return {frame for frame in shared if frame.vectorized and frame.name != PARTICLE_PLATE}
 
 
 def _named(
@@ -119,36 +122,40 @@ def _named(
                 "cannot be taken inside both. Name in local_plates only plates that its sites share."
             )
         local.append(bool(inside))
-    return {known[name] for name in names}, tuple(local)
+    shared = set.intersection(*[stack for stack, is_local in zip(stacks, local, strict=True) if is_local])
+    return shared, tuple(local)
 
 
-def _subsampling(frame: CondIndepStackFrame) -> float:
-    return 1.0 if frame.full_size is None else frame.full_size / frame.size
+def _subsampled(node: Node) -> list[CondIndepStackFrame]:
+    return [f for f in node["cond_indep_stack"] if f.full_size is not None and f.full_size != f.size]
+
+
+def _scale_of(frames: Iterable[CondIndepStackFrame]) -> float:
+    """Data size over batch size of subsampled plates."""
+    return math.prod([1.0 if frame.full_size is None else frame.full_size / frame.size for frame in frames])
 
 
 def _check_subsampling(sites: Sequence[Site], inside: Sequence[Site], plates: set[CondIndepStackFrame]) -> None:
     for site in inside:
-        for node in [*([] if site.p is None else [site.p]), *site.q]:
-            for frame in _frames(node):
-                if frame in plates or _subsampling(frame) == 1:
-                    continue
-                outsiders = [s.name for s in sites if frame.name not in {f.name for f in _plates(s)}]
-                reason = (
-                    f"{', '.join(repr(name) for name in outsiders)} is not in it"
-                    if outsiders
-                    else "it is a sequential plate (for i in pyro.plate(...))"
-                )
-                remedy = (
-                    f"Use local_plates='{frame.name}' to take the bound inside the plate and the ELBO outside, all the "
-                    "data, or DecomposedELBO"
-                    if outsiders
-                    else "Use it as a context (with pyro.plate(...)), all the data, or DecomposedELBO"
-                )
-                raise ValueError(
-                    f"site '{site.name}' is in plate '{frame.name}', which subsamples {frame.size} of "
-                    f"{frame.full_size}, but {reason}: a log weight would need all the data, and its scaled-up "
-                    f"subsample gives no bound. {remedy}."
-                )
+        for node in _nodes(site):
+            for frame in _subsampled(node):
+                if frame not in plates:
+                    raise ValueError(_why_no_bound(site, frame, sites))
+
+
+def _why_no_bound(site: Site, frame: CondIndepStackFrame, sites: Sequence[Site]) -> str:
+    outsiders = [repr(other.name) for other in sites if all(f.name != frame.name for f in _plates(other))]
+    if frame.vectorized:
+        reason = f"{', '.join(outsiders)} is not in it"
+        remedy = f"local_plates='{frame.name}' to take the bound inside the plate and the ELBO outside"
+    else:
+        reason = "it is sequential (for i in pyro.plate(...))"
+        remedy = "it as a context (with pyro.plate(...))"
+    return (
+        f"site '{site.name}' is in plate '{frame.name}', which subsamples {frame.size} of {frame.full_size}, but "
+        f"{reason}: a log weight would need all the data, and a scaled-up subsample of it gives no bound. Use "
+        f"{remedy}, or all the data, or DecomposedELBO."
+    )
 
 
 def _check_masks(inside: Sequence[Site]) -> None:
@@ -176,7 +183,7 @@ def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
                     f"guide site '{node['name']}' has a scale of shape {tuple(scale.shape)}: a log weight needs one "
                     "scale for the whole guide. Scale the model instead, or use DecomposedELBO."
                 )
-            scales[node["name"]] = scale / math.prod([_subsampling(frame) for frame in _frames(node)])
+            scales[node["name"]] = scale / _scale_of(_subsampled(node))
     if not scales:
         return 1.0
     (first, value), *others = scales.items()

@@ -75,8 +75,8 @@ class Supply(Messenger):
         msg["done"] = msg["value"] is not None
 
     def _indices(self, name: str, fn: _Subsample) -> Tensor | None:
-        if not subsamples(fn):
-            return None  # all indices: the same for each particle
+        if not subsamples(fn) or (self._mode is None and name not in self._known):
+            return None  # all indices, the same for each particle; or an ordinary run of a plate not seen before
         expected, indices = self._known.get(name, (None, None))
         if expected is None or (fn.size, fn.subsample_size) != (expected.size, expected.subsample_size):
             raise CannotBatch(
@@ -87,7 +87,7 @@ class Supply(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         store = pyro.get_param_store()
-        if msg["name"] not in store and getattr(msg["fn"], "__self__", None) is store:
+        if self._mode is not None and msg["name"] not in store and getattr(msg["fn"], "__self__", None) is store:
             raise CannotBatch(
                 f"parameter '{msg['name']}' does not exist yet, and would be made for one particle only: the structure "
                 "varies"

@@ -74,9 +74,11 @@ def trace_pair(
     """Traces of the model and the guide, with subsample sites, unchecked."""
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
-        with _plates_are_not_empty():
-            guide(*args, **kwargs)
-        model_trace, guide_trace = unwrapped.get_traces()
+        run = trace_program(guide, args, kwargs)
+        model_trace, guide_trace = unwrapped.get_traces()  # without the subsample sites
+        subsamples = {name: node for name, node in run.nodes.items() if _is_subsample(node)}
+        model_trace.nodes.update(subsamples)
+        guide_trace.nodes.update(subsamples)
         return model_trace, guide_trace
     guide_trace = trace_program(guide, args, kwargs)
     if tracker is not None:
@@ -90,6 +92,10 @@ def trace_program(program: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     with _plates_are_not_empty():
         traced(*args, **kwargs)
     return traced.trace  # as it is: get_trace would copy it
+
+
+def _is_subsample(node: Node) -> bool:
+    return node["type"] == "sample" and site_is_subsample(node)
 
 
 @contextmanager

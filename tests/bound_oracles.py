@@ -20,6 +20,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.distributions.testing.rejection_gamma import RejectionGamma
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
@@ -241,6 +242,18 @@ def _chain_outcomes(params: Params) -> Outcomes:
     return log_p - log_q, torch.outer(probabilities, probabilities).flatten()
 
 
+class _ChainMessenger(GuideMessenger):
+    """The same guide, run together with the model."""
+
+    def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
+        m, log_s, slope, shift, log_r = (
+            replicated(key, CHAIN[key], len(prior.mean)) for key in ("m", "log_s", "slope", "shift", "log_r")
+        )
+        if name == "a":
+            return dist.Normal(m, log_s.exp())
+        return dist.Normal(slope * self.upstream_value("a") + shift, log_r.exp())
+
+
 # A draw beside a point mass: t is a Delta at a parameter
 
 POINT = {"m": 0.9, "log_s": -0.4, "v": 0.5}
@@ -313,6 +326,7 @@ PROBLEMS = [
     Problem("discrete, then continuous", _mixed_model, _mixed_guide, MIXED, _mixed_outcomes),
     Problem("continuous, then discrete", _mixed_model, _reversed_guide, REVERSED, _reversed_outcomes),
     Problem("hierarchical", _chain_model, _chain_guide, CHAIN, _chain_outcomes),
+    Problem("hierarchical, in one run", _chain_model, _ChainMessenger(_chain_model), CHAIN, _chain_outcomes),
     Problem("point mass", _point_model, _point_guide, POINT, _point_outcomes),
     Problem("rejection", _gamma_model, _gamma_guide, {"log_c": 1.2}, _gamma_outcomes),
 ]

@@ -396,10 +396,12 @@ def test_subsample_of_another_size_than_before() -> None:
         run_batched(subsampling, subsampling_guide, (None, 4, 3), {}, K, reference)
 
 
-def test_messenger_guides_do_not_say_how_they_subsample() -> None:
-    guide = AutoNormalMessenger(subsampling)
-    with pytest.raises(CannotBatch, match="plate 'data' subsamples 2 of 4"):
-        batch(subsampling, guide)
+def test_particles_share_one_subsample_of_a_messenger_guide() -> None:
+    seen = set()
+    for _ in range(8):
+        result = assert_batches(subsampling, AutoNormalMessenger(subsampling))
+        seen.add(tuple(result.guide_trace.nodes["data"]["value"].tolist()))
+    assert len(seen) > 1
 
 
 def test_plate_in_a_loop() -> None:

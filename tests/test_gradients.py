@@ -12,11 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
 
 from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO, MultiSampleELBO, bounds, gradients
 from pyro_elbo_ext.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
 from pyro_elbo_ext.gradients import Gradient
-from tests.bound_oracles import PROBLEMS, Problem
+from tests.bound_oracles import PROBLEMS, Problem, hermite, normal, replicated
 
 STANDARD_ERRORS = 5.0  # two-sided 6e-7 for each figure compared
 REPLICATES = 20_000
@@ -82,12 +83,17 @@ PARTICLES = [*((problem, 2) for problem in PROBLEMS), *((p, 3) for p in PROBLEMS
 @pytest.mark.parametrize(("problem", "num_particles"), PARTICLES, ids=str)
 @pytest.mark.parametrize(("bound", "gradient"), COMBINATIONS, ids=name_of)
 def test_unbiased(problem: Problem, num_particles: int, bound: Bound, gradient: Gradient) -> None:
+    check_unbiased(problem, MultiSampleELBO(bound, num_particles, gradient=gradient, history=False))
+
+
+def check_unbiased(problem: Problem, objective: MultiSampleELBO) -> None:
+    """Compare the means over the copies of the problem with the exact bound and its exact gradient."""
+    bound = objective.bound
     params = {name: torch.tensor(value).double().requires_grad_() for name, value in problem.params.items()}
-    exact = problem.exact(bound, num_particles, params) * problem.scale
+    exact = problem.exact(bound, objective.num_particles, params) * problem.scale
     exact.backward()
     sign = -1.0 if bound.side == "lower" else 1.0
 
-    objective = MultiSampleELBO(bound, num_particles, gradient=gradient, history=False)
     loss, estimates = estimate(problem, objective)
     assert objective.last is not None
     values = problem.scale * bound.value(per_copy_log_weights(objective) / problem.scale)
@@ -131,6 +137,87 @@ def per_copy_log_weights(objective: Any) -> torch.Tensor:
     for term in objective.last.values():
         total = total + (0.0 if term.log_p is None else term.log_p) - (0.0 if term.log_q is None else term.log_q)
     return total
+
+
+# The ELBO outside a plate, the bound inside: w ~ N(0, 1); for i of 2, z_i ~ N(w, 1), x_i ~ N(z_i, 0.5)
+
+LOCAL = {"m": 0.4, "log_s": -0.3, "slope": 0.6, "shift": 0.5, "log_r": -0.5, "prior": 0.2}
+DATA = torch.tensor([[1.5], [-0.5]])
+
+
+def local_program(is_model: bool, subsample_size: int | None, family: Any = dist.Normal) -> Any:
+    def program(replicates: int) -> None:
+        m, log_s, slope, shift, log_r, prior = (replicated(name, value, replicates) for name, value in LOCAL.items())
+        with pyro.plate("copies", replicates, dim=-1):
+            w = pyro.sample("w", family(prior, torch.ones(())) if is_model else family(m, log_s.exp()))
+            with pyro.plate("data", 2, subsample_size=subsample_size, dim=-2) as i:
+                z = pyro.sample("z", dist.Normal(w, 1.0) if is_model else dist.Normal(slope * w + shift, log_r.exp()))
+                if is_model:
+                    pyro.sample("x", dist.Normal(z, 0.5), obs=DATA[i].expand(len(i), replicates))
+
+    return program
+
+
+def exact_local(bound: Bound, params: dict[str, torch.Tensor]) -> torch.Tensor:
+    nodes, probabilities = hermite(24)
+    w = (params["m"] + params["log_s"].exp() * nodes).unsqueeze(-1)
+    center, scale = params["slope"] * w + params["shift"], params["log_r"].exp()
+    z = center + scale * nodes
+    total = (normal(params["prior"], 1.0, w) - normal(params["m"], params["log_s"].exp(), w)).squeeze(-1)
+    for x in DATA.double():
+        log_weights = normal(w, 1.0, z) + normal(z, 0.5, x) - normal(center, scale, z)  # (w, z)
+        pairs = torch.stack(
+            [log_weights.unsqueeze(-1).expand(24, 24, 24), log_weights.unsqueeze(-2).expand(24, 24, 24)]
+        )
+        total = total + (bound.value(pairs) * torch.outer(probabilities, probabilities)).sum((-2, -1))
+    return (probabilities * total).sum()
+
+
+@pytest.mark.parametrize("subsample_size", [None, 1])
+@pytest.mark.parametrize("family", [dist.Normal, NonreparameterizedNormal])
+@pytest.mark.parametrize("gradient", ["pathwise", "score_function"])
+@pytest.mark.parametrize("bound", [IWAE(), ELBO()], ids=str)
+def test_a_bound_inside_a_plate_is_unbiased(
+    bound: Bound, gradient: Any, family: Any, subsample_size: int | None
+) -> None:
+    objective = MultiSampleELBO(bound, 2, gradient=gradient, local_plates="data", history=False)
+    params = {name: torch.tensor(value).double().requires_grad_() for name, value in LOCAL.items()}
+    exact = exact_local(bound, params)
+    exact.backward()
+    if family is dist.Normal and gradient == "pathwise" and subsample_size is None:  # each copy's gradient is its own
+        replicates = REPLICATES
+        program = [local_program(is_model, subsample_size) for is_model in (True, False)]
+        loss = objective.loss_and_grads(*program, replicates)
+        store = pyro.get_param_store()._params
+        samples = {name: store[f"param_{name}"].grad.clone() for name in LOCAL}
+        losses = None
+    else:  # all copies have one subsample, and a shared draw without a path has all of them as its cost
+        replicates = 800
+        program = [
+            local_program(is_model, subsample_size, family if not is_model else dist.Normal)
+            for is_model in (True, False)
+        ]
+        each: list[dict[str, torch.Tensor]] = []
+        losses = []
+        for _ in range(replicates):
+            losses.append(objective.loss_and_grads(*program, 1))
+            store = pyro.get_param_store()._params
+            each.append({name: store[f"param_{name}"].grad.clone() for name in LOCAL})
+            for name in LOCAL:
+                store[f"param_{name}"].grad = None
+        samples = {name: torch.cat([one[name] for one in each]) for name in LOCAL}
+        loss = sum(losses)
+    if losses is not None:
+        error = loss / replicates + exact.item()
+        assert abs(error) <= STANDARD_ERRORS * np.std(losses) / math.sqrt(replicates)
+    else:
+        assert loss / replicates == pytest.approx(-exact.item(), abs=0.06)
+    for name, parameter in params.items():
+        assert parameter.grad is not None
+        ours, truth = samples[name], -parameter.grad.item()
+        standard_error = ours.std().item() / math.sqrt(replicates)
+        assert abs(ours.mean().item() - truth) <= STANDARD_ERRORS * standard_error + 1e-4, (name, ours.mean(), truth)
+        assert standard_error <= 0.4 * (1 + abs(truth)), f"{name}: too few draws to tell"
 
 
 # What is known of the variances
