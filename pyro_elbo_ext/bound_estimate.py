@@ -100,45 +100,22 @@ def estimate_bound(
     gradient: Gradient = objective.estimator if with_gradient else Pathwise()
     pair = objective._pairs(model, guide)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        draws, particle_dim, first = _draw(
-            objective, pair, model, guide, args, kwargs, gradient, frozenset(local_plates)
-        )
-        structures = _Structures(objective, pair, args, kwargs)
-        ledger = Ledger()
-        placement: Placement | None = None
-        densities: list[Densities] = []
-        described: list[list[_Description]] = []
-        with_plates: list[PlateScores] = []
-        for drawn in draws:
-            sites, is_new = structures.read(drawn)
-            if placement is None or is_new:
-                here = _place(sites, bound, local_plates, gradient, particle_dim)
-                if placement is not None and here.plates != placement.plates:
-                    raise ValueError(
-                        "the particles have different sites, and no longer share the same plates: there is no common "
-                        "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
-                    )
-                placement, description = here, _describe(sites, drawn, objective.max_plate_nesting, ledger)
-            densities.append(read_densities(drawn, sites, here, gradient, objective.max_plate_nesting, particle_dim))
-            described.append(description)
-            if bound.linear and densities[-1].scored_nodes:
-                with_plates.append(plate_scores(densities[-1], sites, kl_weight))
-        assert placement is not None
-        num_vectorized = None if particle_dim is None else objective.num_particles
-        log_weights = join(densities, [path for drawn in draws for path in drawn.paths], num_vectorized)
-        weights = log_weights.weights(placement, gradient, kl_weight)
-        if with_plates and not local_plates:
-            weights.score_shares = score_shares(with_plates, num_vectorized)
+        draws = _draw(objective, pair, model, guide, args, kwargs, gradient, frozenset(local_plates))
+        read = _read(objective, pair, draws, bound, gradient, args, kwargs, local_plates, kl_weight)
+        weights = read.log_weights.weights(read.placement, gradient, kl_weight)
+        weights.score_shares = read.score_shares
     detached = weights.log_weights.detach()
-    value = bound.value(detached).sum() * placement.outside
-    outer = log_weights.outer(kl_weight)
+    value = bound.value(detached).sum() * read.placement.outside
+    outer = read.log_weights.outer(kl_weight)
     if outer is not None:
         value = value + outer.detach()
     shares = None if bound.linear else bound.gradient(detached)
-    unique = {of.site: of for descriptions in reversed(described) for of in descriptions}
-    ordered = list(dict.fromkeys(of.site for descriptions in described for of in descriptions))
-    host, rows = _rows([unique[name] for name in ordered], value, log_weights, shares, ledger, num_vectorized or 1)
-    infos = _infos(pair, structures.signature, [unique[name] for name in ordered], reason)
+    sites = {of.site: of for descriptions in reversed(read.described) for of in descriptions}
+    sites = {
+        of.site: sites[of.site] for descriptions in read.described for of in descriptions
+    }  # in the program's order
+    host, rows = _rows(list(sites.values()), value, read.log_weights, shares, read.ledger, draws.num_vectorized or 1)
+    infos = _infos(pair, read.signature, list(sites.values()), reason)
     if not math.isfinite(host):
         objective._raise_not_finite(infos, rows)
         raise ValueError(
@@ -147,29 +124,43 @@ def estimate_bound(
         )
 
     def surrogate() -> Tensor:
-        shares = gradient.surrogate(weights, bound) * placement.outside
-        outer = log_weights.outer(kl_weight, without_scores=True)
+        shares = gradient.surrogate(weights, bound) * read.placement.outside
+        outer = read.log_weights.outer(kl_weight, without_scores=True)
         if outer is not None:
-            if log_weights.outer_scores is not None:
-                outer = outer + value * log_weights.outer_scores
+            if read.log_weights.outer_scores is not None:
+                outer = outer + value * read.log_weights.outer_scores
             shares = shares + outer / len(shares)
         return -shares if objective.maximized else shares
 
-    def model_parameters() -> list[str]:
-        nodes, known = first[0].nodes, first[1].nodes
-        return [name for name, node in nodes.items() if node["type"] == "param" and name not in known]
-
     contributions = None
     if shares is not None:
-        contributions = {name: row[-1] for name, row in zip(ordered, rows, strict=True)}
+        contributions = {name: row[-1] for name, row in zip(sites, rows, strict=True)}
     particles = Particles(
-        [(descriptions, of_draw.full) for descriptions, of_draw in zip(described, densities, strict=True)],
+        [(descriptions, of.full) for descriptions, of in zip(read.described, read.densities, strict=True)],
         objective.num_particles,
         reason,
         contributions,
     )
-    evaluation = Evaluation(pair, structures.signature, infos, rows, host, kl_weight, surrogate, model_parameters)
+    evaluation = Evaluation(pair, read.signature, infos, rows, host, kl_weight, surrogate, draws.model_parameters)
     return evaluation, particles
+
+
+@dataclass(slots=True)
+class _Draws:
+    """The draws of all particles.
+
+    ``particle_dim`` and ``num_vectorized`` are those of vectorized particles, else None; ``programs`` model's and
+    guide's trace of one run, with their parameters.
+    """
+
+    draws: list[Draw]
+    particle_dim: int | None
+    num_vectorized: int | None
+    programs: tuple[Trace, Trace]
+
+    def model_parameters(self) -> list[str]:
+        model, guide = (trace.nodes for trace in self.programs)
+        return [name for name, node in model.items() if node["type"] == "param" and name not in guide]
 
 
 def _draw(
@@ -181,25 +172,77 @@ def _draw(
     kwargs: Kwargs,
     gradient: Gradient,
     local_plates: frozenset[str],
-) -> tuple[list[Draw], int | None, tuple[Trace, Trace]]:
-    """The draws of all particles; their dim if they are vectorized; model's and guide's trace of one run, with "
-    "parameters."""
-
+) -> _Draws:
     def is_shared(node: Node) -> bool:
         return bool(local_plates) and not local_plates <= {frame.name for frame in node["cond_indep_stack"]}
 
+    count = objective.num_particles
     batch = objective._batch(pair, model, guide, args, kwargs)
     if batch is not None and not any(is_shared(node) for _, node in drawn_sites(batch.reference[1])):
-        batched = batch.draw(model, guide, args, kwargs, objective.num_particles, gradient)
+        batched = batch.draw(model, guide, args, kwargs, count, gradient)
         if batched is not None:
-            return [batched.draw], batched.particle_dim, batch.reference
+            return _Draws([batched.draw], batched.particle_dim, count, batch.reference)
     particle_dim = objective._particle_dim(model, guide, args, kwargs)
     repeats, model, guide = objective._programs(model, guide, args, kwargs)
-    if particle_dim is not None:
-        draws = [draw(model, guide, args, kwargs, gradient, None)]
-    else:
+    if particle_dim is None:
         draws = list(draw_particles(model, guide, args, kwargs, repeats, gradient, is_shared))
-    return draws, particle_dim, (draws[0].model_trace, draws[0].drawn)
+    else:
+        draws = [draw(model, guide, args, kwargs, gradient, None)]
+    programs = draws[0].model_trace, draws[0].drawn
+    return _Draws(draws, particle_dim, None if particle_dim is None else count, programs)
+
+
+class _Read(NamedTuple):
+    """What the draws' sites come to."""
+
+    signature: Signature
+    placement: Placement
+    densities: list[Densities]
+    described: list[list[_Description]]
+    ledger: Ledger
+    log_weights: LogWeights
+    score_shares: Tensor | None
+
+
+def _read(
+    objective: Objective,
+    pair: Pair,
+    draws: _Draws,
+    bound: Bound,
+    gradient: Gradient,
+    args: Args,
+    kwargs: Kwargs,
+    local_plates: tuple[str, ...],
+    kl_weight: float,
+) -> _Read:
+    structures = _Structures(objective, pair, args, kwargs)
+    ledger = Ledger()
+    nesting = objective.max_plate_nesting
+    placement: Placement | None = None
+    densities: list[Densities] = []
+    described: list[list[_Description]] = []
+    scores: list[PlateScores] | None = [] if bound.linear and not local_plates else None
+    for drawn in draws.draws:
+        sites, is_new = structures.read(drawn)
+        if placement is None or is_new:
+            here = _place(sites, bound, local_plates, gradient, draws.particle_dim)
+            if placement is not None:  # a program whose sites vary from draw to draw
+                scores = None
+                if here.plates != placement.plates:
+                    raise ValueError(
+                        "the particles have different sites, and no longer share the same plates: there is no common "
+                        "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
+                    )
+            placement, description = here, _describe(sites, drawn, nesting, ledger)
+        densities.append(read_densities(drawn, sites, here, gradient, nesting, draws.particle_dim))
+        described.append(description)
+        if scores is not None and densities[-1].scored_nodes:
+            scores.append(plate_scores(densities[-1], sites, kl_weight))
+    assert placement is not None
+    paths = [path for drawn in draws.draws for path in drawn.paths]
+    log_weights = join(densities, paths, draws.num_vectorized)
+    score_terms = score_shares(scores, draws.num_vectorized) if scores else None
+    return _Read(structures.signature, placement, densities, described, ledger, log_weights, score_terms)
 
 
 def _place(

@@ -240,7 +240,9 @@ def join(particles: Sequence[Densities], paths: list[Path], num_vectorized: int 
     local = [i for i, column in enumerate(first.columns) if column.is_local]
     outer = [i for i, column in enumerate(first.columns) if not column.is_local]
     looped = num_vectorized is None
-    if looped:
+    if not local:  # no sites, or none in a plate: log weights of zero
+        values = torch.zeros(len(particles) if num_vectorized is None else num_vectorized, 0)
+    elif looped:
         values = torch.stack([_stack([densities.values[i] for i in local]) for densities in particles])
     else:
         values = _stack([first.values[i] for i in local], dim=1)
