@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.estimate import Ledger, num_observations, scale_of
-from pyro_elbo_ext.gradients import Gradient, Pathwise
+from pyro_elbo_ext.gradients import Gradient, Pathwise, by_particle
 from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.log_weights import Densities, LogWeights, join, plate_scores, read_densities
 from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
@@ -124,7 +124,7 @@ def estimate_bound(
         )
 
     def surrogate() -> Tensor:
-        shares = gradient.surrogate(weights, bound) * read.placement.outside
+        shares = by_particle(gradient.surrogate(weights, bound)) * read.placement.outside
         outer = read.log_weights.outer(kl_weight, without_scores=True)
         if outer is not None:
             if read.log_weights.outer_scores is not None:
@@ -337,10 +337,11 @@ def _rows(
     """
     columns = [*log_weights.columns, *log_weights.outer_columns]
     local = log_weights.values.detach()
-    parts = [value.reshape(1), local.mean(0).flatten(1).sum(1) if local.dim() > 2 else local.mean(0)]
+    means = local.mean(0) if len(local) > 1 else local[0]
+    parts = [value.reshape(1), means.flatten(1).sum(1) if means.dim() > 1 else means]
     if log_weights.outer_values is not None:
         parts.append(log_weights.outer_values.detach())
-    if shares is not None:
+    if shares is not None and len(local) > 1:  # one particle has all the weight
         # a particle without weight contributes nothing, though its log density may be -inf
         weighted = shares.unsqueeze(1) * local.masked_fill((shares == 0).unsqueeze(1), 0.0)
         parts.append(weighted.sum(0).flatten(1).sum(1) if local.dim() > 2 else weighted.sum(0))
@@ -355,7 +356,7 @@ def _rows(
     for i, column in enumerate(columns):
         (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
         if shares is not None:
-            contribution[column.site] += column.sign * numbers[size + i]
+            contribution[column.site] += column.sign * numbers[i if len(local) == 1 else size + i]
     rows: Values = []
     for of in sites:
         name = of.site

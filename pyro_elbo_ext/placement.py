@@ -80,7 +80,9 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
         plates = set.intersection(*stacks) if stacks else set()
         local = (True,) * len(sites)
     ordered = tuple(sorted(plates, key=lambda frame: frame.dim or 0))
-    if bound.linear and not local_plates:
+    if (bound.linear and not local_plates) or (
+        masked_paths and all(_is_plain(node) for site in sites for node in _nodes(site))
+    ):
         return Placement(ordered, 1.0, local)
     inside = [site for site, is_local in zip(sites, local, strict=True) if is_local]
     if not bound.linear:
@@ -92,6 +94,12 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
 
 def _nodes(site: Site) -> tuple[Node, ...]:
     return site.q if site.p is None else (site.p, *site.q)
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether nothing scales the node."""
+    scale = node["scale"]
+    return isinstance(scale, float) and scale == 1.0 and not (node["cond_indep_stack"] and _subsampled(node))
 
 
 def _plates(site: Site) -> set[CondIndepStackFrame]:
