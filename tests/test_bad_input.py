@@ -659,6 +659,10 @@ def test_one_impossible_particle_is_fine(bound: Bound, gradient: Any) -> None:
     power = getattr(bound, "power")  # noqa: B009 - a Bound has none
     expected = (power * log_weights).exp().mean().log() / power
     assert loss == pytest.approx(-expected.item() if bound.side == "lower" else expected.item(), rel=1e-5)
+    pyro.set_rng_seed(1)
+    differentiable = objective.differentiable_loss(model, guide)
+    assert differentiable.item() == pytest.approx(loss)
+    assert torch.autograd.grad(differentiable, parameter)[0] == pytest.approx(parameter.grad.item(), rel=1e-5)
     contributions = objective.last.contributions
     assert contributions is not None
     assert all(math.isfinite(contribution) for contribution in contributions.values())
