@@ -201,8 +201,4 @@ def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
                 f"guide sites '{first}' and '{name}' have different scales, {float(value):.6g} and {float(other):.6g}: "
                 "together they make no density, so there is no log weight. Scale the model instead, or use DecomposedELBO."
             )
-    if not isinstance(value, Tensor) and value <= 0:
-        raise ValueError(
-            f"guide site '{first}' has scale {value:.6g}: its log weight does not exist. Use DecomposedELBO."
-        )
     return value.detach().reshape(()) if isinstance(value, Tensor) else value

@@ -829,7 +829,7 @@ def test_masked_elements_do_not_count(bound: Bound, gradient: Any, options: dict
     torch.testing.assert_close(masked["prior"], gradients["prior"])
     for name in ("loc", "log_scale"):
         torch.testing.assert_close(masked[name][keep], gradients[name])
-        assert not masked[name][~keep].any()
+        assert masked[name][~keep].abs().max() < 1e-12
 
 
 def test_mask_on_the_data_alone_leaves_the_prior() -> None:
