@@ -193,9 +193,10 @@ class RenyiELBO(MultiSampleELBO):
 class ChiUpperBound(MultiSampleELBO):
     r"""The chi upper bound CUBO, ``(1 / n) log mean_k w_k^n``: minimized, its value is the loss.
 
-    It is an upper bound on ``log p(x)`` in the limit of many particles; with K of them its estimate is biased
-    downwards. It fits the guide only: minimizing it over the model's parameters would make the data unlikely, so under
-    SVI those are an error. Takes what :class:`MultiSampleELBO` takes, with ``n`` in place of ``bound``.
+    It is an upper bound on ``log p(x)`` in the limit of many particles. With K of them its estimate is biased
+    downwards, and minimizing that can run away to where few particles see any weight: use tens of particles, and start
+    near the posterior. It fits the guide only: minimizing it over the model's parameters would make the data unlikely,
+    so under SVI those are an error. Takes what :class:`MultiSampleELBO` takes, with ``n`` in place of ``bound``.
 
     References
     ----------
