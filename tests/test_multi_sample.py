@@ -1368,3 +1368,19 @@ def test_particles_that_cannot_be_told_apart(make: Callable[[History], Any]) -> 
         svi(objective).step()
     assert all(torch.equal(parameters[name], value) for name, value in before.items())
     assert len(objective.history) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
+@pytest.mark.parametrize("vectorize", [False, "vmap"])
+def test_on_cuda(gradient: Any, vectorize: Any) -> None:
+    def cuda_model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros((), device="cuda"), 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(2.0, device="cuda"))
+
+    autoguide = AutoNormal(cuda_model)
+    objective = ImportanceWeightedELBO(4, gradient=gradient, vectorize_particles=vectorize)
+    SVI(cuda_model, autoguide, pyro.optim.Adam({"lr": 0.01}), objective).step()
+    assert objective.last is not None
+    assert objective.last.log_weights.is_cuda
