@@ -225,7 +225,7 @@ def _read(
     for drawn in draws.draws:
         sites, is_new = structures.read(drawn)
         if placement is None or is_new:
-            here = _place(sites, bound, local_plates, gradient, draws.particle_dim)
+            here = _place(sites, bound, objective.num_particles, local_plates, gradient, draws.particle_dim)
             if placement is not None:  # a program whose sites vary from draw to draw
                 scores = None
                 if here.plates != placement.plates:
@@ -246,9 +246,14 @@ def _read(
 
 
 def _place(
-    sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], gradient: Gradient, particle_dim: int | None
+    sites: Sequence[Site],
+    bound: Bound,
+    num_particles: int,
+    local_plates: tuple[str, ...],
+    gradient: Gradient,
+    particle_dim: int | None,
 ) -> Placement:
-    placement = place(sites, bound, local_plates, masked_paths=not gradient.separate_paths)
+    placement = place(sites, bound, num_particles, local_plates, masked_paths=not gradient.separate_paths)
     for site, is_local in zip(sites, placement.local, strict=True):
         if is_local or not site.q:
             continue

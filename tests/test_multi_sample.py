@@ -1370,6 +1370,19 @@ def test_particles_that_cannot_be_told_apart(make: Callable[[History], Any]) -> 
     assert len(objective.history) == 0
 
 
+@pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized"])
+def test_one_particle_needs_no_common_plate(gradient: Any) -> None:
+    """A bound of one particle is its log weight, a sum, and so unbiased under any subsample."""
+    problem = next(problem for problem in PROBLEMS if problem.name == "subsampled")
+    losses = []
+    for objective in (RenyiELBO(num_particles=1, gradient=gradient), DecomposedELBO(kl="sampled")):
+        pyro.set_rng_seed(5)
+        losses.append(objective.loss_and_grads(problem.model, problem.guide))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(ValueError, match="local_plates='data'"):
+        RenyiELBO(num_particles=2, gradient=gradient).loss_and_grads(problem.model, problem.guide)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
