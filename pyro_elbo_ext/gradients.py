@@ -89,8 +89,10 @@ class Gradient(ABC):
 
     @abstractmethod
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
-        """Each particle's share of the surrogate, ``(K, *B)`` or ``(K,)``; the gradient of their sum estimates the "
-        "bound's."""
+        """Each particle's share of the surrogate, shape ``(K, *B)`` or ``(K,)``.
+
+        The gradient of their sum is the estimate of the bound's.
+        """
 
     def check(self, bound: Bound, num_particles: int) -> None:  # noqa: B027 - most work for every bound
         """Raise ValueError, saying what to do, if the estimator does not work for this bound."""
