@@ -27,6 +27,7 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
 from pyro_elbo_ext import (
@@ -918,15 +919,13 @@ def test_machine_code_draws_its_own_numbers() -> None:
         return CompiledSVI(*args, steps_per_call=2)
 
     first, second = (
-        train(make, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=DecomposedELBO(), steps=801, run=True)
+        train(make, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=DecomposedELBO(), steps=401, run=True)
         for _ in range(2)
     )
     assert_equal(first, second)  # reproducible from the seed
-    assert len(set(first.losses)) == 801
+    assert len(set(first.losses)) == 401
     svi = first.svi
     ours = np.array([svi.evaluate_loss(Y, SIGMA) for _ in range(2000)])
     eager = SVI(eight_schools, svi.guide, svi.optim, DecomposedELBO())
     theirs = np.array([eager.evaluate_loss(Y, SIGMA) for _ in range(400)])
-    error = math.sqrt(ours.var() / len(ours) + theirs.var() / len(theirs))
-    assert abs(ours.mean() - theirs.mean()) < 4 * error
-    assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.25)
+    assert ks_2samp(ours, theirs).pvalue > 0.01

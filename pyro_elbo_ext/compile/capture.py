@@ -42,7 +42,7 @@ class Capture:
     Attributes
     ----------
     graph : GraphModule
-        Inputs: the parameters, ``kl_weight``, the arguments, ``captured``. Outputs: the loss, the scalars of the history,
+        Inputs: the parameters, ``kl_weight``, the arguments, ``captured``. Outputs: the loss, the table of the history,
         and the gradient of each parameter that is ``reached``.
     captured : list of Tensor
         What the programs use beside parameters and arguments.
@@ -75,7 +75,7 @@ class Evaluation:
             if value.surrogate.requires_grad and count:
                 gradients = torch.autograd.grad(value.surrogate, self.parameters, allow_unused=True)
         self.reached = [gradient is not None for gradient in gradients]
-        return [value.loss, value.scalars, *[gradient for gradient in gradients if gradient is not None]]
+        return [value.loss, value.table, *[gradient for gradient in gradients if gradient is not None]]
 
 
 def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Program, Program]) -> Capture:

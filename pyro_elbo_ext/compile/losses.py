@@ -6,13 +6,11 @@ summed in double precision as Python sums them, so that the value is the same to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
@@ -23,8 +21,8 @@ from torch.distributions import kl_divergence
 from pyro_elbo_ext.compile.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.objective import Objective, Program, Read, Traced, Values
-from pyro_elbo_ext.record import VALUES, SiteInfo
+from pyro_elbo_ext.objective import Objective, Program, Read, Traced
+from pyro_elbo_ext.record import SiteInfo
 
 
 class Value(NamedTuple):
@@ -36,13 +34,13 @@ class Value(NamedTuple):
         In nats, a float64 scalar without gradient.
     surrogate : Tensor
         Scalar whose gradient estimates the loss'.
-    scalars : Tensor
-        What the history is made of, float64, shape ``(n,)``; empty for losses without one.
+    table : Tensor
+        What the history takes, float64, shape ``(sites * 6,)``; empty for losses without one.
     """
 
     loss: Tensor
     surrogate: Tensor
-    scalars: Tensor
+    table: Tensor
 
 
 class TracedLoss:
@@ -52,20 +50,20 @@ class TracedLoss:
     ----------
     guards : bool
         Whether a loss that is not finite must leave the parameters as they were.
-    reading : Reading or None
-        How the scalars of the last trace are read.
+    sites : tuple of SiteInfo
+        What the rows of the table are.
     """
 
     guards = False
-    reading: Reading | None = None
+    sites: tuple[SiteInfo, ...] = ()
 
     def __call__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: Tensor) -> Value:
         """Evaluate once; ``kl_weight`` is a float64 scalar, used where the loss has such a weight."""
         raise NotImplementedError
 
-    def kl_weight(self, step: int) -> float:
-        """The weight at a step, counted from the next one."""
-        return 1.0
+    def kl_weights(self, start: int, steps: int) -> list[float]:
+        """The weights at some steps, counted from the next one."""
+        return [1.0] * steps
 
 
 def traced_loss(loss: Any) -> TracedLoss:
@@ -158,38 +156,42 @@ def _double(value: Any) -> Tensor:
 # Objectives of this package
 
 
-@dataclass(slots=True)
-class Reading:
-    """How the scalars of an objective make up what its history takes: linear, so found by reading unit vectors."""
+class _Reading(NamedTuple):
+    """How the scalars of an objective make up its value and its history: linear, so found by reading unit vectors."""
 
-    sites: tuple[SiteInfo, ...]
-    read: Read
-    offset: NDArray[np.float64]  # (sites, 6)
-    matrix: NDArray[np.float64]  # (sites * 6, n)
-    value: list[float]  # (n,): the reconstruction, or the bound
-    kl_prior: list[float]  # (n,)
-
-    def table(self, scalars: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What :meth:`pyro_elbo_ext.record.Record.append` takes, of one step."""
-        if np.isfinite(scalars).all():
-            return self.offset + (self.matrix @ scalars).reshape(self.offset.shape)
-        return np.array(self.read(scalars.tolist())[2]).reshape(-1, len(VALUES))  # 0 * inf is none of its sites'
-
-    def rows(self, scalars: NDArray[np.float64]) -> Values:
-        """The same as a list of rows."""
-        return [tuple(row) for row in self.table(scalars).tolist()]
+    offset: list[float]  # (sites * 6,): the history's table, flat, at scalars of zero
+    weights: list[dict[int, float]]  # (sites * 6,): the scalars that each entry is made of
+    value: dict[int, float]  # the reconstruction, or the bound
+    kl_prior: dict[int, float]
 
 
-def _reading(sites: tuple[SiteInfo, ...], read: Read, count: int) -> Reading:
+def _reading(read: Read, count: int) -> _Reading:
     at_zero = read([0.0] * count)
-    offset = np.array(at_zero[2]).reshape(-1, len(VALUES))
-    matrix = np.zeros((offset.size, count))
-    value, kl_prior = [0.0] * count, [0.0] * count
+    offset = [entry for row in at_zero[2] for entry in row]
+    reading = _Reading(offset, [{} for _ in offset], {}, {})
     for i in range(count):
-        one = read([float(i == j) for j in range(count)])
-        matrix[:, i] = np.nan_to_num(np.array(one[2]).reshape(-1) - offset.reshape(-1))
-        value[i], kl_prior[i] = one[0] - at_zero[0], one[1] - at_zero[1]
-    return Reading(sites, read, offset, matrix, value, kl_prior)
+        value, kl_prior, rows = read([float(i == j) for j in range(count)])
+        table = [entry for row in rows for entry in row]
+        for weights, one, zero in zip(reading.weights, table, offset, strict=True):
+            if one != zero and not math.isnan(zero):
+                weights[i] = one - zero
+        for weights, difference in ((reading.value, value - at_zero[0]), (reading.kl_prior, kl_prior - at_zero[1])):
+            if difference != 0:
+                weights[i] = difference
+    return reading
+
+
+def _combine(scalars: Tensor, weights: list[dict[int, float]]) -> Tensor:
+    """Sums of some of the scalars, shape ``(len(weights),)``: one that is infinite and has no weight must not matter."""
+    size = max(map(len, weights), default=0)
+    if size == 0:
+        return scalars.new_zeros(len(weights))
+    # entries are filled up with scalars that count for nothing
+    places = [[*of, *[0] * (size - len(of))] for of in weights]
+    factors = [[*of.values(), *[0.0] * (size - len(of))] for of in weights]
+    by = scalars.new_tensor(factors)
+    taken = scalars[torch.tensor(places, device=scalars.device)]
+    return torch.where(by == 0, 0.0, taken * by).sum(-1)
 
 
 class _OfObjective(TracedLoss):
@@ -218,19 +220,17 @@ class _OfObjective(TracedLoss):
         assert traced.scalars is not None
         assert traced.read is not None
         scalars = traced.scalars.detach().double()
-        reading = self.reading = _reading(evaluation.sites, traced.read, len(scalars))
-        value = _dot(reading.value, scalars) - kl_weight * _dot(reading.kl_prior, scalars)
-        return Value(-value if objective.maximized else value, surrogate, scalars)
+        reading = _reading(traced.read, len(scalars))
+        self.sites = evaluation.sites
+        table = _combine(scalars, reading.weights) + scalars.new_tensor(reading.offset)
+        reconstruction, kl_prior = _combine(scalars, [reading.value, reading.kl_prior])
+        value = reconstruction - kl_weight * kl_prior
+        return Value(-value if objective.maximized else value, surrogate, table)
 
-    def kl_weight(self, step: int) -> float:
-        if not isinstance(self._loss, DecomposedELBO):
-            return 1.0
-        return self._loss.kl_weight_at(self._loss.num_steps + step)
-
-
-def _dot(weights: list[float], scalars: Tensor) -> Tensor:
-    """Sum of those with a weight: one that is infinite and has none must not matter."""
-    used = [i for i, weight in enumerate(weights) if weight != 0]
-    if not used:
-        return scalars.new_zeros(())
-    return (scalars[used] * scalars.new_tensor([weights[i] for i in used])).sum()
+    def kl_weights(self, start: int, steps: int) -> list[float]:
+        objective = self._loss
+        if not isinstance(objective, DecomposedELBO):
+            return [1.0] * steps
+        if not callable(objective.kl_weight):
+            return [float(objective.kl_weight)] * steps
+        return [objective.kl_weight_at(objective.num_steps + start + i) for i in range(steps)]

@@ -64,7 +64,7 @@ class Program:
             self._capture = capture(evaluation, inputs, (model, guide))
             check_graph(self._capture, evaluation, inputs)
         self.reached = self._capture.reached
-        self.reading = loss.reading
+        self.sites = loss.sites
         self.compile_time = time.perf_counter() - start
         logger.info("traced the step in %.1f s", self.compile_time)
         self._compiled: dict[int | str, Compiled] = {}
@@ -81,7 +81,7 @@ class Program:
         self._prefix.clear()
 
     def take(self, steps: int, kl_weights: list[float], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and scalars, shape ``(steps, n)``."""
+        """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and tables, shape ``(steps, sites * 6)``."""
         prefix = self._prefix.get(steps)
         if prefix is None:
             prefix = self._prepare(steps, kl_weights)
@@ -93,8 +93,8 @@ class Program:
         if function is None:
             function = self._compile_steps(steps, [*inputs, *arguments, *self._capture.captured])
         with torch.no_grad():
-            losses, scalars = function(*inputs, *arguments, *self._capture.captured)
-        return losses, scalars
+            losses, tables = function(*inputs, *arguments, *self._capture.captured)
+        return losses, tables
 
     def _prepare(self, steps: int, kl_weights: list[float]) -> tuple[list[Tensor], Tensor, list[float]]:
         assert self.binding is not None
@@ -117,15 +117,15 @@ class Program:
             return function(*inputs)[0]
 
     def gradients(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """The loss, the scalars, and each parameter's gradient."""
+        """The loss, the table, and each parameter's gradient."""
         inputs = self._evaluated(kl_weight, arguments)
         function = self._compiled.get("gradients")
         if function is None:
             function = self._compile("gradients", self._capture.graph, inputs, "the gradient")
         with torch.no_grad():
-            loss, scalars, *known = function(*inputs)
+            loss, table, *known = function(*inputs)
         remaining = iter(known)
-        return loss, scalars, [next(remaining) if reached else None for reached in self.reached]
+        return loss, table, [next(remaining) if reached else None for reached in self.reached]
 
     def _evaluated(self, kl_weight: float, arguments: Sequence[Tensor]) -> list[Tensor]:
         self._weight.fill_(kl_weight)

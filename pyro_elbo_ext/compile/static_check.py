@@ -105,10 +105,10 @@ def check_graph(found: Capture, evaluation: Evaluation, inputs: list[Tensor]) ->
             raise CannotCompile(f"the parameters that the loss depends on change from run to run{_REMEDY}")
         if not torch.equal(state, torch.get_rng_state()):
             raise CannotCompile(f"the program draws other random numbers from run to run{_REMEDY}")
-        names = ["loss", "scalars", *["gradient"] * (len(expected) - 2)]
+        names = ["loss", "table", *["gradient"] * (len(expected) - 2)]
         for what, own, theirs in zip(names, ours, expected, strict=True):
             tolerance = _TOLERANCE.get(theirs.dtype, 0.0)
-            if what in ("loss", "scalars") and any(t.dtype is torch.float32 for t in evaluation.parameters):
+            if what in ("loss", "table") and any(t.dtype is torch.float32 for t in evaluation.parameters):
                 tolerance = _TOLERANCE[torch.float32]
             size = float(theirs.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) if theirs.numel() else 0.0
             if not torch.allclose(own, theirs, rtol=tolerance, atol=tolerance * max(size, 1e-6), equal_nan=True):

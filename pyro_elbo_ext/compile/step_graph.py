@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def build_steps(found: Capture, rules: Sequence[Rule | None], steps: int, guards
     - weights of ``kl_prior``, one for each step;
     - arguments and captured tensors.
 
-    It returns the losses, shape ``(steps,)``, and the scalars of the history, shape ``(steps, n)``. If it ``guards``,
+    It returns the losses, shape ``(steps,)``, and the history's tables, shape ``(steps, sites * 6)``. If it ``guards``,
     nothing changes from the first loss on that is not finite.
     """
     graph, reached = found.graph, found.reached
@@ -43,11 +44,11 @@ def build_steps(found: Capture, rules: Sequence[Rule | None], steps: int, guards
         states = [[next(remaining) for _ in range(size)] for size in sizes]
         rates, count, good, kl_weights = (next(remaining) for _ in range(4))
         rest = list(remaining)
-        losses, scalars = [], []
+        losses, tables = [], []
         for i in range(steps):
-            loss, numbers, *known = graph(*parameters, kl_weights[i], *rest)
+            loss, table, *known = graph(*parameters, kl_weights[i], *rest)
             losses.append(loss)
-            scalars.append(numbers)
+            tables.append(table)
             taken: Tensor | None = None
             if guards:
                 good.copy_(good & torch.isfinite(loss))
@@ -69,7 +70,7 @@ def build_steps(found: Capture, rules: Sequence[Rule | None], steps: int, guards
                 place += 1
                 for old, new in zip([p, *state], [value, *after], strict=True):
                     old.copy_(new if taken is None else torch.where(taken, new, old))
-        return torch.stack(losses), torch.stack(scalars)
+        return torch.stack(losses), torch.stack(tables)
 
     return run
 
@@ -101,7 +102,10 @@ def compile_function(
         if backend == "eager":
             return graph
         try:
-            return _compile(graph, inputs, backend, same_draws, options)
+            with warnings.catch_warnings():
+                for category in (FutureWarning, DeprecationWarning):  # torch's compiler warns of torch
+                    warnings.filterwarnings("ignore", category=category, module="torch")
+                return _compile(graph, inputs, backend, same_draws, options)
         except Exception as error:
             raise CannotCompile(
                 f"torch cannot compile this step with backend='{backend}': {type(error).__name__}: "
@@ -118,6 +122,11 @@ def _compile(
         return compiled
     from torch import _inductor  # slow to import
 
+    if "cpp.vec_isa_ok" not in options:
+        try:  # by default torch asks the C++ compiler for what the CPU has; that takes as long as a small graph
+            return _compile(graph, inputs, backend, same_draws, {"cpp.vec_isa_ok": True, **options})
+        except _inductor.exc.CppCompileError:
+            logger.info("the C++ compiler does not know this CPU; torch looks for what it knows")
     # On an ATen graph this is torch.compile without Dynamo, whose guards cost more than the call itself; shapes and
     # dtypes have been compared before a step is run.
     return _inductor.compile(graph, examples, {"fallback_random": same_draws, "size_asserts": False, **options})

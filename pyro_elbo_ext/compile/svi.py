@@ -25,6 +25,7 @@ from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.updates import Unsupported
 from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import modules_of
 
 logger = logging.getLogger(__name__)
@@ -161,12 +162,13 @@ class CompiledSVI(SVI):
             return float(super().step(*args, **kwargs))
         if self.optimizer_reason is not None:
             return self._step_with_eager_optimizer(program, tensors)
-        losses, scalars = program.take(1, self._kl_weights(0, 1), tensors)
+        kl_weights = self._kl_weights(0, 1)
+        losses, tables = program.take(1, kl_weights, tensors)
         assert program.binding is not None
         program.binding.advance(1)
         value = losses.item()
         if isinstance(self.objective, Objective):
-            self._record(program, [value], scalars)
+            self._record(program, [value], tables, kl_weights)
         elif value != value:
             warn_if_nan(value, "loss")
         return value
@@ -224,7 +226,8 @@ class CompiledSVI(SVI):
         assert binding is not None
         tensors = take_apart(args, kwargs).tensors
         losses: list[Tensor] = []
-        scalars: list[Tensor] = []
+        tables: list[Tensor] = []
+        kl_weights: list[float] = []
         taken = 0
         try:
             for _ in range(_CALLS_PER_CHECK):
@@ -233,14 +236,16 @@ class CompiledSVI(SVI):
                     break
                 if int(binding.count) != steps:
                     binding.count.fill_(steps)
-                of_call = program.take(size, self._kl_weights(taken, size), tensors)
+                weights = self._kl_weights(taken, size)
+                of_call = program.take(size, weights, tensors)
                 losses.append(of_call[0][:steps])
-                scalars.append(of_call[1][:steps])
+                tables.append(of_call[1][:steps])
+                kl_weights += weights
                 taken += steps
         finally:  # an interrupt keeps what is done
             binding.advance(taken)
             if losses and isinstance(self.objective, Objective):
-                self._record(program, torch.cat(losses).tolist(), torch.cat(scalars))
+                self._record(program, torch.cat(losses).tolist(), torch.cat(tables), kl_weights)
         return torch.cat(losses)
 
     # Finding the program of a call
@@ -353,10 +358,11 @@ class CompiledSVI(SVI):
         logger.info("%s. It runs as it is, on compiled gradients.", self.optimizer_reason)
 
     def _step_with_eager_optimizer(self, program: Program, tensors: list[Tensor]) -> float:
-        loss, scalars, gradients = program.gradients(self._kl_weights(0, 1)[0], tensors)
+        kl_weights = self._kl_weights(0, 1)
+        loss, table, gradients = program.gradients(kl_weights[0], tensors)
         value = loss.item()
         if isinstance(self.objective, Objective):
-            self._record(program, [value], scalars[None])
+            self._record(program, [value], table[None], kl_weights)
         else:
             warn_if_nan(value, "loss")
         parameters = [p for _, p in program.parameters]
@@ -369,27 +375,22 @@ class CompiledSVI(SVI):
 
     def _kl_weights(self, start: int, steps: int) -> list[float]:
         assert self._traced is not None
-        return [self._traced.kl_weight(start + i) for i in range(steps)]
+        return self._traced.kl_weights(start, steps)
 
-    def _record(self, program: Program, losses: list[float], scalars: Tensor) -> None:
+    def _record(self, program: Program, losses: list[float], tables: Tensor, kl_weights: list[float]) -> None:
         """Enter compiled steps into the objective's history, up to the first that is not finite, which is an error."""
-        objective, reading = self.objective, program.reading
-        assert reading is not None
-        numbers = scalars.cpu().numpy()
+        objective, sites = self.objective, program.sites
+        history, sign = objective.history, -1.0 if objective.maximized else 1.0
+        numbers = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 if program.binding is not None:
                     program.binding.good.fill_(True)
-                objective._raise_not_finite(reading.sites, reading.rows(numbers[i]))
+                objective._raise_not_finite(sites, [tuple(row) for row in numbers[i].tolist()])
                 raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
-            if objective.history is not None:
-                objective.history.append(
-                    objective.num_steps,
-                    reading.sites,
-                    reading.table(numbers[i]),
-                    objective=-loss if objective.maximized else loss,
-                    kl_weight=self._kl_weights(0, 1)[0],
-                )
+            if history is not None:
+                step = objective.num_steps
+                history.append(step, sites, numbers[i], objective=sign * loss, kl_weight=kl_weights[i])
             objective.num_steps += 1
 
 
