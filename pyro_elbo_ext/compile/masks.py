@@ -1,4 +1,4 @@
-"""Boolean masks as indices: the number of elements they take must not depend on values."""
+"""Results whose size depends on values, as ``x[mask]`` has: a graph has one size for each."""
 
 from __future__ import annotations
 
@@ -6,104 +6,141 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
 from pyro_elbo_ext.compile.errors import CannotCompile
 
-_READS = (torch.ops.aten.index.Tensor,)
+_READ = torch.ops.aten.index.Tensor
 _WRITES = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
 class MaskedAssignment(TorchFunctionMode):
-    """``a[mask] = b[mask]`` and ``a[mask] = number`` as ``torch.where``, which has one shape whatever the mask."""
+    """``a[mask] = b[mask]`` and ``a[mask] = number`` in a form that has one size whatever the mask."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._taken: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # kept, so that no id is used twice
+        # by the id of b[mask]: itself, kept so that no id is used twice; b; mask; their versions
+        self._taken: dict[int, tuple[Tensor, Tensor, Tensor, tuple[int, int]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and _is_mask(args[1], args[0]):
-            result = func(*args)
-            self._taken[id(result)] = result, args[0], args[1]
+            source, mask = args
+            result = func(source, mask)
+            self._taken[id(result)] = result, source, mask, (source._version, mask._version)
             return result
         if func is Tensor.__setitem__ and _is_mask(args[1], args[0]):
             target, mask, value = args
-            _, source, same = self._taken.get(id(value), (None, None, None))
-            if same is mask and source is not None and source.shape == target.shape:
-                return target.copy_(torch.where(mask, source, target))
             if not isinstance(value, Tensor) or value.dim() == 0:
-                return target.copy_(torch.where(mask, value, target))
+                return target.masked_fill_(mask, value)
+            source = self._source(target, mask, value)
+            if source is not None:
+                return target.copy_(torch.where(mask, source, target))
         return func(*args, **(kwargs or {}))
+
+    def _source(self, target: Tensor, mask: Tensor, value: Tensor) -> Tensor | None:
+        """What ``value`` was taken from by this very mask, if that can stand for it."""
+        if id(value) not in self._taken:
+            return None
+        _, source, same, versions = self._taken[id(value)]
+        fits = same is mask and source.shape == target.shape and source.dtype == target.dtype
+        return source if fits and versions == (source._version, mask._version) and value._version == 0 else None
 
 
 def _is_mask(index: Any, tensor: Tensor) -> bool:
     return isinstance(index, Tensor) and index.dtype is torch.bool and index.shape == tensor.shape
 
 
-def settle_masks(module: GraphModule) -> None:
+def settle_sizes(module: GraphModule) -> None:
     """Replace masks that no input has a part in, as the lower triangle of a matrix, by the integers they stand for.
 
     Raises
     ------
     CannotCompile
-        For any other that is an index.
+        If the size of a result depends on values otherwise.
     """
     graph = module.graph
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in (*_READS, *_WRITES):
+        if not isinstance(node.target, OpOverload):
             continue
-        indices: list[Any] = []
-        for index in node.args[1]:
-            if index is None or _meta(index).dtype is not torch.bool:
-                indices.append(index)
-            elif (mask := _constant(index, module)) is not None:
-                with graph.inserting_before(node):
-                    indices += [_attribute(module, place.contiguous()) for place in mask.nonzero().unbind(1)]
-            elif node.target in _WRITES and _meta(node.args[2]).shape.numel() == 1:
-                indices.append(index)  # one number for all of them
-            else:
-                raise CannotCompile(
-                    "the program uses a mask of bool as an index, as in x[mask]: how many elements that takes depends on "
-                    "values, and a graph has one shape. Use torch.where, poutine.mask or obs_mask, or index by integers "
-                    "(mask.nonzero(as_tuple=True)) found outside of model and guide; or train with pyro.infer.SVI, or "
-                    "fallback=True."
-                )
-        node.args = (node.args[0], indices, *node.args[2:])
+        if node.target is _READ or node.target in _WRITES:
+            _settle_indices(node, module)
+        elif torch.Tag.dynamic_output_shape in node.target.tags:
+            value = _constant(node)
+            if not isinstance(value, Tensor):
+                raise CannotCompile(_refusal(f"calls {node.target.overloadpacket}"))
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_attribute(module, value))
     graph.eliminate_dead_code()
     module.recompile()
 
 
-def _meta(node: Node) -> Any:
-    return node.meta["tensor_meta"]
+def _settle_indices(node: Node, module: GraphModule) -> None:
+    indices: list[Any] = []
+    given: Any = node.args[1]
+    for index in given:
+        if index is None or _meta(index, module).dtype is not torch.bool:
+            indices.append(index)
+        elif (mask := _constant(index)) is not None:
+            with module.graph.inserting_before(node):
+                indices += [_attribute(module, place.contiguous()) for place in mask.nonzero().unbind(1)]
+        elif node.target in _WRITES and _meta(node.args[2], module).shape.numel() == 1:
+            indices.append(index)  # one number wherever the mask is true
+        else:
+            raise CannotCompile(_refusal("uses a mask of bool as an index, as in x[mask]"))
+    node.args = (node.args[0], indices, *node.args[2:])
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"the program {what}: how many elements that gives depends on values, and a graph has one size. Use torch.where, "
+        "poutine.mask or obs_mask, or index by integers (mask.nonzero(as_tuple=True)) found outside of model and guide; or "
+        "train with pyro.infer.SVI, or fallback=True."
+    )
+
+
+def _meta(node: Any, module: GraphModule) -> Any:
+    """What has the shape and dtype of a node's tensor."""
+    return getattr(module, node.target) if node.op == "get_attr" else node.meta["tensor_meta"]
 
 
 def _attribute(module: GraphModule, tensor: Tensor) -> Node:
     count = 0
-    while hasattr(module, name := f"_mask_{count}"):
+    while hasattr(module, name := f"_integers_{count}"):
         count += 1
     module.register_buffer(name, tensor)
     return module.graph.get_attr(name)
 
 
-def _constant(node: Node, module: GraphModule, depth: int = 20) -> Tensor | None:
+def _constant(node: Node) -> Any:
     """The value of a node that is computed from no input, draw or tensor from outside; None for any other."""
-    if node.op != "call_function" or depth == 0 or not isinstance(node.target, torch._ops.OpOverload):
+    target = node.target
+    if not isinstance(target, OpOverload) or target._schema.is_mutable or _is_written(node):
         return None
-    if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags:
         return None
-    if any(
-        isinstance(u.target, torch._ops.OpOverload) and u.target._schema.is_mutable
-        for u in node.users
-        if u.args[0] is node
-    ):
-        return None
-    known: dict[Node, Tensor] = {}
+    known: dict[Node, Any] = {}
     for source in node.all_input_nodes:
-        value = _constant(source, module, depth - 1)
-        if value is None:
+        known[source] = _constant(source)
+        if known[source] is None:
             return None
-        known[source] = value
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: known[source])
-    return node.target(*args, **kwargs)  # type: ignore[no-any-return]
+    args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+    return target(*args, **kwargs)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether an operator writes into this tensor, or into a view of it."""
+    for user in node.users:
+        if not isinstance(user.target, OpOverload):
+            continue
+        for given, argument in zip(user.args, user.target._schema.arguments, strict=False):
+            if (
+                given is node
+                and argument.alias_info is not None
+                and (argument.alias_info.is_write or _is_written(user))
+            ):
+                return True
+    return False
