@@ -778,7 +778,7 @@ class Training:
             start = time.perf_counter()
             for _ in range(steps):
                 self.losses.append(self.svi.step(*batches[len(self.losses) % len(batches)]))
-            return (time.perf_counter() - start) / steps
+            return (time.perf_counter() - start) / max(steps, 1)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and the buffers of modules."""
