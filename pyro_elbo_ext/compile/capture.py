@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.losses import TracedLoss, Value
+from pyro_elbo_ext.compile.masks import MaskedAssignment, settle_sizes
 from pyro_elbo_ext.objective import Program
 from pyro_elbo_ext.registration import modules_of
 
@@ -95,7 +96,7 @@ def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Progra
     """
     with as_traced():
         try:
-            with _ScalarIndices():
+            with _ScalarIndices(), MaskedAssignment():
                 graph = make_fx(evaluation)(inputs)
         except RuntimeError as error:
             reason = _reads_a_value(error)
@@ -103,6 +104,7 @@ def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Progra
                 raise
             raise CannotCompile(reason) from error
     flat = _flatten_inputs(graph, len(inputs))
+    settle_sizes(flat)
     captured = _lift(flat, evaluation, programs)
     return Capture(flat, captured, evaluation.reached)
 

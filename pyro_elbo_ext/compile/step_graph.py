@@ -97,6 +97,8 @@ def compile_function(
     with torch.no_grad():
         # a trace on tensors without memory: nothing is computed, drawn or written
         graph = make_fx(function, tracing_mode="fake")(*[_plain(tensor) for tensor in inputs])
+        if same_draws:
+            _keep_bernoulli(graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         if backend == "eager":
@@ -160,6 +162,12 @@ def _fuse_draws(graph: GraphModule) -> None:
         graph.graph.erase_node(node)
         graph.graph.erase_node(memory)
     graph.recompile()
+
+
+def _keep_bernoulli(graph: GraphModule) -> None:
+    """Inductor draws ``bernoulli(p)`` as ``rand() < p`` even with ``fallback_random``; a form that it leaves alone."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli.default):
+        node.target, node.args = torch.ops.aten.bernoulli.Tensor, (node.args[0], node.args[0])
 
 
 def _plain(tensor: Tensor) -> Tensor:
