@@ -51,7 +51,9 @@ tutorials: $(STAMP)
 	$(BIN)/python tests/run_tutorials.py tutorials
 
 bench: $(STAMP)
-	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python -m tests.benchmarks.run
+	$(BIN)/python -m tests.benchmarks.bounds
+	$(BIN)/python -m tests.benchmarks.compiled
 
 clean:
 	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.estimate import Ledger, num_observations, scale_of
-from pyro_elbo_ext.gradients import Gradient, Pathwise
+from pyro_elbo_ext.gradients import Gradient, Pathwise, by_particle
 from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.log_weights import Densities, LogWeights, join, plate_scores, read_densities
 from pyro_elbo_ext.objective import (
@@ -138,7 +138,7 @@ def estimate_bound(
         )
 
     def surrogate() -> Tensor:
-        shares = gradient.surrogate(weights, bound) * read.placement.outside
+        shares = by_particle(gradient.surrogate(weights, bound)) * read.placement.outside
         outer = read.log_weights.outer(kl_weight, without_scores=True)
         if outer is not None:
             if read.log_weights.outer_scores is not None:
@@ -239,7 +239,7 @@ def _read(
     for drawn in draws.draws:
         sites, is_new = structures.read(drawn)
         if placement is None or is_new:
-            here = _place(sites, bound, local_plates, gradient, draws.particle_dim)
+            here = _place(sites, bound, objective.num_particles, local_plates, gradient, draws.particle_dim)
             if placement is not None:  # a program whose sites vary from draw to draw
                 scores = None
                 if here.plates != placement.plates:
@@ -260,9 +260,14 @@ def _read(
 
 
 def _place(
-    sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], gradient: Gradient, particle_dim: int | None
+    sites: Sequence[Site],
+    bound: Bound,
+    num_particles: int,
+    local_plates: tuple[str, ...],
+    gradient: Gradient,
+    particle_dim: int | None,
 ) -> Placement:
-    placement = place(sites, bound, local_plates, masked_paths=not gradient.separate_paths)
+    placement = place(sites, bound, num_particles, local_plates, masked_paths=not gradient.separate_paths)
     for site, is_local in zip(sites, placement.local, strict=True):
         if is_local or not site.q:
             continue
@@ -343,10 +348,11 @@ def _scalars(value: Tensor, log_weights: LogWeights, shares: Tensor | None, ledg
     ``shares`` is the bound's gradient, which weights the sites' contributions; None for the ELBO, where they are known.
     """
     local = log_weights.values.detach()
-    parts = [value.reshape(1), local.mean(0).flatten(1).sum(1) if local.dim() > 2 else local.mean(0)]
+    means = local.mean(0) if len(local) > 1 else local[0]
+    parts = [value.reshape(1), means.flatten(1).sum(1) if means.dim() > 1 else means]
     if log_weights.outer_values is not None:
         parts.append(log_weights.outer_values.detach())
-    if shares is not None:
+    if shares is not None and len(local) > 1:  # one particle has all the weight
         # a particle without weight contributes nothing, though its log density may be -inf
         weighted = shares.unsqueeze(1) * local.masked_fill((shares == 0).unsqueeze(1), 0.0)
         parts.append(weighted.sum(0).flatten(1).sum(1) if local.dim() > 2 else weighted.sum(0))
@@ -360,7 +366,7 @@ def _scalars(value: Tensor, log_weights: LogWeights, shares: Tensor | None, ledg
 def _reader(sites: Sequence[_Description], read: _Read, has_contributions: bool, num_vectorized: int) -> Read:
     """Makes the scalars into the value, zero, and for each site the history's numbers."""
     columns = [*read.log_weights.columns, *read.log_weights.outer_columns]
-    num_in_ledger = len(read.ledger.scalars)
+    num_in_ledger, num_particles = len(read.ledger.scalars), len(read.log_weights.values)
 
     def read_scalars(host: list[float]) -> Totals:
         objective, *numbers = host
@@ -369,7 +375,8 @@ def _reader(sites: Sequence[_Description], read: _Read, has_contributions: bool,
         for i, column in enumerate(columns):
             (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
             if has_contributions:
-                contribution[column.site] += column.sign * numbers[len(columns) + i]
+                at = i if num_particles == 1 else len(columns) + i  # one particle has all the weight
+                contribution[column.site] += column.sign * numbers[at]
         rows: Values = []
         for of in sites:
             name = of.site

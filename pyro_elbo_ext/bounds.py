@@ -118,6 +118,22 @@ class _LogPowerMean(Bound):
         share = self.gradient(log_weights)
         return self.power * share * (1 - share)
 
+    def leave_one_out(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.power == 0:
+            return super().leave_one_out(log_weights)
+        count = len(log_weights)
+        scaled = self.power * log_weights
+        # sums over the others from both sides, since a difference of sums would cancel
+        nothing = torch.full_like(scaled[:1], -torch.inf)
+        below = torch.cat([nothing, torch.logcumsumexp(scaled, 0)[:-1]])
+        above = torch.cat([torch.logcumsumexp(scaled.flip(0), 0).flip(0)[1:], nothing])
+        total = torch.cumsum(log_weights, 0)
+        before = torch.cat([torch.zeros_like(scaled[:1]), total[:-1]])
+        after = torch.cat([torch.cumsum(log_weights.flip(0), 0).flip(0)[1:], torch.zeros_like(scaled[:1])])
+        own = self.power * (before + after) / (count - 1)
+        everything = torch.logaddexp(torch.logaddexp(below, above), own)
+        return (everything - math.log(count)) / self.power, torch.exp(own - everything)
+
 
 @dataclass(frozen=True)
 class IWAE(_LogPowerMean):

@@ -64,7 +64,8 @@ class DecomposedELBO(Objective):
     vectorize_particles : bool or "vmap"
         True draws all particles in one plate, Pyro's way: model and guide must broadcast. "vmap" draws them in one run by
         ``torch.vmap`` without that, checked against the loop, and loops where the programs do not allow it. False draws
-        them one after the other; their graphs are held together until the backward pass.
+        them one after the other; their graphs are held together until the backward pass. Looped particles take a subsample
+        each with ``gradient="pathwise"``, as in Pyro; otherwise all of them share one.
     strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta
         Accepted as ``pyro.infer.ELBO`` does; nothing here uses them.
     retain_graph : bool, optional
@@ -370,7 +371,7 @@ def _average(
     if len(rows) == 1 and vectorized == 1:
         return infos[0], rows[0]
     if all(info == infos[0] for info in infos):
-        total, sites = np.sum(rows, axis=0), infos[0]
+        total, sites = np.sum(rows, axis=0).reshape(-1, len(VALUES)), infos[0]
     else:
         by_name: dict[str, SiteInfo] = {}
         for info in infos:

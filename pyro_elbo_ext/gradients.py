@@ -89,7 +89,10 @@ class Gradient(ABC):
 
     @abstractmethod
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
-        """Each particle's share of the surrogate, shape ``(K,)``; the gradient of their sum estimates the bound's."""
+        """Each particle's share of the surrogate, shape ``(K, *B)`` or ``(K,)``.
+
+        The gradient of their sum is the estimate of the bound's.
+        """
 
     def check(self, bound: Bound, num_particles: int) -> None:  # noqa: B027 - most work for every bound
         """Raise ValueError, saying what to do, if the estimator does not work for this bound."""
@@ -106,7 +109,7 @@ class Pathwise(Gradient):
 
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
         gradient = bound.gradient(weights.log_weights.detach())
-        shares = _by_particle(gradient * _finite(weights.log_weights))
+        shares = by_particle(gradient * _finite(weights.log_weights))
         return shares + _score_terms(weights, bound, 0.0)
 
 
@@ -154,13 +157,14 @@ class DoublyReparameterized(Gradient):
         assert weights.direct is not None
         log_weights = weights.log_weights.detach()
         gradient = bound.gradient(log_weights)
-        shares = _by_particle(gradient * _finite(weights.direct)) + _score_terms(weights, bound, gradient)
+        shares = by_particle(gradient * _finite(weights.direct)) + _score_terms(weights, bound, gradient)
         if weights.paths:
             shares = shares + _along_paths(weights, gradient - bound.curvature(log_weights))
         return shares
 
 
-def _by_particle(values: Tensor) -> Tensor:
+def by_particle(values: Tensor) -> Tensor:
+    """Sum over all dims but the particle's."""
     return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
@@ -181,7 +185,7 @@ def _score_terms(weights: Weights, bound: Bound, missing: Tensor | float) -> Ten
         if weights.scored is None:
             return weights.score_shares
         # with a constant weight the direct part is a score of mean zero: all of it goes
-        return weights.score_shares + _by_particle((bound.gradient(log_weights) - missing) * weights.scored)
+        return weights.score_shares + by_particle((bound.gradient(log_weights) - missing) * weights.scored)
     centered, own = _centered(log_weights, bound)
     total = torch.zeros_like(log_weights)
     if weights.scores is not None:
@@ -190,7 +194,7 @@ def _score_terms(weights: Weights, bound: Bound, missing: Tensor | float) -> Ten
     if weights.corrections is not None:
         is_apart = isinstance(missing, Tensor)  # then the path has traded the score with the correction in it
         total = total + (centered + own - missing if is_apart else centered) * weights.corrections
-    return _by_particle(total)
+    return by_particle(total)
 
 
 def _centered(log_weights: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,9 @@ def summarize(decoded: Decoded, elbo: Floats, objective: Floats) -> pd.DataFrame
     series = np.column_stack([terms, elbo])
     mean = series.mean(0)
     size = np.abs(mean[:-1])
-    share = size / size.sum() if size.sum() > 0 else np.zeros(len(names))
+    total = size.sum()
+    # a particle of weight zero has made a mean infinite: then there are no shares
+    share = np.full(len(names), 0.0 if total == 0 else np.nan) if total in (0, np.inf) else size / total
     seen = [[labels[name][present[:, i], i] for name in LABELS] for i in range(len(names))]
     methods = [", ".join(sorted({str(m) for m in method if m})) or None for _, method, _ in seen]
     table = pd.DataFrame(
@@ -72,11 +74,17 @@ def standard_error(series: Floats) -> Floats:
     """Standard error of the mean of each column of ``series`` (n, m) allowing for autocorrelation, shape (m,).
 
     The long-run variance is ``-gamma_0 + 2 sum_k Gamma_k`` with ``Gamma_k = gamma_2k + gamma_2k+1`` cut where it first
-    is not positive and made monotone (Geyer 1992, Practical Markov Chain Monte Carlo, section 3.3).
+    is not positive and made monotone (Geyer 1992, Practical Markov Chain Monte Carlo, section 3.3). NaN for fewer than 4
+    rows, and for a column that is not finite.
     """
     n = len(series)
+    finite = np.isfinite(series).all(0)
     if n < 4:
         return np.full(series.shape[1], np.nan)
+    if not finite.all():
+        errors = np.full(series.shape[1], np.nan)
+        errors[finite] = standard_error(series[:, finite])
+        return errors
     spectrum = np.fft.rfft(series - series.mean(0), 2 * n, axis=0)
     covariance = np.fft.irfft(np.abs(spectrum) ** 2, 2 * n, axis=0)[:n] / n
     pairs = covariance[0 : n - 1 : 2] + covariance[1:n:2]

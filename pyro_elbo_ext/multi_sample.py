@@ -44,8 +44,9 @@ class MultiSampleELBO(Objective):
         "doubly_reparameterized" (DReG); or "score_function" at every site. See :mod:`pyro_elbo_ext.gradients`.
     local_plates : str or sequence of str, optional
         Take the bound inside these plates and the ELBO outside: all particles share one draw of the sites outside,
-        ``E_q(w) [log p(w) - log q(w) + sum_i bound_i(w)]``. It is a lower bound whatever the subsample, less tight than
-        the bound over the whole program.
+        ``E_q(w) [log p(w) - log q(w) + sum_i bound_i(w)]``. It is a lower bound whatever the subsample. With few
+        particles and much data it is often tighter than the bound over the whole program, whose weights then are few;
+        with many it is not, since the KL of the sites outside stays.
     history : bool or History
         As in :class:`~pyro_elbo_ext.DecomposedELBO`. The history's ``objective`` is the bound; its terms are plain
         means over the particles, so they make up the ELBO, with ``kl_prior`` sampled; ``contribution`` is each site's
@@ -195,9 +196,10 @@ class RenyiELBO(MultiSampleELBO):
 class ChiUpperBound(MultiSampleELBO):
     r"""The chi upper bound CUBO, ``(1 / n) log mean_k w_k^n``: minimized, its value is the loss.
 
-    It is an upper bound on ``log p(x)`` in the limit of many particles; with K of them its estimate is biased
-    downwards. It fits the guide only: minimizing it over the model's parameters would make the data unlikely, so under
-    SVI those are an error. Takes what :class:`MultiSampleELBO` takes, with ``n`` in place of ``bound``.
+    It is an upper bound on ``log p(x)`` in the limit of many particles. With K of them its estimate is biased
+    downwards, and minimizing that can run away to where few particles see any weight: use tens of particles, and start
+    near the posterior. It fits the guide only: minimizing it over the model's parameters would make the data unlikely,
+    so under SVI those are an error. Takes what :class:`MultiSampleELBO` takes, with ``n`` in place of ``bound``.
 
     References
     ----------

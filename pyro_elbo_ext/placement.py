@@ -47,15 +47,17 @@ class Placement:
         return tuple([frame.size for frame in self.plates])
 
 
-def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *, masked_paths: bool) -> Placement:
+def place(
+    sites: Sequence[Site], bound: Bound, num_particles: int, local_plates: tuple[str, ...], *, masked_paths: bool
+) -> Placement:
     """Find where ``bound`` is taken for these sites.
 
     Parameters
     ----------
     sites
         The sites of one particle.
-    bound
-        Where it is linear nothing is required.
+    bound, num_particles
+        Where the bound is linear, or of one particle, which is its log weight, nothing is required.
     local_plates
         Names of the plates to take the bound inside, the ELBO outside; empty for the plates that all sites share. The
         bound is taken inside whatever further plates the sites in them share.
@@ -80,10 +82,13 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
         plates = set.intersection(*stacks) if stacks else set()
         local = (True,) * len(sites)
     ordered = tuple(sorted(plates, key=lambda frame: frame.dim or 0))
-    if bound.linear and not local_plates:
+    linear = bound.linear or num_particles == 1
+    if (linear and not local_plates) or (
+        masked_paths and all(_is_plain(node) for site in sites for node in _nodes(site))
+    ):
         return Placement(ordered, 1.0, local)
     inside = [site for site, is_local in zip(sites, local, strict=True) if is_local]
-    if not bound.linear:
+    if not linear:
         _check_subsampling(sites, inside, plates)
         if not masked_paths:
             _check_masks(inside)
@@ -92,6 +97,12 @@ def place(sites: Sequence[Site], bound: Bound, local_plates: tuple[str, ...], *,
 
 def _nodes(site: Site) -> tuple[Node, ...]:
     return site.q if site.p is None else (site.p, *site.q)
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether nothing scales the node."""
+    scale = node["scale"]
+    return isinstance(scale, float) and scale == 1.0 and not (node["cond_indep_stack"] and _subsampled(node))
 
 
 def _plates(site: Site) -> set[CondIndepStackFrame]:
@@ -193,8 +204,4 @@ def _guide_scale(inside: Sequence[Site]) -> float | Tensor:
                 f"guide sites '{first}' and '{name}' have different scales, {float(value):.6g} and {float(other):.6g}: "
                 "together they make no density, so there is no log weight. Scale the model instead, or use DecomposedELBO."
             )
-    if not isinstance(value, Tensor) and value <= 0:
-        raise ValueError(
-            f"guide site '{first}' has scale {value:.6g}: its log weight does not exist. Use DecomposedELBO."
-        )
     return value.detach().reshape(()) if isinstance(value, Tensor) else value

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 
-from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO, MultiSampleELBO, bounds, gradients
+from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO, MultiSampleELBO, RenyiELBO, bounds, gradients
 from pyro_elbo_ext.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
 from pyro_elbo_ext.gradients import Gradient
 from tests.bound_oracles import PROBLEMS, Problem, hermite, normal, replicated
@@ -129,6 +129,21 @@ def test_one_particle_is_the_elbo(problem: Problem, gradient: Any) -> None:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for name, gradients_by_copy in each.items():
             np.testing.assert_allclose(gradients_by_copy, found[0][1][name], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("vectorize", [False, "vmap"])
+def test_a_discrete_site_has_a_gradient_where_pyros_is_zero(vectorize: Any) -> None:
+    problem = next(problem for problem in PROBLEMS if problem.name == "discrete")
+    logit = torch.tensor(problem.params["k"]).double().requires_grad_()
+    problem.exact(IWAE(), 2, {"k": logit}).backward()
+    assert logit.grad is not None
+    _, ours = estimate(problem, RenyiELBO(alpha=0, num_particles=2, vectorize_particles=vectorize))
+    standard_error = float(ours["k"].std()) / math.sqrt(REPLICATES)
+    assert ours["k"].mean() == pytest.approx(-logit.grad.item(), abs=STANDARD_ERRORS * standard_error)
+    assert abs(ours["k"].mean()) > 10 * standard_error
+    pyro.clear_param_store()
+    _, theirs = estimate(problem, pyro.infer.RenyiELBO(alpha=0, num_particles=2))
+    assert (theirs["k"] == 0.0).all()
 
 
 def per_copy_log_weights(objective: Any) -> torch.Tensor:

@@ -162,15 +162,20 @@ def test_without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplo
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     caplog.set_level(logging.INFO, logger="pyro_elbo_ext")
 
     def model() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0).expand([11]).to_event(1))
 
-    density = LogDensity(model, (), {}, 0, compile=True)
+    # not by monkeypatch, which takes this setting away when it should put it back, and with it the compiler
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        density = LogDensity(model, (), {}, 0, compile=True)
     np.testing.assert_allclose(density.value_and_grad(np.arange(11.0))[1], -np.arange(11.0))
     assert "the log density is not compiled" in caplog.text
+    monkeypatch.undo()
+    caplog.clear()
+    LogDensity(model, (), {}, 0, compile=True)
+    assert "not compiled" not in caplog.text
 
 
 def test_flat_site() -> None:

@@ -118,6 +118,8 @@ def compile_function(
 def _compile(
     graph: GraphModule, inputs: Sequence[Tensor], backend: str, same_draws: bool, options: dict[str, Any]
 ) -> Compiled:
+    if not same_draws:
+        _fuse_draws(graph)
     examples: list[Any] = [_plain(tensor) for tensor in inputs]
     if backend != "inductor":
         compiled: Compiled = torch.compile(graph, backend=backend, dynamic=False)
@@ -138,6 +140,34 @@ def _keep_bernoulli(graph: GraphModule) -> None:
     """Inductor draws ``bernoulli(p)`` as ``rand() < p`` even with ``fallback_random``; a form that it leaves alone."""
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli.default):
         node.target, node.args = torch.ops.aten.bernoulli.Tensor, (node.args[0], node.args[0])
+
+
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
+_DRAWS = {
+    torch.ops.aten.normal_.default: (torch.ops.aten.randn.default, (0.0, 1.0)),
+    torch.ops.aten.uniform_.default: (torch.ops.aten.rand.default, (0.0, 1.0)),
+}
+
+
+def _fuse_draws(graph: GraphModule) -> None:
+    """Draw standard normal and uniform numbers in the kernels that use them, not by a call of torch's generator."""
+    for node in list(graph.graph.nodes):
+        fused, standard = _DRAWS.get(node.target, (None, ()))
+        if fused is None or tuple(node.args[1:]) not in ((), standard) or node.kwargs:
+            continue
+        memory = node.args[0]
+        if memory.target not in _EMPTY or len(memory.users) > 1:
+            continue
+        like = memory.meta["val"]
+        with graph.graph.inserting_before(node):
+            drawn = graph.graph.call_function(
+                fused, (list(like.shape),), {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+            )
+        drawn.meta = dict(node.meta)
+        node.replace_all_uses_with(drawn)
+        graph.graph.erase_node(node)
+        graph.graph.erase_node(memory)
+    graph.recompile()
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Step time of ``pyro.infer.SVI`` with ``Trace_ELBO`` over that of ``CompiledSVI``, in one process.
 
-    python tests/benchmarks/compiled.py [--blocks B] [--only NAME] [--options '{"cpp_wrapper": true}']
+    python -m tests.benchmarks.compiled [--blocks B] [--only NAME] [--options '{"cpp_wrapper": true}']
 
 One thread, validation off. The contestants fit the same problem with parameters of their own and take turns in short
 blocks (A B C A B C ...), so that a change in the machine's speed hits all of them; a ratio is taken within a block, and the

@@ -5,9 +5,9 @@
 Each model is trained twice in float64 from one seed, eagerly and compiled with ``same_draws=True``: the losses of all
 steps, the parameters and the buffers of modules must agree at the end. Then twice in float32, compiled with the backend's
 own random draws and taking turns in blocks. The ratio is that of the times below which a tenth of all steps stays, which a
-machine that does other things disturbs least. At the end the mean losses of both at the same parameters (steps with a learning rate of 0) must agree within their standard errors. One
-thread, validation off. Compilation is cold only with an empty cache (set TORCHINDUCTOR_CACHE_DIR to a new folder). The
-outcome is
+machine that does other things disturbs least. At the end the mean losses of both at the same parameters (steps with a
+learning rate of 0) must agree within their standard errors. One thread, validation off. Compilation is cold only with an
+empty cache (set TORCHINDUCTOR_CACHE_DIR to a new folder). The outcome is
 
 - "same": both agree;
 - "refused": CompiledSVI says that it cannot compile the model, and why;

@@ -1,0 +1,103 @@
+"""Models with guides and data for the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+
+class Problem(NamedTuple):
+    """A model with its guide and data, built for each objective; ``steps`` is the default length of a block."""
+
+    build: Callable[[], tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]]
+    steps: int
+
+
+def eight_schools() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """Eight schools (Rubin, 1981), non-centered, with AutoNormal."""
+    effect = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    error = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model(effect: Tensor, error: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("school", 8):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * theta, error), obs=effect)
+
+    return model, AutoNormal(model), (effect, error)
+
+
+def logistic_regression() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """Logistic regression with 1000 rows and 20 predictors, with AutoNormal."""
+    x = torch.randn(1000, 20)
+    y = dist.Bernoulli(logits=x @ torch.randn(20)).sample()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        bias = pyro.sample("bias", dist.Normal(0.0, 5.0))
+        with pyro.plate("row", 1000):
+            pyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
+
+    return model, AutoNormal(model), (x, y)
+
+
+def fifty_sites() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """Fifty scalar latents, each a site of its own, with AutoNormal."""
+    y = torch.randn(50)
+
+    def model(y: Tensor) -> None:
+        z = [pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0)) for i in range(50)]
+        with pyro.plate("row", 50):
+            pyro.sample("y", dist.Normal(torch.stack(z), 1.0), obs=y)
+
+    return model, AutoNormal(model), (y,)
+
+
+class Encoder(nn.Module):
+    """784 pixels to the location and scale of 50 latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(784, 400)
+        self.loc = nn.Linear(400, 50)
+        self.log_scale = nn.Linear(400, 50)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and scale, each of shape (batch, 50)."""
+        hidden = nn.functional.softplus(self.hidden(x))
+        return self.loc(hidden), self.log_scale(hidden).exp()
+
+
+def vae() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """A variational autoencoder 784-400-50 on a batch of 256 random binary images (Kingma and Welling, 2014)."""
+    encoder = Encoder()
+    decoder = nn.Sequential(nn.Linear(50, 400), nn.Softplus(), nn.Linear(400, 784))
+    x = torch.bernoulli(torch.full((256, 784), 0.3))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("image", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 50), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("image", len(x)):
+            pyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
+
+    return model, guide, (x,)
+
+
+PROBLEMS = {
+    "eight_schools": Problem(eight_schools, 40),
+    "logistic_regression": Problem(logistic_regression, 40),
+    "fifty_sites": Problem(fifty_sites, 5),
+    "vae": Problem(vae, 5),
+}
