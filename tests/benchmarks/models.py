@@ -4,10 +4,10 @@
 
 Each model is trained twice in float64 from one seed, eagerly and compiled with ``same_draws=True``: the losses of all
 steps, the parameters and the buffers of modules must agree at the end. Then twice in float32, compiled with the backend's
-own random draws and taking turns in blocks: the ratio of the times of a step is taken within a block, and at the end the
-mean losses of both at the same parameters (steps with a learning rate of 0) must agree within their standard errors. One
-thread, validation off. Compilation is cold only with an empty cache (set TORCHINDUCTOR_CACHE_DIR to a new folder). The
-outcome is
+own random draws and taking turns in blocks. The ratio is that of the times below which a tenth of all steps stays, which a
+machine that does other things disturbs least. At the end the mean losses of both at the same parameters (steps with a
+learning rate of 0) must agree within their standard errors. One thread, validation off. Compilation is cold only with an
+empty cache (set TORCHINDUCTOR_CACHE_DIR to a new folder). The outcome is
 
 - "same": both agree;
 - "refused": CompiledSVI says that it cannot compile the model, and why;
@@ -771,14 +771,15 @@ class Training:
             self.svi = make(*args, **options.get("compiled", {}))
         self.losses: list[float] = []
 
-    def take(self, steps: int) -> float:
-        """Take steps; return the seconds for one."""
-        batches = self.case.batches
+    def take(self, steps: int) -> list[float]:
+        """Take steps; return the seconds of each."""
+        batches, seconds = self.case.batches, []
         with pyro.get_param_store().scope(self._store) as self._store:
-            start = time.perf_counter()
             for _ in range(steps):
+                start = time.perf_counter()
                 self.losses.append(self.svi.step(*batches[len(self.losses) % len(batches)]))
-            return (time.perf_counter() - start) / max(steps, 1)
+                seconds.append(time.perf_counter() - start)
+        return seconds
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and the buffers of modules."""
@@ -854,16 +855,18 @@ def examine(build: Callable[[], Case], steps: int, blocks: int) -> Row:
     theirs, ours = Training(build), Training(build, compiled={})
     for training in (theirs, ours):
         training.take(4 * len(training.case.batches))
-    per_block = max(5, steps // blocks)
-    seconds = [[training.take(per_block) for training in (theirs, ours)] for _ in range(blocks)]
-    ratios = [eager / compiled for eager, compiled in seconds]
+    seconds: tuple[list[float], list[float]] = [], []
+    for _ in range(blocks):
+        for training, taken in zip((theirs, ours), seconds, strict=True):
+            taken += training.take(max(5, steps // blocks))
+    eager, compiled = (sorted(taken)[len(taken) // 10] for taken in seconds)
     z = z_score(ours, theirs, steps // len(ours.case.batches))
     reason = ours.svi.eager_reason or ours.svi.optimizer_reason
     return Row(
         (f"DIFFERENT: mean loss, {z:.1f} standard errors" if z > 4 else "same") + (f" ({reason})" if reason else ""),
         f"{agreement}; {z:.1f} se",
-        f"{statistics.median(ratios):.1f}",
-        f"{1e3 * statistics.median(s for _, s in seconds):.3f}",
+        f"{eager / compiled:.1f}",
+        f"{1e3 * compiled:.3f}",
         f"{ours.svi.compile_time:.1f}",
     )
 
