@@ -361,7 +361,8 @@ def flow_density() -> Case:
             flow.clear_cache()  # of the last step's parameters
             pyro.sample("x", flow, obs=x)
 
-    return Case(model, lambda x: None, [(x,)])
+    # at a rate of 0.01 rounding errors grow tenfold every 15 steps, between two eager trainings too
+    return Case(model, lambda x: None, [(x,)], optim=lambda: pyro.optim.Adam({"lr": 1e-3}))  # type: ignore[attr-defined]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
