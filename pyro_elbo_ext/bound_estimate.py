@@ -117,11 +117,13 @@ def estimate_bound(
         weights = read.log_weights.weights(read.placement, gradient, kl_weight)
         weights.score_shares = read.score_shares
     detached = weights.log_weights.detach()
-    value = bound.value(detached).sum() * read.placement.outside
+    value = bound.value(detached).sum()
+    if not read.placement.is_plain:
+        value = value * read.placement.outside
     outer = read.log_weights.outer(kl_weight)
     if outer is not None:
         value = value + outer.detach()
-    shares = None if bound.linear else bound.gradient(detached)
+    shares = None if bound.linear else bound.gradient(detached) if len(detached) > 1 else torch.ones_like(detached)
     sites = {of.site: of for descriptions in reversed(read.described) for of in descriptions}
     sites = {
         of.site: sites[of.site] for descriptions in read.described for of in descriptions
@@ -138,7 +140,9 @@ def estimate_bound(
         )
 
     def surrogate() -> Tensor:
-        shares = by_particle(gradient.surrogate(weights, bound)) * read.placement.outside
+        shares = by_particle(gradient.surrogate(weights, bound))
+        if not read.placement.is_plain:
+            shares = shares * read.placement.outside
         outer = read.log_weights.outer(kl_weight, without_scores=True)
         if outer is not None:
             if read.log_weights.outer_scores is not None:

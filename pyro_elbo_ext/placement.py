@@ -39,6 +39,11 @@ class Placement:
     local: tuple[bool, ...]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is scaled outside."""
+        return isinstance(self.outside, float) and self.outside == 1.0
+
+    @property
     def dims(self) -> tuple[int, ...]:
         return tuple([frame.dim for frame in self.plates if frame.dim is not None])
 
