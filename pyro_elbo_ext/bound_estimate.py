@@ -124,10 +124,10 @@ def estimate_bound(
     if outer is not None:
         value = value + outer.detach()
     shares = None if bound.linear else bound.gradient(detached) if len(detached) > 1 else torch.ones_like(detached)
-    sites = {of.site: of for descriptions in reversed(read.described) for of in descriptions}
-    sites = {
-        of.site: sites[of.site] for descriptions in read.described for of in descriptions
-    }  # in the program's order
+    sites: dict[str, _Description] = {}  # as the first particle that has them has them
+    for descriptions in read.described:
+        for of in descriptions:
+            sites.setdefault(of.site, of)
     scalars = _scalars(value, read.log_weights, shares, read.ledger)
     read_scalars = _reader(list(sites.values()), read, shares is not None, draws.num_vectorized or 1)
     host, _, rows = objective._transfer(scalars, read_scalars)

@@ -86,7 +86,7 @@ class Ledger:
         used = [i for i in range(start[0], end[0]) if self.weights[i] is not None]
         total = torch.zeros(())
         if used:
-            stacked = _stack([self.scalars[i] for i in used])
+            stacked = stack([self.scalars[i] for i in used])
             weights = [-weight / num_particles for weight in self.weights[start[0] : end[0]] if weight is not None]
             total = torch.dot(stacked, weights_like(stacked, weights))
         for scalar in self.extra[start[1] : end[1]]:
@@ -95,7 +95,7 @@ class Ledger:
 
     def stacked(self) -> Tensor:
         """Every scalar, detached, in one tensor."""
-        return _stack(self.scalars).detach() if self.scalars else torch.zeros(0)
+        return stack(self.scalars).detach() if self.scalars else torch.zeros(0)
 
 
 def weights_like(tensor: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
@@ -105,12 +105,13 @@ def weights_like(tensor: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
     return tensor.new_tensor(weights)
 
 
-def _stack(scalars: list[Tensor]) -> Tensor:
-    device = scalars[0].device
-    if any(scalar.device != device for scalar in scalars):  # e.g. a factor computed on the host
-        device = next((scalar.device for scalar in scalars if scalar.device.type != "cpu"), device)
-        scalars = [scalar.to(device) for scalar in scalars]
-    return torch.stack(scalars)
+def stack(values: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.stack`` of tensors that may be on several devices: on the first that is not the host."""
+    device = values[0].device
+    if any(value.device != device for value in values):  # e.g. a factor computed on the host
+        device = next((value.device for value in values if value.device.type != "cpu"), device)
+        values = [value.to(device) for value in values]
+    return torch.stack(values, dim)
 
 
 def evaluate(
