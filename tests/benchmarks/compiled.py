@@ -26,7 +26,7 @@ from pyro.optim import Adam  # type: ignore[attr-defined]  # Pyro defines it at 
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
-from tests.benchmarks.run import eight_schools, logistic_regression, vae
+from tests.benchmarks.problems import eight_schools, logistic_regression, vae
 
 PYRO_STEPS, COMPILED_STEPS = 30, 400
 
