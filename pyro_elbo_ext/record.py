@@ -140,6 +140,55 @@ class Record:
         self._last_step = step
         self.num_recorded += 1
 
+    def extend(
+        self,
+        steps: NDArray[np.int64],
+        sites: tuple[SiteInfo, ...],
+        values: Floats,
+        *,
+        objective: Floats,
+        kl_weight: Floats,
+    ) -> None:
+        """Record many steps: what :meth:`append` does for each, at less cost.
+
+        Parameters
+        ----------
+        steps, objective, kl_weight : (n,) arrays
+        values : (n, len(sites), 6) array
+
+        Raises
+        ------
+        ValueError
+            As :meth:`append` does; the history is then unchanged.
+        """
+        if sites is not self._sites:
+            self._switch_layout(sites)
+        if values.shape != (len(steps), *self._shape):
+            raise ValueError(
+                f"values has shape {values.shape}, but {len(steps)} steps need {(len(steps), *self._shape)}"
+            )
+        if len(steps) and (steps[0] <= self._last_step or (np.diff(steps) <= 0).any()):
+            raise ValueError(f"the steps do not increase from the last recorded step, {self._last_step}, on")
+        size, done = self._shape[0] * self._shape[1], 0
+        while done < len(steps):
+            if self._rows == self._steps.size:
+                self._make_room()
+            row, start, rows_left = self._rows, self._used, self._steps.size - self._rows
+            count = min(len(steps) - done, rows_left)
+            end = start + count * size
+            if end > self._flat.size:
+                self._flat = _resized(self._flat, max(start + rows_left * size, start * 9 // 8))
+            taken, rows = slice(done, done + count), slice(row, row + count)
+            self._flat[start:end] = values[taken].ravel()
+            self._steps[rows] = steps[taken]
+            self._objective[rows] = objective[taken]
+            self._kl_weight[rows] = kl_weight[taken]
+            self._layout[rows] = self._id
+            self._rows, self._used = row + count, end
+            self.num_recorded += count
+            done += count
+            self._last_step = int(steps[done - 1])
+
     def _switch_layout(self, sites: tuple[SiteInfo, ...]) -> None:
         if not isinstance(sites, tuple):
             raise TypeError(f"sites must be a tuple of SiteInfo, got {type(sites).__name__}")

@@ -196,6 +196,22 @@ def _lift(module: GraphModule, evaluation: Evaluation, programs: tuple[Program, 
     return captured
 
 
+def written_inputs(module: GraphModule) -> list[int]:
+    """Which inputs the graph writes to, such as the running means of batch normalization."""
+    places = [node for node in module.graph.nodes if node.op == "placeholder"]
+    written: set[int] = set()
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for argument, value in zip(schema.arguments if schema is not None else (), node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                root = value
+                while isinstance(root, torch.fx.Node) and root.op == "call_function":  # a view, if anything
+                    root = next(iter(root.all_input_nodes), None)
+                if root in places:
+                    written.add(places.index(root))
+    return sorted(written)
+
+
 _FRESH = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 
 

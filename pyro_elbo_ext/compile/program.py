@@ -7,14 +7,18 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.binding import Binding
-from pyro_elbo_ext.compile.capture import Evaluation, capture
+from pyro_elbo_ext.compile.capture import Evaluation, capture, written_inputs
+from pyro_elbo_ext.compile.kernel_calls import NotNative
 from pyro_elbo_ext.compile.losses import TracedLoss
+from pyro_elbo_ext.compile.native import NativeSteps
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
@@ -69,6 +73,13 @@ class Program:
         logger.info("traced the step in %.1f s", self.compile_time)
         self._compiled: dict[int | str, Compiled] = {}
         self._prefix: dict[int, tuple[list[Tensor], Tensor, list[float]]] = {}
+        self._native: NativeSteps | NotNative | None = None
+        self._written = [i - len(inputs) for i in written_inputs(self._capture.graph) if i >= len(inputs)]
+
+    @property
+    def writes_buffers(self) -> bool:
+        """Whether a step writes to other tensors than parameters and the optimizer's state, as batch normalization does."""
+        return bool(self._written)
 
     def has_same_parameters(self) -> bool:
         """Whether the param store holds the tensors that it held when the program was traced."""
@@ -79,22 +90,57 @@ class Program:
         """Take parameters and state from there."""
         self.binding = binding
         self._prefix.clear()
+        self._native = None
+
+    def native(self, arguments: Sequence[Tensor]) -> NativeSteps | None:
+        """The step as a C function, which repeats it without Python; None where that is not possible."""
+        if self._native is None:
+            inputs = self._inputs_of_one(arguments)
+            compiled = self._compiled_steps(1, inputs)
+            start = time.perf_counter()
+            try:
+                if self._settings.backend != "inductor":
+                    raise NotNative(f"the backend is {self._settings.backend!r}")
+                assert self.binding is not None
+                last = len(self.binding.tensors()) - 1  # of what a step always writes to: ``good``
+                first = len(inputs) - len(self._capture.captured)
+                written = [*range(last + 1), *[first + i for i in self._written]]
+                self._native = NativeSteps(compiled, inputs, last, written)
+            except NotNative as reason:
+                logger.info("the step is called from Python each time: %s", reason)
+                self._native = reason
+            self.compile_time += time.perf_counter() - start
+        return self._native if isinstance(self._native, NativeSteps) else None
 
     def take(self, steps: int, kl_weights: list[float], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and tables, shape ``(steps, sites * 6)``."""
-        prefix = self._prefix.get(steps)
-        if prefix is None:
-            prefix = self._prepare(steps, kl_weights)
-        inputs, weights, known = prefix
+        inputs, weights, known = self._prefix.get(steps) or self._prepare(steps, kl_weights)
         if kl_weights != known:
             weights.copy_(torch.tensor(kl_weights, dtype=torch.float64))
             known[:] = kl_weights
-        function = self._compiled.get(steps)
-        if function is None:
-            function = self._compile_steps(steps, [*inputs, *arguments, *self._capture.captured])
+        inputs = [*inputs, *arguments, *self._capture.captured]
         with torch.no_grad():
-            losses, tables = function(*inputs, *arguments, *self._capture.captured)
+            losses, tables = self._compiled_steps(steps, inputs)(*inputs)
         return losses, tables
+
+    def repeat(
+        self, native: NativeSteps, kl_weights: list[float], arguments: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Take as many steps as there are weights; it stops after a loss that is not finite, and gives less."""
+        weights = torch.tensor(kl_weights, dtype=torch.float64)
+        return native(len(kl_weights), weights, self._inputs_of_one(arguments))
+
+    def take_one(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
+        """Take one step: its loss, and its table, shape ``(sites * 6,)``, which the next step may overwrite."""
+        native = self.native(arguments)
+        if native is not None:
+            return native.once(kl_weight, self._inputs_of_one(arguments))
+        losses, tables = self.take(1, [kl_weight], arguments)
+        return losses.item(), tables[0].cpu().numpy()
+
+    def _inputs_of_one(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        prefix = self._prefix.get(1) or self._prepare(1, [1.0])
+        return [*prefix[0], *arguments, *self._capture.captured]
 
     def _prepare(self, steps: int, kl_weights: list[float]) -> tuple[list[Tensor], Tensor, list[float]]:
         assert self.binding is not None
@@ -102,10 +148,13 @@ class Program:
         self._prefix[steps] = [*self.binding.tensors(), weights], weights, list(kl_weights)
         return self._prefix[steps]
 
-    def _compile_steps(self, steps: int, inputs: Sequence[Tensor]) -> Compiled:
-        assert self.binding is not None
-        function = build_steps(self._capture, self.binding.rules, steps, self._guards)
-        return self._compile(steps, function, inputs, f"{steps} step{'s' * (steps > 1)} in one graph")
+    def _compiled_steps(self, steps: int, inputs: Sequence[Tensor]) -> Compiled:
+        function = self._compiled.get(steps)
+        if function is None:
+            assert self.binding is not None
+            made = build_steps(self._capture, self.binding.rules, steps, self._guards)
+            function = self._compile(steps, made, inputs, f"{steps} step{'s' * (steps > 1)} in one graph")
+        return function
 
     def value(self, kl_weight: float, arguments: Sequence[Tensor]) -> Tensor:
         """The loss alone."""
@@ -146,3 +195,4 @@ class Program:
         """Drop the graphs of steps, whose optimizer has changed."""
         self._compiled = {key: compiled for key, compiled in self._compiled.items() if not isinstance(key, int)}
         self._prefix.clear()
+        self._native = None

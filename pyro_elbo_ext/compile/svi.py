@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
+from numpy.typing import NDArray
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.util import zero_grads
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _MANY_PROGRAMS = 8
 _CALLS_PER_CHECK = 64  # of a run, between two looks at its losses
+_SECONDS_IN_C, _MOST_IN_C = 0.1, 1 << 15  # of a run, between two looks at its losses and at the keyboard
 
 
 class _Found(NamedTuple):
@@ -131,6 +135,7 @@ class CompiledSVI(SVI):
         self.optimizer_reason: str | None = None
         self._settings = Settings(backend, same_draws, dict(options or {}))
         self._programs: dict[Key, Program | CannotCompile] = {}
+        self._in_one_go = 64  # steps in one call of C, by the time that they take
         self._modules: list[nn.Module] | None = None
         self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
         self._traced: TracedLoss | None = None
@@ -162,13 +167,12 @@ class CompiledSVI(SVI):
             return float(super().step(*args, **kwargs))
         if self.optimizer_reason is not None:
             return self._step_with_eager_optimizer(program, tensors)
-        kl_weights = self._kl_weights(0, 1)
-        losses, tables = program.take(1, kl_weights, tensors)
+        (kl_weight,) = self._kl_weights(0, 1)
+        value, table = program.take_one(kl_weight, tensors)
         assert program.binding is not None
         program.binding.advance(1)
-        value = losses.item()
         if isinstance(self.objective, Objective):
-            self._record(program, [value], tables, kl_weights)
+            self._record(program, value, table, kl_weight)
         elif value != value:
             warn_if_nan(value, "loss")
         return value
@@ -222,9 +226,28 @@ class CompiledSVI(SVI):
         program = self._known(args, kwargs)
         if program is None or not self._bind(program) or self.optimizer_reason is not None:
             return None
-        binding, size = program.binding, self.steps_per_call
-        assert binding is not None
         tensors = take_apart(args, kwargs).tensors
+        native = program.native(tensors)
+        if native is None:
+            return self._many_by_python(program, num_steps, tensors)
+        start = time.perf_counter()
+        steps = min(self._in_one_go, num_steps)
+        kl_weights = self._kl_weights(0, steps)
+        losses, tables = program.repeat(native, kl_weights, tensors)
+        assert program.binding is not None
+        program.binding.advance(len(losses))
+        if isinstance(self.objective, Objective):
+            self._record_many(program, losses, tables, kl_weights)
+        seconds = time.perf_counter() - start
+        if steps == self._in_one_go and not _SECONDS_IN_C / 4 < seconds < _SECONDS_IN_C:
+            self._in_one_go = max(1, min(int(steps * _SECONDS_IN_C / (2 * seconds)), _MOST_IN_C))
+        return losses
+
+    def _many_by_python(self, program: Program, num_steps: int, tensors: list[Tensor]) -> Tensor:
+        binding = program.binding
+        assert binding is not None
+        # the graph of several steps can leave out the update of a step, but not what a network does to its buffers
+        size = 1 if program.writes_buffers and num_steps < self.steps_per_call else self.steps_per_call
         losses: list[Tensor] = []
         tables: list[Tensor] = []
         kl_weights: list[float] = []
@@ -232,7 +255,7 @@ class CompiledSVI(SVI):
         try:
             for _ in range(_CALLS_PER_CHECK):
                 steps = min(size, num_steps - taken)
-                if steps == 0:
+                if steps == 0 or (steps < size and program.writes_buffers):
                     break
                 if int(binding.count) != steps:
                     binding.count.fill_(steps)
@@ -245,7 +268,7 @@ class CompiledSVI(SVI):
         finally:  # an interrupt keeps what is done
             binding.advance(taken)
             if losses and isinstance(self.objective, Objective):
-                self._record(program, torch.cat(losses).tolist(), torch.cat(tables), kl_weights)
+                self._record_many(program, torch.cat(losses), torch.cat(tables), kl_weights)
         return torch.cat(losses)
 
     # Finding the program of a call
@@ -362,7 +385,7 @@ class CompiledSVI(SVI):
         loss, table, gradients = program.gradients(kl_weights[0], tensors)
         value = loss.item()
         if isinstance(self.objective, Objective):
-            self._record(program, [value], table[None], kl_weights)
+            self._record(program, value, table.cpu().numpy(), kl_weights[0])
         else:
             warn_if_nan(value, "loss")
         parameters = [p for _, p in program.parameters]
@@ -377,21 +400,37 @@ class CompiledSVI(SVI):
         assert self._traced is not None
         return self._traced.kl_weights(start, steps)
 
-    def _record(self, program: Program, losses: list[float], tables: Tensor, kl_weights: list[float]) -> None:
-        """Enter compiled steps into the objective's history, up to the first that is not finite, which is an error."""
+    def _record(self, program: Program, loss: float, table: NDArray[np.float64], kl_weight: float) -> None:
+        """Enter a compiled step into the objective's history; it is an error if its loss is not finite."""
         objective, sites = self.objective, program.sites
-        history, sign = objective.history, -1.0 if objective.maximized else 1.0
-        numbers = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                if program.binding is not None:
-                    program.binding.good.fill_(True)
-                objective._raise_not_finite(sites, [tuple(row) for row in numbers[i].tolist()])
-                raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
-            if history is not None:
-                step = objective.num_steps
-                history.append(step, sites, numbers[i], objective=sign * loss, kl_weight=kl_weights[i])
-            objective.num_steps += 1
+        numbers = table.reshape(len(sites), len(VALUES))
+        if not math.isfinite(loss):
+            if program.binding is not None:
+                program.binding.good.fill_(True)
+            objective._raise_not_finite(sites, [tuple(row) for row in numbers.tolist()])
+            raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
+        if objective.history is not None:
+            value = -loss if objective.maximized else loss
+            objective.history.append(objective.num_steps, sites, numbers, objective=value, kl_weight=kl_weight)
+        objective.num_steps += 1
+
+    def _record_many(self, program: Program, losses: Tensor, tables: Tensor, kl_weights: list[float]) -> None:
+        """The same for many steps, up to the first whose loss is not finite."""
+        objective, sites = self.objective, program.sites
+        finite = torch.isfinite(losses)
+        count = len(losses) if bool(finite.all()) else int(finite.int().argmin())
+        if objective.history is not None:
+            values = losses[:count].cpu().numpy()
+            objective.history.extend(
+                np.arange(objective.num_steps, objective.num_steps + count),
+                sites,
+                tables[:count].cpu().numpy().reshape(count, len(sites), len(VALUES)),
+                objective=-values if objective.maximized else values,
+                kl_weight=np.array(kl_weights[:count]),
+            )
+        objective.num_steps += count
+        if count < len(losses):
+            self._record(program, float(losses[count]), tables[count].cpu().numpy(), kl_weights[count])
 
 
 def _same_objects(args: Args, others: Args) -> bool:

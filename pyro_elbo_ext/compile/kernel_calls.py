@@ -1,0 +1,249 @@
+"""What a compiled graph does, as a list of calls that C can make.
+
+Inductor turns a graph into machine code for its kernels and a Python function, which allocates memory and calls them. For
+small models that function takes ten times as long as the kernels. Here it is run once with everything it calls replaced
+by something that only writes the calls down.
+"""
+
+from __future__ import annotations
+
+import dis
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HARMLESS = ("assert_size_stride", "assert_alignment", "reinterpret_tensor")
+_MOST_PRODUCTS = 1 << 15  # multiplications in a matrix product of ours: beyond, a library's is quicker even by Python
+
+# What Inductor leaves to libraries, for small matrices: products, c = beta * d + alpha * a @ b, and triangular systems,
+# t @ x = b. Every matrix has its strides.
+LINEAR_ALGEBRA = """
+template <typename T>
+static inline void product(const T* a, const T* b, T* c, const T* d, double alpha, double beta, long rows, long inner,
+    long columns, long a0, long a1, long b0, long b1, long c0, long c1, long d0, long d1)
+{
+    for (long i = 0; i < rows; i++) for (long j = 0; j < columns; j++) {
+        T sum = 0;
+        for (long k = 0; k < inner; k++) sum += a[i * a0 + k * a1] * b[k * b0 + j * b1];
+        c[i * c0 + j * c1] = d ? (T) (beta * d[i * d0 + j * d1] + alpha * sum) : sum;
+    }
+}
+
+template <typename T>
+static inline void solve(const T* t, const T* b, T* x, long size, long columns, bool upper, bool unit,
+    long t0, long t1, long b0, long b1, long x0, long x1)
+{
+    for (long j = 0; j < columns; j++) for (long step = 0; step < size; step++) {
+        const long i = upper ? size - 1 - step : step, first = upper ? i + 1 : 0, end = upper ? size : i;
+        T rest = b[i * b0 + j * b1];
+        for (long k = first; k < end; k++) rest -= t[i * t0 + k * t1] * x[k * x0 + j * x1];
+        x[i * x0 + j * x1] = unit ? rest : rest / t[i * t0 + i * t1];
+    }
+}
+"""
+_C_TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+class NotNative(Exception):
+    """The compiled graph does more than call its own kernels: it needs Python."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call.
+
+    Attributes
+    ----------
+    text : str
+        In C, with ``{0}``, ``{1}`` ... for the tensors' addresses and ``kernel[i]`` for the kernels', of type ``void*``.
+    tensors : tuple of Tensor
+        What it reads and writes.
+    """
+
+    text: str
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class Calls:
+    """All that the generated function does.
+
+    Attributes
+    ----------
+    calls : list of Call
+        In their order.
+    kernels : list
+        Inductor's kernels; the file ``kernel.__self__.__file__`` has the function ``kernel``.
+    seeds : list of (int, int, Tensor)
+        Tensors that must be filled with whole numbers, from the first up to and without the second, before the calls.
+    buffers : list of Tensor
+        The memory that it allocates, none of it used twice.
+    results : tuple of Tensor
+        What it returns.
+    sums : set of torch.dtype
+        Of matrix products that are summed in another order than by Python; without any, every bit is the same.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    kernels: list[Any] = field(default_factory=list)
+    seeds: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+    results: tuple[Tensor, ...] = ()
+    sums: set[torch.dtype] = field(default_factory=set)
+
+
+def record(compiled: Callable[..., Any], inputs: Sequence[Tensor]) -> Calls:
+    """Write down what a graph compiled by ``torch._inductor.compile`` calls; nothing is computed, read or drawn.
+
+    Raises
+    ------
+    NotNative
+        If it needs Python, for instance for large matrix products, factorizations, or other draws than those in its
+        kernels; the message says what it calls.
+    """
+    if any(tensor.device.type != "cpu" for tensor in inputs):
+        raise NotNative("a tensor is not on the CPU")
+    generated = _generated(compiled)
+    code, names = generated.__func__.__code__, generated.__func__.__globals__
+    recorder = _Recorder(names)
+    used = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    for name in sorted(used - set(recorder.known)):
+        if getattr(names.get(name), "__name__", "") != "kernel":
+            raise NotNative(f"it calls {name}")
+        recorder.known[name] = recorder.kernel(names[name])
+    dry = MethodType(FunctionType(code, {**recorder.known, "__builtins__": {}}), generated.__self__)
+    with torch.no_grad():
+        recorder.found.results = tuple(dry([tensor.detach() for tensor in inputs]))
+    return recorder.found
+
+
+def _generated(compiled: Callable[..., Any]) -> MethodType:
+    """The function that Inductor wrote, found in the functions around it."""
+    from torch._inductor.output_code import CompiledFxGraph  # slow to import
+
+    seen: set[int] = set()
+    queue: deque[Any] = deque([compiled])
+    while queue:
+        function = queue.popleft()
+        if isinstance(function, CompiledFxGraph):
+            call = function.current_callable
+            if not isinstance(call, MethodType) or function.partition_maps:
+                break
+            return call
+        if id(function) not in seen:
+            seen.add(id(function))
+            for cell in getattr(function, "__closure__", None) or ():
+                try:
+                    queue.append(cell.cell_contents)
+                except ValueError:  # a name that is not bound yet
+                    continue
+    raise NotNative("this version of torch does not let its generated function be found")
+
+
+class _Recorder:
+    """What the generated function finds in place of torch."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self.found = Calls()
+        self._allocate = names.get("empty_strided_cpu")
+        solve = _Only("linalg_solve_triangular", {"default": self._solve})
+        dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+        self.known: dict[str, Any] = {name: names[name] for name in _HARMLESS if name in names}
+        self.known |= {
+            "empty_strided_cpu": self._empty,
+            "extern_kernels": _Only("extern_kernels", {"mm": self._mm, "bmm": self._mm, "addmm": self._addmm}),
+            "aten": _Only("aten", {"randint": _Only("aten.randint", {"low_out": self._seeds})}),
+            "torch": _Only(
+                "torch",
+                {**dtypes, "ops": _Only("torch.ops", {"aten": _Only("aten", {"linalg_solve_triangular": solve})})},
+            ),
+        }
+
+    def kernel(self, kernel: Any) -> Callable[..., None]:
+        number = len(self.found.kernels)
+        self.found.kernels.append(kernel)
+
+        def call(*args: Any) -> None:
+            if not all(isinstance(value, Tensor) and value.device.type == "cpu" for value in args):
+                raise NotNative("a kernel takes other things than tensors on the CPU")
+            types, addresses = ", ".join(["void*"] * len(args)), ", ".join(f"{{{i}}}" for i in range(len(args)))
+            self.found.calls.append(Call(f"((void (*)({types})) kernel[{number}])({addresses})", args))
+
+        return call
+
+    def _empty(self, *args: Any) -> Tensor:
+        assert self._allocate is not None
+        self.found.buffers.append(self._allocate(*args))
+        return self.found.buffers[-1]
+
+    def _seeds(self, least: int, end: int, shape: Sequence[int], *, out: Tensor) -> None:
+        if out.dtype != torch.int64 or not out.is_contiguous() or list(shape) != list(out.shape):
+            raise NotNative("it draws whole numbers in a way that is not known here")
+        self.found.seeds.append((least, end, out))
+
+    def _mm(self, a: Tensor, b: Tensor, *, out: Tensor) -> None:
+        self._product(a, b, out, None, 1.0, 1.0)
+
+    def _addmm(self, d: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1, beta: float = 1, out: Tensor) -> None:
+        self._product(a, b, out, d.expand(out.shape), alpha, beta)
+
+    def _product(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, alpha: float, beta: float) -> None:
+        rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+        if a.shape[:-2].numel() * rows * inner * columns > _MOST_PRODUCTS or c.dtype not in _C_TYPES:
+            raise NotNative(f"it multiplies matrices of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        kind = _C_TYPES[c.dtype]
+        third = "nullptr" if d is None else f"(const {kind}*) {{3}}"
+        for matrices in _matrices(a, b, c, c if d is None else d):
+            self._own(
+                f"product<{kind}>((const {kind}*) {{0}}, (const {kind}*) {{1}}, ({kind}*) {{2}}, {third}, "
+                f"{float(alpha)!r}, {float(beta)!r}, {rows}, {inner}, {columns}, {_strides(matrices)})",
+                matrices,
+            )
+
+    def _solve(self, t: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Tensor:
+        x = torch.ops.aten.linalg_solve_triangular.default(t, b, upper=upper, left=left, unitriangular=unitriangular)
+        self.found.buffers.append(x)
+        size, columns = b.shape[-2:]
+        if b.numel() * size > _MOST_PRODUCTS or x.dtype not in _C_TYPES or not left or t.shape[:-2] != b.shape[:-2]:
+            raise NotNative(f"it solves triangular systems of shapes {tuple(t.shape)} and {tuple(b.shape)}")
+        kind = _C_TYPES[x.dtype]
+        flags = f"{str(upper).lower()}, {str(unitriangular).lower()}"
+        for matrices in _matrices(t, b, x):
+            self._own(
+                f"solve<{kind}>((const {kind}*) {{0}}, (const {kind}*) {{1}}, ({kind}*) {{2}}, {size}, {columns}, {flags}, "
+                f"{_strides(matrices)})",
+                matrices,
+            )
+        return x
+
+    def _own(self, text: str, tensors: tuple[Tensor, ...]) -> None:
+        self.found.sums.add(tensors[0].dtype)
+        self.found.calls.append(Call(text, tensors))
+
+
+def _matrices(*batches: Tensor) -> list[tuple[Tensor, ...]]:
+    """The matrices of batches of them, one of each batch at a time."""
+    places = itertools.product(*map(range, batches[0].shape[:-2]))
+    return [tuple(batch[place] for batch in batches) for place in places]
+
+
+def _strides(matrices: tuple[Tensor, ...]) -> str:
+    return ", ".join(str(stride) for matrix in matrices for stride in matrix.stride())
+
+
+class _Only:
+    """A module of which nothing but some names may be used."""
+
+    def __init__(self, name: str, known: dict[str, Any]) -> None:
+        self._name, self._known = name, known
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._known:
+            raise NotNative(f"it calls {self._name}.{name}")
+        return self._known[name]

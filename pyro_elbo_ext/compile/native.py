@@ -1,0 +1,197 @@
+"""Compiled steps repeated by a C function, without Python between the kernels and from step to step."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_elbo_ext.compile.kernel_calls import LINEAR_ALGEBRA, Calls, NotNative, record
+
+_SOURCE = """
+extern "C" long steps(long count, char** at, void** kernel, const long* seeds, const double* weights,
+                      double* losses, double* tables)
+{{
+    long i = 0;
+    try {{
+        for (; i < count; i++) {{
+{seeds}
+            *(double*) at[{weight}] = weights[i];
+{calls}
+            losses[i] = *(const double*) at[{loss}];
+            __builtin_memcpy(tables + i * {width}, at[{table}], {width} * sizeof(double));
+            if (!*(const bool*) at[{good}]) return i + 1;
+        }}
+    }} catch (...) {{ return -1 - i; }}
+    return count;
+}}
+"""
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # of sums in another order
+
+
+class NativeSteps:
+    """Repeats a compiled step.
+
+    Parameters
+    ----------
+    compiled
+        One step, as :func:`~pyro_elbo_ext.compile.step_graph.build_steps` makes it, compiled by Inductor.
+    inputs
+        What it is called with.
+    good
+        Which of the inputs says whether all losses were finite; the next one is the weight of ``kl_prior``.
+    written
+        Which of them the step may write to.
+
+    Raises
+    ------
+    NotNative
+        If it needs Python, or if C does not do what Python does.
+    """
+
+    def __init__(
+        self, compiled: Callable[..., Any], inputs: Sequence[Tensor], good: int, written: Sequence[int]
+    ) -> None:
+        calls = record(compiled, inputs)
+        loss, table = calls.results
+        if not all(of.dtype == torch.float64 and of.is_contiguous() for of in calls.results):
+            raise NotNative("it does not return numbers in double precision")
+        if len({bounds[:2] for bounds in calls.seeds}) > 1:
+            raise NotNative("it draws seeds of several kinds")
+        self._width = table.numel()
+        self._num_seeds = sum(seeds.numel() for _, _, seeds in calls.seeds)
+        self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
+        self._addresses = [tensor.data_ptr() for tensor in inputs]
+        self._places: list[
+            tuple[int, int, int]
+        ] = []  # of addresses in inputs: which one, of which input, how far into it
+        spans = [(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in inputs]
+        slots: dict[int, int] = {}
+
+        def at(tensor: Tensor) -> str:
+            address = tensor.data_ptr()
+            if address not in slots:
+                slots[address] = len(slots)
+                self._find_input(address, slots[address], spans, calls)
+            return f"at[{slots[address]}]"
+
+        seeds, start = [], 0
+        for _, _, tensor in calls.seeds:
+            seeds.append(f"__builtin_memcpy({at(tensor)}, seeds + i * {self._num_seeds} + {start}, {tensor.nbytes});")
+            start += tensor.numel()
+        lines = [call.text.format(*map(at, call.tensors)) + ";" for call in calls.calls]
+        weight, ok, value, row = (at(tensor)[3:-1] for tensor in (inputs[good + 1], inputs[good], loss, table))
+        source = _SOURCE.format(
+            seeds=_indented(seeds),
+            calls=_indented(lines),
+            weight=weight,
+            good=ok,
+            loss=value,
+            table=row,
+            width=self._width,
+        )
+        from torch._inductor.codecache import CppCodeCache  # slow to import
+
+        library = CppCodeCache.load(LINEAR_ALGEBRA + source)  # on disk, by a hash of the source, which holds no address
+        libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in calls.kernels]
+        pointer = ctypes.c_void_p
+        self._steps = library.steps
+        self._steps.restype, self._steps.argtypes = ctypes.c_long, [ctypes.c_long, *[pointer] * 6]
+        self._at = (pointer * len(slots))(*slots)
+        self._kernels = (pointer * len(libraries))(*[ctypes.cast(of.kernel, pointer).value for of in libraries])
+        self._keep = calls, compiled, libraries
+        # of a single step: weight, loss and table
+        numbers, drawn = np.zeros(2 + self._width), torch.zeros(1, self._num_seeds, dtype=torch.int64)
+        start_of = numbers.ctypes.data
+        self._single = numbers, (drawn.data_ptr(), start_of, start_of + 8, start_of + 16), drawn
+        self._check(
+            compiled, inputs, [inputs[i] for i in written], max((_TOLERANCE[of] for of in calls.sums), default=0.0)
+        )
+
+    def _find_input(self, address: int, place: int, spans: list[tuple[int, int]], calls: Calls) -> None:
+        buffers = [buffer.untyped_storage() for buffer in calls.buffers]
+        if any(b.data_ptr() <= address < b.data_ptr() + max(b.nbytes(), 1) for b in buffers):
+            return
+        found = [i for i, known in enumerate(self._addresses) if known == address]
+        found = found or [i for i, (start, size) in enumerate(spans) if start <= address < start + size]
+        if len(found) > 1:
+            raise NotNative("two of its inputs are in the same memory")
+        if found:  # otherwise a constant of the graph, or a tensor without entries
+            self._places.append((place, found[0], address - self._addresses[found[0]]))
+
+    def __call__(self, count: int, weights: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Take ``count`` steps, or less: the last one is the first whose loss is not finite, if the graph guards against it.
+
+        Parameters
+        ----------
+        weights
+            Of ``kl_prior``, float64, shape ``(count,)``.
+        inputs
+            As at construction, with the same shapes and strides; those that hold ``good`` and the weight are written to.
+
+        Returns
+        -------
+        losses, tables : Tensor
+            Shapes ``(taken,)`` and ``(taken, width)``, float64.
+        """
+        losses, tables = weights.new_empty(count), weights.new_empty((count, self._width))
+        # in one call the numbers that the steps would draw one after the other
+        seeds = torch.randint(*self._bounds, (count, self._num_seeds))
+        taken = self._run(count, inputs, *map(Tensor.data_ptr, (seeds, weights, losses, tables)))
+        return (losses, tables) if taken == count else (losses[:taken], tables[:taken])
+
+    def once(self, weight: float, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
+        """Take one step: its loss, and its table, shape ``(width,)``, in memory that the next step writes to."""
+        numbers, addresses, seeds = self._single
+        numbers[0] = weight
+        if self._num_seeds:
+            torch.randint(*self._bounds, seeds.shape, out=seeds)
+        self._run(1, inputs, *addresses)
+        return float(numbers[1]), numbers[2:]
+
+    def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> int:
+        current = list(map(Tensor.data_ptr, inputs))
+        if current != self._addresses:
+            self._addresses = current
+            for place, index, offset in self._places:
+                self._at[place] = current[index] + offset
+        taken = int(self._steps(count, self._at, self._kernels, *addresses))
+        if taken < 0:
+            raise RuntimeError(
+                f"a compiled kernel failed at step {-taken} of {count}; most likely an index is out of bounds. "
+                "pyro.infer.SVI with validation on shows where."
+            )
+        return taken
+
+    def _check(
+        self, compiled: Callable[..., Any], inputs: Sequence[Tensor], written: Sequence[Tensor], tolerance: float
+    ) -> None:
+        """Take one step by Python and one by C from the same state, compare, and undo both."""
+        before = [tensor.clone() for tensor in written]
+        weights = torch.ones(1, dtype=torch.float64)
+
+        def outcome(step: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+            with torch.random.fork_rng(devices=[]):
+                results = [tensor.clone() for tensor in step()]
+            results += [tensor.clone() for tensor in written]
+            for tensor, old in zip(written, before, strict=True):
+                if not torch.equal(tensor, old):
+                    tensor.copy_(old)
+            return results
+
+        with torch.no_grad():
+            expected, ours = outcome(lambda: compiled(*inputs)), outcome(lambda: self(1, weights, inputs))
+        for a, b in zip(expected, ours, strict=True):
+            try:
+                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, equal_nan=True)
+            except AssertionError as error:
+                raise NotNative("it gives other results when called without Python") from error
+
+
+def _indented(lines: list[str]) -> str:
+    return "\n".join(f"            {line}" for line in lines)
