@@ -202,8 +202,11 @@ def written_inputs(module: GraphModule) -> list[int]:
     written: set[int] = set()
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        for argument, value in zip(schema.arguments if schema is not None else (), node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+        if schema is None:
+            continue
+        unannounced = "batch_norm" in schema.name and "backward" not in schema.name  # torch declares it without effects
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if unannounced or (argument.alias_info is not None and argument.alias_info.is_write):
                 root = value
                 while isinstance(root, torch.fx.Node) and root.op == "call_function":  # a view, if anything
                     root = next(iter(root.all_input_nodes), None)

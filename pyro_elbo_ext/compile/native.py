@@ -15,7 +15,7 @@ from pyro_elbo_ext.compile.kernel_calls import LINEAR_ALGEBRA, Calls, NotNative,
 
 _SOURCE = """
 extern "C" long steps(long count, char** at, void** kernel, const long* seeds, const double* weights,
-                      double* losses, double* tables)
+                      double* losses, double* tables, long* done)
 {{
     long i = 0;
     try {{
@@ -25,13 +25,27 @@ extern "C" long steps(long count, char** at, void** kernel, const long* seeds, c
 {calls}
             losses[i] = *(const double*) at[{loss}];
             __builtin_memcpy(tables + i * {width}, at[{table}], {width} * sizeof(double));
-            if (!*(const bool*) at[{good}]) return i + 1;
+            *done = i + 1;
+            if (!*(const bool*) at[{good}]) break;
         }}
-    }} catch (...) {{ return -1 - i; }}
-    return count;
+    }} catch (...) {{ return 1; }}
+    return 0;
 }}
 """
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # of sums in another order
+
+
+class Taken:
+    """Steps as they are taken, to be read even after an interrupt."""
+
+    def __init__(self) -> None:
+        self.losses = torch.zeros(0, dtype=torch.float64)
+        self.tables = torch.zeros((0, 0), dtype=torch.float64)
+        self.count = torch.zeros((), dtype=torch.int64)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Losses and tables, shapes ``(taken,)`` and ``(taken, width)``, float64."""
+        return self.losses[: int(self.count)], self.tables[: int(self.count)]
 
 
 class NativeSteps:
@@ -101,14 +115,14 @@ class NativeSteps:
         libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in calls.kernels]
         pointer = ctypes.c_void_p
         self._steps = library.steps
-        self._steps.restype, self._steps.argtypes = ctypes.c_long, [ctypes.c_long, *[pointer] * 6]
+        self._steps.restype, self._steps.argtypes = ctypes.c_long, [ctypes.c_long, *[pointer] * 7]
         self._at = (pointer * len(slots))(*slots)
         self._kernels = (pointer * len(libraries))(*[ctypes.cast(of.kernel, pointer).value for of in libraries])
         self._keep = calls, compiled, libraries
-        # of a single step: weight, loss and table
-        numbers, drawn = np.zeros(2 + self._width), torch.zeros(1, self._num_seeds, dtype=torch.int64)
-        start_of = numbers.ctypes.data
-        self._single = numbers, (drawn.data_ptr(), start_of, start_of + 8, start_of + 16), drawn
+        # of a single step: weight, loss, the number of steps, and the table
+        numbers, drawn = np.zeros(3 + self._width), torch.zeros(1, self._num_seeds, dtype=torch.int64)
+        at_weight = numbers.ctypes.data
+        self._single = numbers, (drawn.data_ptr(), at_weight, at_weight + 8, at_weight + 24, at_weight + 16), drawn
         self._check(
             compiled, inputs, [inputs[i] for i in written], max((_TOLERANCE[of] for of in calls.sums), default=0.0)
         )
@@ -124,26 +138,24 @@ class NativeSteps:
         if found:  # otherwise a constant of the graph, or a tensor without entries
             self._places.append((place, found[0], address - self._addresses[found[0]]))
 
-    def __call__(self, count: int, weights: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Take ``count`` steps, or less: the last one is the first whose loss is not finite, if the graph guards against it.
+    def __call__(self, taken: Taken, weights: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Take as many steps as there are weights; if the graph guards, only up to the first whose loss is not finite.
 
         Parameters
         ----------
+        taken
+            Takes the results, even if an interrupt follows.
         weights
             Of ``kl_prior``, float64, shape ``(count,)``.
         inputs
             As at construction, with the same shapes and strides; those that hold ``good`` and the weight are written to.
-
-        Returns
-        -------
-        losses, tables : Tensor
-            Shapes ``(taken,)`` and ``(taken, width)``, float64.
         """
-        losses, tables = weights.new_empty(count), weights.new_empty((count, self._width))
+        count = len(weights)
+        taken.losses, taken.tables = weights.new_empty(count), weights.new_empty((count, self._width))
         # in one call the numbers that the steps would draw one after the other
         seeds = torch.randint(*self._bounds, (count, self._num_seeds))
-        taken = self._run(count, inputs, *map(Tensor.data_ptr, (seeds, weights, losses, tables)))
-        return (losses, tables) if taken == count else (losses[:taken], tables[:taken])
+        tensors = seeds, weights, taken.losses, taken.tables, taken.count
+        self._run(count, inputs, *map(Tensor.data_ptr, tensors))
 
     def once(self, weight: float, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(width,)``, in memory that the next step writes to."""
@@ -152,21 +164,19 @@ class NativeSteps:
         if self._num_seeds:
             torch.randint(*self._bounds, seeds.shape, out=seeds)
         self._run(1, inputs, *addresses)
-        return float(numbers[1]), numbers[2:]
+        return float(numbers[1]), numbers[3:]
 
-    def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> int:
+    def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> None:
         current = list(map(Tensor.data_ptr, inputs))
         if current != self._addresses:
             self._addresses = current
             for place, index, offset in self._places:
                 self._at[place] = current[index] + offset
-        taken = int(self._steps(count, self._at, self._kernels, *addresses))
-        if taken < 0:
+        if self._steps(count, self._at, self._kernels, *addresses) != 0:
             raise RuntimeError(
-                f"a compiled kernel failed at step {-taken} of {count}; most likely an index is out of bounds. "
-                "pyro.infer.SVI with validation on shows where."
+                "a compiled kernel failed; most likely an index is out of bounds. pyro.infer.SVI with validation on "
+                "shows where."
             )
-        return taken
 
     def _check(
         self, compiled: Callable[..., Any], inputs: Sequence[Tensor], written: Sequence[Tensor], tolerance: float
@@ -184,8 +194,13 @@ class NativeSteps:
                     tensor.copy_(old)
             return results
 
+        def by_c() -> Sequence[Tensor]:
+            taken = Taken()
+            self(taken, weights, inputs)
+            return taken.results()
+
         with torch.no_grad():
-            expected, ours = outcome(lambda: compiled(*inputs)), outcome(lambda: self(1, weights, inputs))
+            expected, ours = outcome(lambda: compiled(*inputs)), outcome(by_c)
         for a, b in zip(expected, ours, strict=True):
             try:
                 torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, equal_nan=True)

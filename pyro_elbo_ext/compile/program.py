@@ -18,7 +18,7 @@ from pyro_elbo_ext.compile.binding import Binding
 from pyro_elbo_ext.compile.capture import Evaluation, capture, written_inputs
 from pyro_elbo_ext.compile.kernel_calls import NotNative
 from pyro_elbo_ext.compile.losses import TracedLoss
-from pyro_elbo_ext.compile.native import NativeSteps
+from pyro_elbo_ext.compile.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
@@ -123,12 +123,9 @@ class Program:
             losses, tables = self._compiled_steps(steps, inputs)(*inputs)
         return losses, tables
 
-    def repeat(
-        self, native: NativeSteps, kl_weights: list[float], arguments: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Take as many steps as there are weights; it stops after a loss that is not finite, and gives less."""
-        weights = torch.tensor(kl_weights, dtype=torch.float64)
-        return native(len(kl_weights), weights, self._inputs_of_one(arguments))
+    def repeat(self, native: NativeSteps, taken: Taken, kl_weights: list[float], arguments: Sequence[Tensor]) -> None:
+        """Take as many steps as there are weights; less if the loss is not finite."""
+        native(taken, torch.tensor(kl_weights, dtype=torch.float64), self._inputs_of_one(arguments))
 
     def take_one(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites * 6,)``, which the next step may overwrite."""

@@ -25,6 +25,7 @@ from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, take_a
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
+from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.updates import Unsupported
 from pyro_elbo_ext.objective import Objective
@@ -233,11 +234,15 @@ class CompiledSVI(SVI):
         start = time.perf_counter()
         steps = min(self._in_one_go, num_steps)
         kl_weights = self._kl_weights(0, steps)
-        losses, tables = program.repeat(native, kl_weights, tensors)
-        assert program.binding is not None
-        program.binding.advance(len(losses))
-        if isinstance(self.objective, Objective):
-            self._record_many(program, losses, tables, kl_weights)
+        taken = Taken()
+        try:
+            program.repeat(native, taken, kl_weights, tensors)
+        finally:  # an interrupt keeps what is done
+            losses, tables = taken.results()
+            assert program.binding is not None
+            program.binding.advance(len(losses))
+            if len(losses) and isinstance(self.objective, Objective):
+                self._record_many(program, losses, tables, kl_weights)
         seconds = time.perf_counter() - start
         if steps == self._in_one_go and not _SECONDS_IN_C / 4 < seconds < _SECONDS_IN_C:
             self._in_one_go = max(1, min(int(steps * _SECONDS_IN_C / (2 * seconds)), _MOST_IN_C))
