@@ -26,6 +26,7 @@ from pyro.infer.autoguide import (
     AutoNormalMessenger,
     AutoStructured,
 )
+from pyro.infer.reparam import StableReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
@@ -732,6 +733,18 @@ def test_programs_that_are_not_static(model: Program, caplog: pytest.LogCaptureF
     assert caplog.text.count("uncompiled") == 1
     many = train(lambda *args: by_operator(*args, fallback=True), model, normal_guide, (), run=True)
     assert_equal(many, theirs)
+
+
+def test_pyros_own_code_is_named_where_it_reads_a_value() -> None:
+    def model() -> None:
+        stability = pyro.sample("stability", dist.Uniform(1.2, 1.8))
+        with poutine.reparam(config={"x": StableReparam()}):
+            pyro.sample("x", dist.Stable(stability, 0.3, 1.0, 0.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(
+        CannotCompile, match=r"test_compile.py:\d+: `pyro.sample\(\"x\".*, in Pyro's \w+ \(stable.py:\d+\)"
+    ):
+        train(by_operator, model, AutoNormal(model), ())
 
 
 def test_reading_an_argument() -> None:

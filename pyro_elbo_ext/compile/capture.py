@@ -32,7 +32,9 @@ from pyro_elbo_ext.objective import Program
 from pyro_elbo_ext.registration import modules_of
 
 _PACKAGE = str(Path(__file__).parents[1])
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(pyro.__file__).parent), _PACKAGE)
+_PYRO = str(Path(pyro.__file__).parent)
+_MACHINERY = tuple(f"{_PYRO}/{room}" for room in ("poutine", "primitives.py", "nn"))  # what any program runs through
+_LIBRARIES = (str(Path(torch.__file__).parent), _PYRO, _PACKAGE)
 
 
 @dataclass(slots=True)
@@ -149,11 +151,19 @@ def _reads_a_value(error: RuntimeError) -> str | None:
 
 
 def line_of(trace: TracebackType | None) -> str:
-    """Where in the user's own code an error arose, as ", at file:line: code"; empty if that is not known."""
-    for frame in reversed(traceback.extract_tb(trace)):
-        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith(("<", sys.prefix + "/lib")):
-            return f", at {Path(frame.filename).name}:{frame.lineno}: `{frame.line}`"
-    return ""
+    """Where in the user's own code an error arose, as ", at file:line: code"; empty if that is not known.
+
+    If it is Pyro's code that the user's calls, such as a reparameterization, which function of Pyro follows.
+    """
+    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith("<")]
+    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, sys.prefix + "/lib"))]
+    if not own:
+        return ""
+    text = f", at {Path(own[-1].filename).name}:{own[-1].lineno}: `{own[-1].line}`"
+    of_pyro = [frame for frame in frames[frames.index(own[-1]) + 1 :] if frame.filename.startswith(_PYRO)]
+    if of_pyro and not of_pyro[-1].filename.startswith(_MACHINERY):
+        text += f", in Pyro's {of_pyro[-1].name} ({Path(of_pyro[-1].filename).name}:{of_pyro[-1].lineno})"
+    return text
 
 
 def _flatten_inputs(graph: GraphModule, count: int) -> GraphModule:
