@@ -53,6 +53,7 @@ tutorials: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.run
 	$(BIN)/python -m tests.benchmarks.bounds
+	$(BIN)/python -m tests.benchmarks.nuts
 
 clean:
 	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache

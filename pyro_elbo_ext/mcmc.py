@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import numbers
-import random
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyro
@@ -19,7 +22,10 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS
 
 from pyro_elbo_ext.export import to_arviz
-from pyro_elbo_ext.log_density import LogDensity, base_distribution
+from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.unconstrained import base_distribution, isolated
+
+logger = logging.getLogger(__name__)
 
 INIT_TRIES = 100  # starting points tried per chain, as in Stan
 COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling saves more seconds than it takes
@@ -38,6 +44,7 @@ def run_nuts(
     max_tree_depth: int = 10,
     init: float | Mapping[str, Any] = 2.0,
     compile: bool | Literal["auto"] = "auto",
+    cores: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draw from a Pyro model's posterior by NUTS.
@@ -45,7 +52,12 @@ def run_nuts(
     The model is taken as it is. Latent sites may have any support with a bijection to unconstrained space, flat ones
     too (``ImproperUniform``). Sampling is in float64 where the model allows it, also for a float32 model and data.
     ``pyro.param`` and module parameters are held at their current values; the parameter store, the modules and the
-    random number generators of torch, numpy and random are left as they were. Chains run one after the other.
+    random number generators of torch, numpy and random are left as they were.
+
+    With nutpie, chains of a compiled model run at the same time, each in one thread, without Python. They run one after the
+    other with Pyro, where the model is not compiled, and where its graph needs torch's operations beside its own code (large
+    matrix products, factorizations). The draws are the same either way. Interrupted by Ctrl-C, sampling ends with the draws
+    so far, of the chains and in the length that keep most of them, and with a warning.
 
     Sites marked for enumeration are summed out and not reported, nor are deterministic sites of such a model. For a
     site with ``obs_mask`` the completed data are reported under the site's own name, ``name_unobserved`` is not.
@@ -76,6 +88,8 @@ def run_nuts(
         Whether to turn log density and gradient into machine code first, by torch's Inductor and a C++ compiler;
         "auto": if ``chains * (warmup + num_samples)`` is at least `COMPILE_DRAWS`. Where a model does not compile it
         runs as a graph of torch operations, and a message at level INFO of the logger ``pyro_elbo_ext`` says why.
+    cores
+        Chains that run at the same time, at most; as many as there are cores if None.
 
     Returns
     -------
@@ -96,6 +110,8 @@ def run_nuts(
         For arguments of a wrong type.
     ImportError
         For ``backend="nutpie"`` without nutpie.
+    KeyboardInterrupt
+        For Ctrl-C before the first draw after warmup.
 
     References
     ----------
@@ -104,12 +120,15 @@ def run_nuts(
     """
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, number, least in (
         ("num_samples", num_samples, 1),
         ("warmup", warmup, 0),
         ("chains", chains, 1),
         ("seed", seed, 0),
         ("max_tree_depth", max_tree_depth, 1),
+        ("cores", cores, 1),
     ):
         if isinstance(number, bool) or not isinstance(number, numbers.Integral):
             raise TypeError(f"{name} must be an integer, got {number!r}")
@@ -130,17 +149,21 @@ def run_nuts(
         raise ImportError('backend="nutpie" needs nutpie: pip install "pyro_elbo_ext[nuts]"')
     library = "nutpie" if installed and backend != "pyro" else "pyro"
 
-    with _isolated(seed):
+    with isolated(seed):
         if compile == "auto":
             compile = chains * (warmup + num_samples) >= COMPILE_DRAWS
-        density = LogDensity(model, args, kwargs, seed, bool(compile))
+        # the code of a chain runs in one thread, beside the others; by the number of chains, not of cores, so that the
+        # draws do not depend on the machine
+        one_thread = library == "nutpie" and chains > 1
+        density = LogDensity(model, args, kwargs, seed, bool(compile), one_thread)
         began = time.perf_counter()
         sample = _sample_nutpie if library == "nutpie" else _sample_pyro
-        draws, stats = sample(
-            density, num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init
+        drawn = sample(
+            density, num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores
         )
         elapsed = time.perf_counter() - began
-        values = density.constrain(draws)
+        kept, points, stats = drawn.rectangle()
+        values = density.constrain(points)
 
     attrs = {
         "inference_library": library,
@@ -149,8 +172,14 @@ def run_nuts(
         "tuning_steps": warmup,
         "seed": seed,
     }
-    samples = {"chain": np.arange(chains), "draw": np.arange(num_samples)}
-    sites = density.sites
+    if drawn.interrupted:
+        attrs["interrupted"] = 1
+        warnings.warn(
+            f"interrupted: {points.shape[1]} of {num_samples} draws are kept, in {len(kept)} of {chains} chains",
+            stacklevel=2,
+        )
+    samples = {"chain": np.array(kept), "draw": np.arange(points.shape[1])}
+    sites = density.program.sites
     observed = {
         name: site["value"].detach().cpu().numpy()
         for name, site in sites.items()
@@ -165,15 +194,39 @@ def run_nuts(
     )
 
 
+class _Draws(NamedTuple):
+    """What a sampler drew: for each chain unconstrained points (draws, dim) and statistics (draws,)."""
+
+    points: list[np.ndarray]
+    stats: list[dict[str, np.ndarray]]
+    interrupted: bool
+
+    def rectangle(self) -> tuple[list[int], np.ndarray, dict[str, np.ndarray]]:
+        """Chains, points (chains, draws, dim) and statistics (chains, draws): of interrupted chains as many draws as fit.
+
+        Chains are cut to one length, and those that are shorter left out, so that most draws are kept.
+        """
+        lengths = [min(len(points), *map(len, stats.values())) for points, stats in zip(*self[:2], strict=True)]
+        length = max(lengths, key=lambda at_least: at_least * sum(n >= at_least for n in lengths), default=0)
+        if length == 0:
+            raise KeyboardInterrupt("interrupted before the first draw after warmup")
+        kept = [chain for chain, n in enumerate(lengths) if n >= length]
+        return (
+            kept,
+            np.stack([self.points[chain][:length] for chain in kept]),
+            {name: np.stack([self.stats[chain][name][:length] for chain in kept]) for name in self.stats[0]},
+        )
+
+
 def starting_point(density: LogDensity, rng: np.random.Generator, init: float | Mapping[str, Any]) -> np.ndarray:
     """A point with finite log density and gradient: uniform on (-init, init), or at given sites' values."""
     radius = 2.0 if isinstance(init, Mapping) else float(init)
     tries = INIT_TRIES if radius > 0 else 1
-    x = np.zeros(density.size)
+    x = np.zeros(density.dim)
     for _ in range(tries):
-        x = rng.uniform(-radius, radius, density.size) if radius > 0 else np.zeros(density.size)
+        x = rng.uniform(-radius, radius, density.dim) if radius > 0 else np.zeros(density.dim)
         if isinstance(init, Mapping):
-            _place(density, x, init)
+            density.program.place(torch.from_numpy(x), init, "init")
         value, gradient = density.value_and_grad(x)
         if np.isfinite(value) and np.isfinite(gradient).all():
             return x
@@ -183,36 +236,14 @@ def starting_point(density: LogDensity, rng: np.random.Generator, init: float | 
     )
 
 
-def _place(density: LogDensity, x: np.ndarray, values: Mapping[str, Any]) -> None:
-    """Write the unconstrained counterparts of the given sites' values into ``x``."""
-    for name in values:
-        if name not in density.layout:
-            raise ValueError(f"init names '{name}', which is no latent site; the sites are {list(density.layout)}")
-    written = torch.from_numpy(x)
-
-    def supply(msg: Any, transform: Any) -> torch.Tensor:
-        latent = density.layout[msg["name"]]
-        if msg["name"] in values:
-            value = torch.as_tensor(np.asarray(values[msg["name"]], dtype=np.float64), device=latent.device)
-            if value.shape != msg["fn"].shape():
-                raise ValueError(
-                    f"init for '{msg['name']}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
-                )
-            written[latent.start : latent.stop] = transform.inv(value).reshape(-1).cpu()
-        u = written[latent.start : latent.stop].reshape(latent.shape).to(latent.device)
-        return u if density.float64 else u.to(latent.dtype)
-
-    density.run(supply)
-
-
 def _culprit(density: LogDensity, x: np.ndarray) -> str:
     """The site to blame for a log density or gradient that is not finite at ``x``."""
     try:
-        trace, _ = density.run_at(torch.from_numpy(x))
+        trace, _ = density.program.run_at(torch.from_numpy(x))
     except torch.linalg.LinAlgError as error:
         return f"the model itself fails, {error}"
-    with density.precision():
-        for name in density.sites:
+    with density.program.precision():
+        for name in density.program.sites:
             single = poutine.Trace()
             single.add_node(name, **trace.nodes[name])
             value = float(single.log_prob_sum())
@@ -225,21 +256,6 @@ def _culprit(density: LogDensity, x: np.ndarray) -> str:
     return "the log Jacobian of the map to unconstrained space is not finite"
 
 
-@contextmanager
-def _isolated(seed: int) -> Iterator[None]:
-    """Seed every generator that a model or Pyro may use, and put them and the parameter store back afterwards."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro itself uses the global state)
-    store = pyro.get_param_store()
-    try:
-        with torch.random.fork_rng(devices=cuda), store.scope(store.get_state()):
-            pyro.set_rng_seed(seed)
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
 def _sample_nutpie(
     density: LogDensity,
     num_samples: int,
@@ -250,7 +266,8 @@ def _sample_nutpie(
     target_accept: float,
     max_tree_depth: int,
     init: float | Mapping[str, Any],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    cores: int,
+) -> _Draws:
     import nutpie
     import pyarrow  # comes with nutpie, whose results it reads
     from nutpie.compiled_pyfunc import from_pyfunc
@@ -258,23 +275,33 @@ def _sample_nutpie(
     def expand(x: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
         return {"x": np.array(x)}
 
-    # errors come out here as they are, not through nutpie's threads
-    starting_point(density, np.random.default_rng(seed), init)
-    compiled = from_pyfunc(
-        ndim=density.size,
-        make_logp_fn=lambda: density.value_and_grad,
-        make_expand_fn=lambda *_: expand,
-        expanded_dtypes=[np.dtype("float64")],
-        expanded_shapes=[(density.size,)],
-        expanded_names=["x"],
-        make_initial_point_fn=lambda chain_seed: starting_point(density, np.random.default_rng(chain_seed), init),
-    )
+    lock = (
+        threading.Lock()
+    )  # of several chains that start at once, one runs the model by Pyro, whose handlers are global
+
+    def start(chain_seed: int) -> np.ndarray:
+        with lock:
+            return starting_point(density, np.random.default_rng(chain_seed), init)
+
+    start(seed)  # errors come out here as they are, not through nutpie's threads
+    compiled = _without_python(density, start)
+    if compiled is None:
+        cores = 1  # Python's lock is held between operations, and Pyro's handlers are global to the process
+        compiled = from_pyfunc(
+            ndim=density.dim,
+            make_logp_fn=lambda: density.value_and_grad,
+            make_expand_fn=lambda *_: expand,
+            expanded_dtypes=[np.dtype("float64")],
+            expanded_shapes=[(density.dim,)],
+            expanded_names=["x"],
+            make_initial_point_fn=start,
+        )
     sampler = nutpie.sample(
         compiled,
         draws=num_samples,
         tune=warmup,
         chains=chains,
-        cores=1,  # Python's lock is held between operations, and Pyro's handlers are global to the process
+        cores=min(cores, chains),
         seed=seed,
         progress_bar=progress,
         return_raw_trace=True,
@@ -282,14 +309,18 @@ def _sample_nutpie(
         target_accept=target_accept,
         maxdepth=max_tree_depth,
     )
+    interrupted = False
     try:
-        batches, records = sampler.wait().get_arrow_trace()
+        trace = sampler.wait()
+    except KeyboardInterrupt:
+        interrupted, trace = True, sampler.abort()
     except BaseException:
         sampler.cancel()
         raise
-    draws = np.stack(
-        [pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.size)[warmup:] for batch in batches]
-    )
+    batches, records = trace.get_arrow_trace()
+    draws = [
+        pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.dim)[warmup:] for batch in batches
+    ]
     names = {
         "diverging": "diverging",
         "tree_depth": "depth",
@@ -299,26 +330,41 @@ def _sample_nutpie(
         "step_size": "step_size",
         "lp": "logp",
     }
-    stats = {
-        ours: np.stack([pyarrow.array(r.column(theirs)).to_numpy(zero_copy_only=False)[warmup:] for r in records])
-        for ours, theirs in names.items()
-    }
-    return draws, stats
+    stats = [
+        {
+            ours: pyarrow.array(r.column(theirs)).to_numpy(zero_copy_only=False)[warmup:]
+            for ours, theirs in names.items()
+        }
+        for r in records
+    ]
+    return _Draws(draws, stats, interrupted)
 
 
-class _Precomputed(torch.autograd.Function):
-    """Potential energy whose gradient was computed along with it."""
+def _without_python(density: LogDensity, start: Callable[[int], np.ndarray]) -> Any:
+    """The density for nutpie as a C function, which its threads call at the same time; None where there is none."""
+    if density.native is None:
+        return None
+    try:
+        from nutpie.compile_pymc import CompiledPyMCModel  # needs no PyMC: a C function for values, one for the draws
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, density: LogDensity) -> torch.Tensor:
-        value, gradient = density.tensors(x.detach())
-        ctx.save_for_backward(gradient)
-        return -value
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return -upstream * gradient, None
+        return CompiledPyMCModel(
+            dims={},
+            compiled_logp_func=SimpleNamespace(address=density.native.function),
+            compiled_expand_func=SimpleNamespace(address=density.native.copy),
+            initial_point_func=start,
+            shared_data={},
+            user_data=density.native.data,
+            n_expanded=density.dim,
+            shape_info=(["x"], [slice(0, density.dim)], [(density.dim,)]),
+            logp_func=density,  # held as long as the model is
+            expand_func=None,
+            _n_dim=density.dim,
+            _shapes={"x": (density.dim,)},
+            _coords={},
+        )
+    except (ImportError, TypeError) as error:  # no public interface of nutpie
+        logger.info("chains run one after the other: nutpie does not take a C function as expected, %s", error)
+        return None
 
 
 class _RecordingNUTS(NUTS):
@@ -351,24 +397,34 @@ def _sample_pyro(
     target_accept: float,
     max_tree_depth: int,
     init: float | Mapping[str, Any],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    draws, stats = [], []
+    cores: int,
+) -> _Draws:
+    draws, stats, interrupted = [], [], False
     for chain_seed in np.random.SeedSequence(seed).generate_state(chains):
         start = torch.from_numpy(starting_point(density, np.random.default_rng(chain_seed), init))
         pyro.set_rng_seed(int(chain_seed))
         rows: list[tuple[Any, ...]] = []
+        points: list[np.ndarray] = []
 
-        def record(kernel: Any, _: Any, stage: str, step: int, rows: list[tuple[Any, ...]] = rows) -> None:
+        def record(
+            kernel: Any,
+            state: Any,
+            stage: str,
+            step: int,
+            rows: list[tuple[Any, ...]] = rows,
+            points: list[np.ndarray] = points,
+        ) -> None:
             if stage == "Sample":
                 lp = -float(kernel._potential_energy_last)
                 accept = float(np.mean(kernel.accepts))
                 diverging = kernel._divergences[-1:] == [step]
+                points.append(state["x"].numpy().copy())
                 rows.append(
                     (diverging, kernel.depth, len(kernel.accepts), kernel.energy, accept, float(kernel.step_size), lp)
                 )
 
         kernel = _RecordingNUTS(
-            potential_fn=lambda z: _Precomputed.apply(z["x"], density),
+            potential_fn=lambda z: -density.log_density(z["x"]),
             target_accept_prob=target_accept,
             max_tree_depth=max_tree_depth,
         )
@@ -381,13 +437,16 @@ def _sample_pyro(
                 hook_fn=record,
                 disable_progbar=not progress,
             )
-            mcmc.run()
-        draws.append(mcmc.get_samples()["x"].numpy())
-        stats.append(rows)
-    names = ("diverging", "tree_depth", "n_steps", "energy", "acceptance_rate", "step_size", "lp")
-    return np.stack(draws), {
-        name: np.array([[row[i] for row in rows] for rows in stats]) for i, name in enumerate(names)
-    }
+            try:
+                mcmc.run()
+            except KeyboardInterrupt:
+                interrupted = True
+        draws.append(np.array(points).reshape(-1, density.dim))
+        names = ("diverging", "tree_depth", "n_steps", "energy", "acceptance_rate", "step_size", "lp")
+        stats.append({name: np.array([row[i] for row in rows]) for i, name in enumerate(names)})
+        if interrupted:
+            break
+    return _Draws(draws, stats, interrupted)
 
 
 def _dataset(
