@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_elbo_ext import mcmc
+from pyro_elbo_ext import samplers
 from pyro_elbo_ext.log_density import LogDensity
-from pyro_elbo_ext.mcmc import run_nuts, starting_point
+from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.samplers import starting_point
 
 NUTPIE = importlib.util.find_spec("nutpie") is not None
 BACKENDS = ["pyro", pytest.param("nutpie", marks=pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed"))]
@@ -302,16 +303,16 @@ def test_model_must_be_callable() -> None:
 @pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed")
 def test_draws_do_not_depend_on_cores_or_on_who_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    without_python = mcmc._without_python
+    without_python = samplers.without_python
 
     def watched(*args: Any) -> Any:
         calls.append(without_python(*args))
         return calls[-1]
 
-    monkeypatch.setattr(mcmc, "_without_python", watched)
+    monkeypatch.setattr(samplers, "without_python", watched)
     one, two = (short(conjugate, Y, backend="nutpie", compile=True, cores=cores) for cores in (1, 2))
     assert None not in calls
-    monkeypatch.setattr(mcmc, "_without_python", lambda *_: None)
+    monkeypatch.setattr(samplers, "without_python", lambda *_: None)
     called_by_python = short(conjugate, Y, backend="nutpie", compile=True)
     for other in (two, called_by_python):
         np.testing.assert_array_equal(one.posterior["mu"], other.posterior["mu"])
@@ -323,29 +324,34 @@ def test_draws_do_not_depend_on_cores_or_on_who_calls(monkeypatch: pytest.Monkey
 def test_interrupted_nutpie_keeps_draws(monkeypatch: pytest.MonkeyPatch, compile: bool) -> None:
     from nutpie.sample import _BackgroundSampler
 
+    chains = 2 if compile else 1
+    seen: list[int] = []
+
     def wait(sampler: Any) -> None:
-        while min(batch.num_rows for batch in sampler.inspect().get_arrow_trace()[0]) < 60:
+        while len(seen) < chains or min(seen) < 60:
             time.sleep(0.01)
+            seen[:] = [batch.num_rows for batch in sampler.inspect().get_arrow_trace()[0]]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_BackgroundSampler, "wait", wait)
-    with pytest.warns(UserWarning, match=r"interrupted: \d+ of 1000000 draws are kept, in 1 of 1 chains"):
-        data = short(conjugate, Y, backend="nutpie", num_samples=1_000_000, chains=1, compile=compile)
-    draws = data.posterior["mu"].shape[1]
+    with pytest.warns(UserWarning, match=rf"interrupted: \d+ of 1000000 draws are kept, in \d of {chains} chains"):
+        data = short(conjugate, Y, backend="nutpie", num_samples=1_000_000, chains=chains, cores=2, compile=compile)
+    assert max(seen) < 1_000_000  # compiled chains ran at the same time: one had draws before the other was done
+    kept, draws = data.posterior["mu"].shape
     assert 0 < draws < 1_000_000
-    assert data.sample_stats["lp"].shape == (1, draws)
+    assert data.sample_stats["lp"].shape == (kept, draws)
     assert data.posterior.attrs["interrupted"] == 1
 
 
 def test_interrupted_pyro_keeps_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample, calls = mcmc._RecordingNUTS.sample, iter(range(10**6))
+    sample, calls = samplers.RecordingNUTS.sample, iter(range(10**6))
 
     def interrupted(kernel: Any, params: Any) -> Any:
         if next(calls) == 40 + 25:
             raise KeyboardInterrupt
         return sample(kernel, params)
 
-    monkeypatch.setattr(mcmc._RecordingNUTS, "sample", interrupted)
+    monkeypatch.setattr(samplers.RecordingNUTS, "sample", interrupted)
     with pytest.warns(UserWarning, match="interrupted: 25 of 40 draws are kept, in 1 of 2 chains"):
         data = short(conjugate, Y, backend="pyro")
     assert data.posterior["mu"].shape == (1, 25)
@@ -355,7 +361,7 @@ def test_interrupted_before_the_first_draw(monkeypatch: pytest.MonkeyPatch) -> N
     def interrupted(kernel: Any, params: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mcmc._RecordingNUTS, "sample", interrupted)
+    monkeypatch.setattr(samplers.RecordingNUTS, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt, match="before the first draw"):
         short(conjugate, Y, backend="pyro")
 
@@ -363,7 +369,7 @@ def test_interrupted_before_the_first_draw(monkeypatch: pytest.MonkeyPatch) -> N
 def test_chains_that_keep_most_draws() -> None:
     def drawn(*lengths: int) -> tuple[list[int], tuple[int, ...]]:
         points = [np.zeros((n, 3)) for n in lengths]
-        kept, rectangle, _ = mcmc._Draws(points, [{"lp": np.zeros(n)} for n in lengths], True).rectangle()
+        kept, rectangle, _ = samplers.Draws(points, [{"lp": np.zeros(n)} for n in lengths], True).rectangle()
         return kept, rectangle.shape
 
     assert drawn(10, 10, 2, 0) == ([0, 1], (2, 10, 3))
