@@ -28,7 +28,7 @@ from tests.benchmarks.problems import PROBLEMS
 
 NAMES = ("eight_schools", "logistic_regression")
 CHAINS, DRAWS = 4, 1000  # and as many draws of warmup
-PYRO_DRAWS = 500  # of Pyro in one chain, and as many of warmup: four of 1000 take minutes, at the same rate
+PYRO_DRAWS = 500  # of Pyro in one chain, and as many of warmup: four chains of 1000 take minutes
 
 
 def worst_ess(posterior: Any) -> float:
