@@ -5,6 +5,7 @@ is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prio
 """
 
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChiUpperBound",
     "Comparison",
+    "CompiledSVI",
     "DecomposedELBO",
     "History",
     "ImportanceWeightedELBO",

@@ -46,7 +46,7 @@ def check_batched(
     CannotBatch
         Naming the site that differs, or whose draws are the same for all particles.
     """
-    frame = _particle_frame(batched)
+    frame = particle_frame(batched)
     if frame is None:  # no sites, nothing that could differ
         return
     _check_draws_differ(batched, frame.size)
@@ -70,7 +70,8 @@ def check_batched(
             _compare(model_trace, batched.model_trace, "model", k, frame)
 
 
-def _particle_frame(batched: Batched) -> CondIndepStackFrame | None:
+def particle_frame(batched: Batched) -> CondIndepStackFrame | None:
+    """The particle plate of a batched run; None if there are no sites."""
     for trace in batched[:2]:
         for node in trace.nodes.values():
             if not site_is_subsample(node):

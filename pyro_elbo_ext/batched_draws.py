@@ -13,13 +13,13 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.batch_check import check_batched
+from pyro_elbo_ext.batch_check import check_batched, particle_frame
 from pyro_elbo_ext.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.gradients import Gradient, Path
 from pyro_elbo_ext.particles import Draw, detached_copies
 from pyro_elbo_ext.supply import CannotBatch
-from pyro_elbo_ext.terms import PARTICLE_PLATE, trace_pair
+from pyro_elbo_ext.terms import trace_pair
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +119,12 @@ class Batch:
             self._give_up(f"{type(error).__name__}: {error}")
             return None
         self.checked = True
-        particle_dim = _particle_dim(scored)
-        if particle_dim is None:
+        frame = particle_frame(scored)
+        if frame is None or frame.dim is None:
             self._give_up("model and guide have no sites")
             return None
         drawn = Draw(scored.model_trace, scored.guide_trace, batched.guide_trace, paths)
-        return BatchedDraw(drawn, particle_dim, scored.derived)
+        return BatchedDraw(drawn, frame.dim, scored.derived)
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -137,12 +137,3 @@ def _copies(batched: Batched) -> tuple[dict[str, Tensor], list[Path]]:
     for trace in (batched.model_trace, batched.guide_trace):
         draws.update({name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)})
     return draws, paths
-
-
-def _particle_dim(batched: Batched) -> int | None:
-    for trace in (batched.model_trace, batched.guide_trace):
-        for node in trace.nodes.values():
-            for frame in node["cond_indep_stack"]:
-                if frame.name == PARTICLE_PLATE:
-                    return frame.dim
-    return None

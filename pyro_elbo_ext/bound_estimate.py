@@ -19,7 +19,19 @@ from pyro_elbo_ext.estimate import Ledger, num_observations, scale_of
 from pyro_elbo_ext.gradients import Gradient, Pathwise, by_particle
 from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.log_weights import Densities, LogWeights, join, plate_scores, read_densities
-from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
+from pyro_elbo_ext.objective import (
+    Args,
+    Evaluation,
+    Kwargs,
+    Objective,
+    Pair,
+    Program,
+    Read,
+    Signature,
+    Totals,
+    Values,
+    signature_of,
+)
 from pyro_elbo_ext.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.placement import Placement, place
 from pyro_elbo_ext.plate_costs import PlateScores, score_shares
@@ -105,16 +117,20 @@ def estimate_bound(
         weights = read.log_weights.weights(read.placement, gradient, kl_weight)
         weights.score_shares = read.score_shares
     detached = weights.log_weights.detach()
-    value = bound.value(detached).sum() * read.placement.outside
+    value = bound.value(detached).sum()
+    if not read.placement.is_plain:
+        value = value * read.placement.outside
     outer = read.log_weights.outer(kl_weight)
     if outer is not None:
         value = value + outer.detach()
-    shares = None if bound.linear else bound.gradient(detached)
-    sites = {of.site: of for descriptions in reversed(read.described) for of in descriptions}
-    sites = {
-        of.site: sites[of.site] for descriptions in read.described for of in descriptions
-    }  # in the program's order
-    host, rows = _rows(list(sites.values()), value, read.log_weights, shares, read.ledger, draws.num_vectorized or 1)
+    shares = None if bound.linear else bound.gradient(detached) if len(detached) > 1 else torch.ones_like(detached)
+    sites: dict[str, _Description] = {}  # as the first particle that has them has them
+    for descriptions in read.described:
+        for of in descriptions:
+            sites.setdefault(of.site, of)
+    scalars = _scalars(value, read.log_weights, shares, read.ledger)
+    read_scalars = _reader(list(sites.values()), read, shares is not None, draws.num_vectorized or 1)
+    host, _, rows = objective._transfer(scalars, read_scalars)
     infos = _infos(pair, read.signature, list(sites.values()), reason)
     if not math.isfinite(host):
         objective._raise_not_finite(infos, rows)
@@ -124,7 +140,9 @@ def estimate_bound(
         )
 
     def surrogate() -> Tensor:
-        shares = by_particle(gradient.surrogate(weights, bound)) * read.placement.outside
+        shares = by_particle(gradient.surrogate(weights, bound))
+        if not read.placement.is_plain:
+            shares = shares * read.placement.outside
         outer = read.log_weights.outer(kl_weight, without_scores=True)
         if outer is not None:
             if read.log_weights.outer_scores is not None:
@@ -328,19 +346,11 @@ def _infos(pair: Pair, signature: Signature, sites: Sequence[_Description], reas
     return pair.infos[signature]
 
 
-def _rows(
-    sites: Sequence[_Description],
-    value: Tensor,
-    log_weights: LogWeights,
-    shares: Tensor | None,
-    ledger: Ledger,
-    num_vectorized: int,
-) -> tuple[float, Values]:
-    """The value, and for each site the history's numbers; one transfer from the device brings all of them.
+def _scalars(value: Tensor, log_weights: LogWeights, shares: Tensor | None, ledger: Ledger) -> Tensor:
+    """The value, and the numbers that the history is made of, in one tensor.
 
     ``shares`` is the bound's gradient, which weights the sites' contributions; None for the ELBO, where they are known.
     """
-    columns = [*log_weights.columns, *log_weights.outer_columns]
     local = log_weights.values.detach()
     means = local.mean(0) if len(local) > 1 else local[0]
     parts = [value.reshape(1), means.flatten(1).sum(1) if means.dim() > 1 else means]
@@ -354,23 +364,34 @@ def _rows(
             parts.append(log_weights.outer_values.detach())
     if ledger.scalars:
         parts.append(torch.stack([scalar.to(value.device) for scalar in ledger.scalars]))
-    objective, *numbers = torch.cat(parts).tolist()
-    size = len(columns)
-    in_ledger = numbers[len(numbers) - len(ledger.scalars) :]
-    log_p, log_q, contribution = ({of.site: 0.0 for of in sites} for _ in range(3))
-    for i, column in enumerate(columns):
-        (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
-        if shares is not None:
-            contribution[column.site] += column.sign * numbers[i if len(local) == 1 else size + i]
-    rows: Values = []
-    for of in sites:
-        name = of.site
-        weighted_term = _NAN if shares is None else contribution[name]
-        scale = in_ledger[of.history_scale] if type(of.history_scale) is int else of.history_scale
-        if of.kind == "observed":
-            count = in_ledger[of.num_observations] if type(of.num_observations) is int else of.num_observations
-            rows.append((log_p[name], _NAN, _NAN, scale, count / num_vectorized, weighted_term))
-            continue
-        prior = _NAN if of.kind == "auxiliary" else log_p[name]
-        rows.append((prior, log_q[name], log_q[name] - log_p[name], scale, 0.0, weighted_term))
-    return objective, rows
+    return torch.cat(parts)
+
+
+def _reader(sites: Sequence[_Description], read: _Read, has_contributions: bool, num_vectorized: int) -> Read:
+    """Makes the scalars into the value, zero, and for each site the history's numbers."""
+    columns = [*read.log_weights.columns, *read.log_weights.outer_columns]
+    num_in_ledger, num_particles = len(read.ledger.scalars), len(read.log_weights.values)
+
+    def read_scalars(host: list[float]) -> Totals:
+        objective, *numbers = host
+        in_ledger = numbers[len(numbers) - num_in_ledger :]
+        log_p, log_q, contribution = ({of.site: 0.0 for of in sites} for _ in range(3))
+        for i, column in enumerate(columns):
+            (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
+            if has_contributions:
+                at = i if num_particles == 1 else len(columns) + i  # one particle has all the weight
+                contribution[column.site] += column.sign * numbers[at]
+        rows: Values = []
+        for of in sites:
+            name = of.site
+            weighted_term = contribution[name] if has_contributions else _NAN
+            scale = in_ledger[of.history_scale] if type(of.history_scale) is int else of.history_scale
+            if of.kind == "observed":
+                count = in_ledger[of.num_observations] if type(of.num_observations) is int else of.num_observations
+                rows.append((log_p[name], _NAN, _NAN, scale, count / num_vectorized, weighted_term))
+                continue
+            prior = _NAN if of.kind == "auxiliary" else log_p[name]
+            rows.append((prior, log_q[name], log_q[name] - log_p[name], scale, 0.0, weighted_term))
+        return objective, 0.0, rows
+
+    return read_scalars

@@ -22,7 +22,18 @@ from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row
 from pyro_elbo_ext.gradients import Gradient, GradientName, Pathwise
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.kl import KLChoice, KLPrior, Structure, kl_prior
-from pyro_elbo_ext.objective import Args, Evaluation, Kwargs, Objective, Pair, Program, Signature, Values, signature_of
+from pyro_elbo_ext.objective import (
+    Args,
+    Evaluation,
+    Kwargs,
+    Objective,
+    Pair,
+    Program,
+    Signature,
+    Totals,
+    Values,
+    signature_of,
+)
 from pyro_elbo_ext.terms import Site, Terms, check_pair, outline, read_sites, stack_particles, trace_pair
 
 logger = logging.getLogger(__name__)
@@ -184,13 +195,19 @@ class DecomposedELBO(Objective):
         else:
             signature, particles, infos = self._evaluate_loop(pair, model, guide, args, kwargs, kl_weight, ledger)
         repeats = len(particles)
-        host = ledger.to_host()
-        rows = [row(particle.slots, info, host) for particle, info in zip(particles, infos, strict=True)]
-        info, values = _average(infos, rows, self.num_particles // repeats)
-        reconstruction = math.fsum(
-            [value[0] for site, value in zip(info, values, strict=True) if site.kind == "observed"]
-        )
-        kl_total = math.fsum([value[2] for site, value in zip(info, values, strict=True) if site.kind != "observed"])
+        info: tuple[SiteInfo, ...] = ()
+
+        def read(host: list[float]) -> Totals:
+            nonlocal info
+            rows = [row(particle.slots, of, host) for particle, of in zip(particles, infos, strict=True)]
+            info, values = _average(infos, rows, self.num_particles // repeats)
+            reconstruction = math.fsum(
+                [of[0] for site, of in zip(info, values, strict=True) if site.kind == "observed"]
+            )
+            kl_total = math.fsum([of[2] for site, of in zip(info, values, strict=True) if site.kind != "observed"])
+            return reconstruction, kl_total, values
+
+        reconstruction, kl_total, values = self._transfer(ledger.stacked(), read)
         if not math.isfinite(reconstruction - kl_total):
             self._raise_not_finite(info, values)
         self._last = particles
@@ -299,9 +316,18 @@ class DecomposedELBO(Objective):
         return info
 
     def _kl_weight(self) -> float:
+        if self._traced is not None:
+            return self._traced.kl_weight  # type: ignore[return-value]  # it stands for a number in all that follows
+        return self.kl_weight_at(self.num_steps)
+
+    def kl_weight_at(self, step: int) -> float:
+        """The weight of ``kl_prior`` at a step (0, 1, ...)."""
         if callable(self.kl_weight):
-            return _check_weight(self.kl_weight(self.num_steps), f"kl_weight({self.num_steps})")
+            return _check_weight(self.kl_weight(step), f"kl_weight({step})")
         return float(self.kl_weight)
+
+    def forget(self) -> None:
+        self._last = None
 
     def _structure(
         self,

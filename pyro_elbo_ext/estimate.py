@@ -86,24 +86,32 @@ class Ledger:
         used = [i for i in range(start[0], end[0]) if self.weights[i] is not None]
         total = torch.zeros(())
         if used:
-            stacked = _stack([self.scalars[i] for i in used])
+            stacked = stack([self.scalars[i] for i in used])
             weights = [-weight / num_particles for weight in self.weights[start[0] : end[0]] if weight is not None]
-            total = torch.dot(stacked, stacked.new_tensor(weights))
+            total = torch.dot(stacked, weights_like(stacked, weights))
         for scalar in self.extra[start[1] : end[1]]:
             total = total - scalar / num_particles
         return total
 
-    def to_host(self) -> list[float]:
-        """Read every scalar: the one point of a step that waits for the device."""
-        return _stack(self.scalars).tolist() if self.scalars else []
+    def stacked(self) -> Tensor:
+        """Every scalar, detached, in one tensor."""
+        return stack(self.scalars).detach() if self.scalars else torch.zeros(0)
 
 
-def _stack(scalars: list[Tensor]) -> Tensor:
-    device = scalars[0].device
-    if any(scalar.device != device for scalar in scalars):  # e.g. a factor computed on the host
-        device = next((scalar.device for scalar in scalars if scalar.device.type != "cpu"), device)
-        scalars = [scalar.to(device) for scalar in scalars]
-    return torch.stack(scalars)
+def weights_like(tensor: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
+    """The weights in one tensor; some are tensors where ``kl_weight`` is an input of a graph that is being traced."""
+    if any(isinstance(weight, Tensor) for weight in weights):
+        return torch.stack([torch.as_tensor(weight, dtype=tensor.dtype, device=tensor.device) for weight in weights])
+    return tensor.new_tensor(weights)
+
+
+def stack(values: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.stack`` of tensors that may be on several devices: on the first that is not the host."""
+    device = values[0].device
+    if any(value.device != device for value in values):  # e.g. a factor computed on the host
+        device = next((value.device for value in values if value.device.type != "cpu"), device)
+        values = [value.to(device) for value in values]
+    return torch.stack(values, dim)
 
 
 def evaluate(

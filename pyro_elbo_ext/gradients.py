@@ -69,6 +69,11 @@ class Weights:
     paths: list[Path] = field(default_factory=list)
     score_shares: Tensor | None = None
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether there are draws without a path, or with an incomplete one."""
+        return self.scores is not None or self.corrections is not None
+
 
 class Gradient(ABC):
     """How the gradient of a bound is estimated.
@@ -89,8 +94,10 @@ class Gradient(ABC):
 
     @abstractmethod
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
-        """Each particle's share of the surrogate, ``(K, *B)`` or ``(K,)``; the gradient of their sum estimates the "
-        "bound's."""
+        """Each particle's share of the surrogate, shape ``(K, *B)`` or ``(K,)``.
+
+        The gradient of their sum is the estimate of the bound's.
+        """
 
     def check(self, bound: Bound, num_particles: int) -> None:  # noqa: B027 - most work for every bound
         """Raise ValueError, saying what to do, if the estimator does not work for this bound."""
@@ -106,9 +113,11 @@ class Pathwise(Gradient):
     name = "pathwise"
 
     def surrogate(self, weights: Weights, bound: Bound) -> Tensor:
-        gradient = bound.gradient(weights.log_weights.detach())
-        shares = by_particle(gradient * _finite(weights.log_weights))
-        return shares + _score_terms(weights, bound, 0.0)
+        if len(weights.log_weights) == 1:  # the bound is the log weight
+            shares = by_particle(weights.log_weights)
+        else:
+            shares = by_particle(bound.gradient(weights.log_weights.detach()) * _finite(weights.log_weights))
+        return shares + _score_terms(weights, bound, 0.0) if weights.has_scores else shares
 
 
 class ScoreFunction(Pathwise):
@@ -176,7 +185,7 @@ def _score_terms(weights: Weights, bound: Bound, missing: Tensor | float) -> Ten
 
     ``missing`` is the weight of the direct part of their log q that the rest of the surrogate has left out.
     """
-    if weights.scores is None and weights.corrections is None:
+    if not weights.has_scores:
         return 0.0
     log_weights = weights.log_weights.detach()
     if weights.score_shares is not None:

@@ -15,7 +15,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 
-from pyro_elbo_ext.estimate import check_path
+from pyro_elbo_ext.estimate import check_path, stack, weights_like
 from pyro_elbo_ext.gradients import Gradient, Path, Weights
 from pyro_elbo_ext.particles import Draw
 from pyro_elbo_ext.placement import Placement
@@ -202,7 +202,7 @@ class LogWeights:
         signs = _signs(self.outer_columns, kl_weight)
         if without_scores:
             signs = [0.0 if of.is_scored else sign for of, sign in zip(self.outer_columns, signs, strict=True)]
-        return torch.dot(self.outer_values, self.outer_values.new_tensor(signs))
+        return torch.dot(self.outer_values, weights_like(self.outer_values, signs))
 
     def _signed(self, use: Sequence[bool], placement: Placement, kl_weight: float) -> Tensor:
         outside = placement.outside
@@ -214,7 +214,7 @@ class LogWeights:
         if not all(use):  # a column left out must not matter, not even if it is infinite
             at = [i for i, used in enumerate(use) if used]
             signs, taken = [signs[i] for i in at], taken[:, at]
-        vector = taken.new_tensor(signs)
+        vector = weights_like(taken, signs)
         total = taken @ vector if taken.dim() == 2 else torch.tensordot(taken, vector, dims=([1], [0]))
         return total if isinstance(outside, float) else total / outside
 
@@ -243,13 +243,13 @@ def join(particles: Sequence[Densities], paths: list[Path], num_vectorized: int 
     if not local:  # no sites, or none in a plate: log weights of zero
         values = torch.zeros(len(particles) if num_vectorized is None else num_vectorized, 0)
     elif looped:
-        values = torch.stack([_stack([densities.values[i] for i in local]) for densities in particles])
+        values = torch.stack([stack([densities.values[i] for i in local]) for densities in particles])
     else:
-        values = _stack([first.values[i] for i in local], dim=1)
+        values = stack([first.values[i] for i in local], dim=1)
     outer_values = None
     if outer:
         shared = [first.values[i] for i in outer]
-        outer_values = _stack(shared if looped else [value.mean(0) for value in shared])
+        outer_values = stack(shared if looped else [value.mean(0) for value in shared])
     outer_scores = [score for is_local, score in (*first.scores, *first.corrections) if not is_local]
     return LogWeights(
         [first.columns[i] for i in local],
@@ -269,14 +269,6 @@ def _sums(scores: list[list[Tensor]], looped: bool) -> Tensor | None:
     known = next(score for of_particle in scores for score in of_particle)
     sums = [torch.stack(of_particle).sum(0) if of_particle else torch.zeros_like(known) for of_particle in scores]
     return torch.stack(sums) if looped else sums[0]
-
-
-def _stack(values: list[Tensor], dim: int = 0) -> Tensor:
-    device = values[0].device
-    if any(value.device != device for value in values):  # e.g. a factor computed on the host
-        device = next((value.device for value in values if value.device.type != "cpu"), device)
-        values = [value.to(device) for value in values]
-    return torch.stack(values, dim)
 
 
 def _aligned(particles: Sequence[Densities]) -> list[Densities]:

@@ -125,6 +125,9 @@ class MultiSampleELBO(Objective):
         """Detached terms of the last evaluation; None before the first."""
         return None if self._last is None else self._last.terms()
 
+    def forget(self) -> None:
+        self._last = None
+
     def _check_trainable(self, evaluation: Evaluation) -> None:
         if self.maximized:
             return

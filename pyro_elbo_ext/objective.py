@@ -15,6 +15,7 @@ import torch
 from pyro.infer import ELBO
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from pyro_elbo_ext.batched_draws import Batch, CallKey, call_key
 from pyro_elbo_ext.dependencies import DependencyTracker
@@ -30,6 +31,8 @@ Signature = tuple[object, ...]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Values = list[tuple[float, ...]]
+Totals = tuple[float, float, Values]  # reconstruction (or the bound), kl_prior, and each site's numbers
+Read = Callable[[list[float]], Totals]
 
 _MAX_STRUCTURES = 64  # of a program whose sites vary without end
 
@@ -44,6 +47,25 @@ class Pair:
     registered: set[Signature] = field(default_factory=set)
     max_plate_nesting: int | None = None
     batches: dict[CallKey, Batch] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Traced:
+    """An evaluation that is being traced into a graph; see :mod:`pyro_elbo_ext.compile`.
+
+    ``kl_weight`` is an input of the graph. ``scalars`` become an output, which ``read``, linear in them, makes into what
+    the history takes.
+    """
+
+    kl_weight: Tensor
+    scalars: Tensor | None = None
+    read: Read | None = None
+
+    def transfer(self, scalars: Tensor, read: Read) -> Totals:
+        """Keep both; give the numbers of this one run."""
+        self.scalars, self.read = scalars, read
+        with disable_proxy_modes_tracing():
+            return read(scalars.detach().tolist())
 
 
 @dataclass(slots=True)
@@ -122,6 +144,7 @@ class Objective(ELBO):
         self.history: History | None = (History() if history else None) if isinstance(history, bool) else history
         self.num_steps = 0
         self._pairs: PerPair[Pair] = PerPair(Pair)
+        self._traced: Traced | None = None
 
     @property
     def gradient(self) -> str:
@@ -141,6 +164,10 @@ class Objective(ELBO):
     @abstractmethod
     def last(self) -> Terms | None:
         """Detached terms of the last evaluation; None before the first."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget the last evaluation: ``last`` is None again."""
 
     # What Pyro calls
 
@@ -201,6 +228,10 @@ class Objective(ELBO):
             self.max_plate_nesting = stored
 
     # What the objectives share
+
+    def _transfer(self, scalars: Tensor, read: Read) -> Totals:
+        """Bring all scalars of a step to the host and read them: the one point that waits for the device."""
+        return read(scalars.tolist()) if self._traced is None else self._traced.transfer(scalars, read)
 
     def _particle_dim(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int | None:
         """Dim of Pyro's particle plate; None if the particles are not in one."""

@@ -39,6 +39,11 @@ class Placement:
     local: tuple[bool, ...]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is scaled outside."""
+        return isinstance(self.outside, float) and self.outside == 1.0
+
+    @property
     def dims(self) -> tuple[int, ...]:
         return tuple([frame.dim for frame in self.plates if frame.dim is not None])
 
@@ -70,22 +75,21 @@ def place(
         If there is no such bound: a subsampled plate that only some of the sites are in, guide sites with different scales,
         a plate of ``local_plates`` that does not exist or that a site is only partly in.
     """
-    stacks = [_plates(site) for site in sites]
+    nodes = [node for site in sites for node in _nodes(site)]
+    local: tuple[bool, ...] = (True,) * len(sites)
+    plates: set[CondIndepStackFrame] = set()
     if local_plates:
-        plates, local = _named(sites, stacks, local_plates)
+        plates, local = _named(sites, [_plates(site) for site in sites], local_plates)
         if not (bound.linear or bound.side == "lower"):
             raise ValueError(
                 f"local_plates={local_plates!r} takes the ELBO outside those plates, so that the whole is a lower "
                 f"bound, but {type(bound).__name__} is an upper one. Use a lower bound, or no local_plates."
             )
-    else:
-        plates = set.intersection(*stacks) if stacks else set()
-        local = (True,) * len(sites)
+    elif nodes and all(node["cond_indep_stack"] for node in nodes):
+        plates = set.intersection(*[_plates(site) for site in sites])
     ordered = tuple(sorted(plates, key=lambda frame: frame.dim or 0))
     linear = bound.linear or num_particles == 1
-    if (linear and not local_plates) or (
-        masked_paths and all(_is_plain(node) for site in sites for node in _nodes(site))
-    ):
+    if (linear and not local_plates) or (masked_paths and all(_is_plain(node) for node in nodes)):
         return Placement(ordered, 1.0, local)
     inside = [site for site, is_local in zip(sites, local, strict=True) if is_local]
     if not linear:

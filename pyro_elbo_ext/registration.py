@@ -46,7 +46,7 @@ def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args:
     if not missing:
         return
     names: dict[int, str] = {}
-    for path, module in _modules({"model and guide": tuple(programs), "arguments": args}):
+    for path, module in modules_of({"model and guide": tuple(programs), "arguments": args}):
         for name, parameter in module.named_parameters():
             if id(parameter) in missing:
                 names.setdefault(id(parameter), f"{path}.{name} ({type(module).__name__})")
@@ -82,7 +82,7 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-def _modules(root: object) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(root: object) -> Iterator[tuple[str, nn.Module]]:
     """Modules that a program can reach by name: through closures, globals, attributes and containers."""
     seen: set[int] = set()
     queue: list[tuple[str, object, int]] = [("", root, 0)]

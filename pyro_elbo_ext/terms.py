@@ -390,8 +390,7 @@ class Terms(Mapping[str, Term]):
         return torch.as_tensor(total).expand(self.num_particles)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per site: summed over the batch, averaged over particles, in nats; with ``contribution`` if there "
-        "are any."""
+        """One row per site: summed over the batch, averaged over particles, in nats; with ``contribution`` if known."""
         rows = [
             {
                 "site": term.site,

@@ -1,0 +1,76 @@
+"""The arguments of a step: tensors, which become inputs of the graph, and all else, which tells graphs apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_elbo_ext.compile.errors import CannotCompile
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Key = tuple[object, ...]
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call, taken apart.
+
+    Attributes
+    ----------
+    tensors : list of Tensor
+        All tensors among them, in containers too.
+    key : tuple
+        Equal for two calls if one graph serves both: the shape, strides, dtype and device of each tensor, and the type and
+        value of what is not one.
+    rebuild : callable
+        Gives ``args, kwargs`` with other tensors in place of these.
+    """
+
+    tensors: list[Tensor]
+    key: Key
+    rebuild: Callable[[list[Tensor]], tuple[Args, Kwargs]]
+
+
+def take_apart(args: Args, kwargs: Kwargs) -> Arguments:
+    """Separate the tensors from the rest.
+
+    Raises
+    ------
+    CannotCompile
+        For an argument whose changes could not be noticed, such as a NumPy array, or a tensor that is not strided.
+    """
+    if not kwargs and all(isinstance(value, Tensor) for value in args):  # most calls; a tree takes longer
+        return Arguments(list(args), tuple([_describe(tensor) for tensor in args]), _as_positional)
+    leaves, spec = tree_flatten((args, kwargs))
+    is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    key: list[object] = [repr(spec)]
+    for leaf in leaves:
+        key.append(_describe(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf))
+        try:
+            hash(key[-1])
+        except TypeError:
+            raise CannotCompile(
+                f"an argument is a {type(leaf).__name__}, of which a graph could not tell whether it has changed. Pass "
+                "data as tensors, settings as numbers, strings or other hashable objects."
+            ) from None
+
+    def rebuild(tensors: list[Tensor]) -> tuple[Args, Kwargs]:
+        remaining = iter(tensors)
+        filled = [next(remaining) if at else leaf for at, leaf in zip(is_tensor, leaves, strict=True)]
+        return tree_unflatten(filled, spec)
+
+    return Arguments([leaf for leaf in leaves if isinstance(leaf, Tensor)], tuple(key), rebuild)
+
+
+def _as_positional(tensors: list[Tensor]) -> tuple[Args, Kwargs]:
+    return tuple(tensors), {}
+
+
+def _describe(tensor: Tensor) -> tuple[object, ...]:
+    if tensor.layout is not torch.strided:
+        raise CannotCompile(f"an argument is a tensor of layout {tensor.layout}. Pass strided tensors.")
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -1,0 +1,131 @@
+"""The parameters of a graph and their optimizers' state as they are now: what a step reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyro_elbo_ext.compile.updates import Rule, Unsupported, rule_for
+
+
+class WholeOptimizer(PyroOptim):
+    """A torch optimizer that was made with all its parameters, behind Pyro's interface.
+
+    Parameters that it does not have are not trained.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(type(optimizer), {})
+        self.optimizer = optimizer
+        self.optim_objs = {p: optimizer for group in optimizer.param_groups for p in group["params"]}
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Take one step, whatever the parameters."""
+        self.optimizer.step(*args, **kwargs)
+
+    def get_state(self) -> dict[str, Any]:
+        """The optimizer's ``state_dict``, by the name "optimizer"."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`get_state` gave."""
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+class Binding:
+    """Parameters with their rules, as tensors in the order that a graph of steps takes them.
+
+    Parameters
+    ----------
+    parameters
+        Each with its name in the param store, or None if it is not there.
+    optim
+        Has updated every parameter that a gradient reached.
+
+    Raises
+    ------
+    Unsupported
+        If an optimizer cannot be part of a graph.
+    """
+
+    def __init__(self, parameters: Sequence[tuple[str | None, Tensor]], optim: PyroOptim, reached: list[bool]) -> None:
+        self.rules: list[Rule | None] = []
+        self._parameters = [p for _, p in parameters]
+        self.is_missing = False  # whether the optimizer has yet to see a parameter
+        for (_, p), is_reached in zip(parameters, reached, strict=True):
+            optimizer = _optimizer_of(optim, p)
+            if optimizer is None:
+                self.is_missing |= is_reached and not isinstance(optim, WholeOptimizer)
+            has_state = optimizer is not None and len(optimizer.state.get(p, ())) > 0
+            if optimizer is None or not (has_state or is_reached):
+                self.rules.append(None)
+                continue
+            if not has_state and not _needs_no_state(optimizer, p):
+                self.is_missing = True
+                return
+            clip = {} if isinstance(optim, WholeOptimizer) else dict(optim._get_grad_clip_args(p))
+            self.rules.append(rule_for(optimizer, p, clip))
+        used = [rule for rule in self.rules if rule is not None]
+        self._states = [(rule.optimizer, rule.optimizer.state) for rule in used]
+        self._used, self._counting = used, [rule for rule in used if rule.counts]
+        self._decaying = _once([rule for rule in used if rule.decay != 1.0])
+        device = parameters[0][1].device if parameters else torch.device("cpu")
+        self.rates = [float(rule.group["lr"]) for rule in used]
+        self.rate_tensor = torch.tensor(self.rates, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.good = torch.ones((), dtype=torch.bool, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """The first inputs of a graph of steps, up to ``good``."""
+        states = [tensor for rule in self.rules if rule is not None for tensor in rule.tensors]
+        return [*self._parameters, *states, self.rate_tensor, self.count, self.good]
+
+    def is_current(self) -> bool:
+        """Whether the optimizers' state is still the same object; new learning rates are taken over.
+
+        Raises
+        ------
+        Unsupported
+            If another setting of an optimizer has changed.
+        """
+        for optimizer, state in self._states:
+            if optimizer.state is not state:
+                return False
+        rates = [rule.group["lr"] for rule in self._used]
+        if rates != self.rates:
+            if any(rule.has_other_settings for rule in self._used):
+                raise Unsupported("its settings, beside the learning rate, change from step to step")
+            self.rates = [float(rate) for rate in rates]
+            self.rate_tensor.copy_(torch.tensor(self.rates, dtype=torch.float64))
+        return True
+
+    def advance(self, steps: int) -> None:
+        """Make the numbers that optimizers keep in Python what the graph has made its copies of them."""
+        for rule in self._counting:
+            rule.optimizer.state[rule.parameter]["step"] += steps
+        if self._decaying:
+            for rule in self._decaying:
+                for _ in range(steps):
+                    rule.group["lr"] *= rule.decay
+            self.rates = [rule.group["lr"] for rule in self._used]
+
+
+def _optimizer_of(optim: PyroOptim, p: Tensor) -> Optimizer | None:
+    found = optim.optim_objs.get(p)
+    return getattr(found, "optimizer", found)  # of a scheduler
+
+
+def _needs_no_state(optimizer: Optimizer, p: Tensor) -> bool:
+    return isinstance(optimizer, torch.optim.SGD) and not any(
+        group["momentum"] for group in optimizer.param_groups if any(p is other for other in group["params"])
+    )
+
+
+def _once(rules: list[Rule]) -> list[Rule]:
+    """One rule for each group of parameters."""
+    return list({id(rule.group): rule for rule in rules}.values())

@@ -1,0 +1,148 @@
+"""All that is compiled for calls with one kind of arguments."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_elbo_ext.compile.arguments import Arguments
+from pyro_elbo_ext.compile.binding import Binding
+from pyro_elbo_ext.compile.capture import Evaluation, capture
+from pyro_elbo_ext.compile.losses import TracedLoss
+from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
+from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value, compile_function
+from pyro_elbo_ext.objective import Program as PyroProgram
+
+logger = logging.getLogger(__name__)
+
+
+class Settings(NamedTuple):
+    """How graphs are compiled; see :class:`~pyro_elbo_ext.CompiledSVI`."""
+
+    backend: str
+    same_draws: bool
+    options: dict[str, Any]
+
+
+class Program:
+    """Loss and gradient of a model and guide for one kind of arguments, and the graphs made from it.
+
+    Raises
+    ------
+    CannotCompile
+        If the programs cannot be made a graph, or it is not what they compute.
+    """
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        guide: PyroProgram,
+        loss: TracedLoss,
+        parameters: Sequence[tuple[str | None, Tensor]],
+        arguments: Arguments,
+        settings: Settings,
+    ) -> None:
+        start = time.perf_counter()
+        self.parameters = list(parameters)
+        self.binding: Binding | None = None
+        self._settings = settings
+        self._guards = loss.guards
+        tensors = [p for _, p in parameters]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        self._weight = torch.ones((), dtype=torch.float64, device=device)
+        # an argument may be the very tensor that the program reads elsewhere too: the tracer must not confuse the two
+        inputs = [*tensors, self._weight, *[tensor.detach() for tensor in arguments.tensors]]
+        with nothing_changed((model, guide)):
+            check_structure(model, guide, *arguments.rebuild(arguments.tensors))
+            evaluation = Evaluation(loss, model, guide, tensors, arguments)
+            self._capture = capture(evaluation, inputs, (model, guide))
+            check_graph(self._capture, evaluation, inputs)
+        self.reached = self._capture.reached
+        self.sites = loss.sites
+        self.compile_time = time.perf_counter() - start
+        logger.info("traced the step in %.1f s", self.compile_time)
+        self._compiled: dict[int | str, Compiled] = {}
+        self._prefix: dict[int, tuple[list[Tensor], Tensor, list[float]]] = {}
+
+    def has_same_parameters(self) -> bool:
+        """Whether the param store holds the tensors that it held when the program was traced."""
+        store = pyro.get_param_store()._params
+        return all(name is None or store.get(name) is p for name, p in self.parameters)
+
+    def bind(self, binding: Binding) -> None:
+        """Take parameters and state from there."""
+        self.binding = binding
+        self._prefix.clear()
+
+    def take(self, steps: int, kl_weights: list[float], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and tables, shape ``(steps, sites * 6)``."""
+        prefix = self._prefix.get(steps)
+        if prefix is None:
+            prefix = self._prepare(steps, kl_weights)
+        inputs, weights, known = prefix
+        if kl_weights != known:
+            weights.copy_(torch.tensor(kl_weights, dtype=torch.float64))
+            known[:] = kl_weights
+        function = self._compiled.get(steps)
+        if function is None:
+            function = self._compile_steps(steps, [*inputs, *arguments, *self._capture.captured])
+        with torch.no_grad():
+            losses, tables = function(*inputs, *arguments, *self._capture.captured)
+        return losses, tables
+
+    def _prepare(self, steps: int, kl_weights: list[float]) -> tuple[list[Tensor], Tensor, list[float]]:
+        assert self.binding is not None
+        weights = torch.tensor(kl_weights, dtype=torch.float64, device=self._weight.device)
+        self._prefix[steps] = [*self.binding.tensors(), weights], weights, list(kl_weights)
+        return self._prefix[steps]
+
+    def _compile_steps(self, steps: int, inputs: Sequence[Tensor]) -> Compiled:
+        assert self.binding is not None
+        function = build_steps(self._capture, self.binding.rules, steps, self._guards)
+        return self._compile(steps, function, inputs, f"{steps} step{'s' * (steps > 1)} in one graph")
+
+    def value(self, kl_weight: float, arguments: Sequence[Tensor]) -> Tensor:
+        """The loss alone."""
+        inputs = self._evaluated(kl_weight, arguments)
+        function = self._compiled.get("value")
+        if function is None:
+            function = self._compile("value", build_value(self._capture), inputs, "the loss")
+        with torch.no_grad():
+            return function(*inputs)[0]
+
+    def gradients(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The loss, the table, and each parameter's gradient."""
+        inputs = self._evaluated(kl_weight, arguments)
+        function = self._compiled.get("gradients")
+        if function is None:
+            function = self._compile("gradients", self._capture.graph, inputs, "the gradient")
+        with torch.no_grad():
+            loss, table, *known = function(*inputs)
+        remaining = iter(known)
+        return loss, table, [next(remaining) if reached else None for reached in self.reached]
+
+    def _evaluated(self, kl_weight: float, arguments: Sequence[Tensor]) -> list[Tensor]:
+        self._weight.fill_(kl_weight)
+        return [*[p for _, p in self.parameters], self._weight, *arguments, *self._capture.captured]
+
+    def _compile(self, key: int | str, function: Compiled, inputs: Sequence[Tensor], what: str) -> Compiled:
+        start = time.perf_counter()
+        settings = self._settings
+        logger.info("compiling %s with backend='%s' ...", what, settings.backend)
+        compiled = compile_function(function, inputs, settings.backend, settings.same_draws, settings.options)
+        seconds = time.perf_counter() - start
+        self.compile_time += seconds
+        logger.info("compiled %s in %.1f s", what, seconds)
+        self._compiled[key] = compiled
+        return compiled
+
+    def forget_steps(self) -> None:
+        """Drop the graphs of steps, whose optimizer has changed."""
+        self._compiled = {key: compiled for key, compiled in self._compiled.items() if not isinstance(key, int)}
+        self._prefix.clear()

@@ -1,0 +1,398 @@
+"""``pyro.infer.SVI`` whose steps are compiled graphs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.util import zero_grads
+from pyro.optim import PyroOptim
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, take_apart
+from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
+from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
+from pyro_elbo_ext.compile.program import Program, Settings
+from pyro_elbo_ext.compile.updates import Unsupported
+from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.record import VALUES
+from pyro_elbo_ext.registration import modules_of
+
+logger = logging.getLogger(__name__)
+
+_MANY_PROGRAMS = 8
+_CALLS_PER_CHECK = 64  # of a run, between two looks at its losses
+
+
+class _Found(NamedTuple):
+    """The program of a call with its tensors; without a program, what Pyro made of the call."""
+
+    program: Program | None
+    tensors: list[Tensor]
+    loss: float | None
+
+
+class CompiledSVI(SVI):
+    r"""Stochastic variational inference as compiled graphs: a drop-in for ``pyro.infer.SVI``.
+
+    Model and guide are run by Pyro once for each kind of arguments; what they compute, its gradient and the optimizer's
+    update become one ATen graph, which is compiled. Parameters, data, the optimizer's state, learning rates and random
+    numbers are inputs of the graph, not part of it; parameters and state are updated in place, so that the param store,
+    modules, ``guide.median()``, ``Predictive``, saving and loading see them as ever.
+
+    The first step with new shapes or settings is taken by Pyro itself: it makes the parameters and the optimizer's state,
+    and checks values if validation is on. Compiled steps do not check values.
+
+    Parameters
+    ----------
+    model, guide
+        Any Pyro programs whose structure is the same in every run: the same sites, shapes and plates, and no decision in
+        Python that depends on a drawn value, a parameter or the data. This is checked before a graph is used. Python code
+        in them runs while tracing only; tensors from outside are read at each step, but a name that is bound to a new tensor
+        later is not noticed. Pass what changes as arguments.
+    optim : PyroOptim or torch.optim.Optimizer
+        Adam, AdamW, ClippedAdam and SGD become part of the graph, with per-parameter arguments, gradient clipping and
+        schedulers of the learning rate. Any other runs as it is, on compiled gradients; see ``optimizer_reason``.
+    loss
+        ``Trace_ELBO``, ``TraceMeanField_ELBO``, or any objective of this package, whose history is recorded as ever; its
+        ``last`` is None after a compiled step.
+    loss_and_grads
+        Not supported; here for the signature.
+    backend : str
+        "inductor", machine code; "eager", the graph run operator by operator; or another of ``torch.compile``'s.
+    same_draws : bool
+        Draw random numbers with the operators that Pyro uses, so that under the same seed a compiled step equals Pyro's up
+        to rounding. Otherwise "inductor" draws its own, equal in distribution and reproducible from ``pyro.set_rng_seed``.
+    steps_per_call : int
+        Steps in one graph in :meth:`run`: more of them run faster and compile longer.
+    fallback : bool
+        Whether to train as ``pyro.infer.SVI`` does, with a warning in the log, where a program cannot be compiled; see
+        ``eager_reason``. Otherwise that is an error.
+    options : dict, optional
+        For the "inductor" backend, e.g. ``{"cpp_wrapper": True}``: faster steps, longer compilation.
+
+    Attributes
+    ----------
+    compile_time : float
+        Seconds spent on tracing and compiling so far. The machine code is kept on disk by torch, between processes.
+    eager_reason : str or None
+        Why some or all steps are run by Pyro, if they are.
+    optimizer_reason : str or None
+        Why the optimizer is not part of the graph, if it is not.
+
+    Raises
+    ------
+    CannotCompile
+        A ValueError: the loss, an argument or the programs cannot be compiled; says why, at which site or line, and what to
+        do. It comes at construction for the loss, otherwise after the first step.
+    ValueError
+        If a term of an objective of this package is NaN or infinite, naming the site; the parameters are then those before
+        that step. With Pyro's losses a NaN is a warning, as in Pyro.
+
+    References
+    ----------
+    Ansel et al. (2024), "PyTorch 2: Faster machine learning through dynamic Python bytecode transformation and graph
+    compilation".
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim | torch.optim.Optimizer,
+        loss: Any,
+        loss_and_grads: Callable[..., Any] | None = None,
+        *,
+        backend: str = "inductor",
+        same_draws: bool = False,
+        steps_per_call: int = 4,
+        fallback: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if operator.index(steps_per_call) < 1:
+            raise ValueError(f"steps_per_call must be at least 1, not {steps_per_call!r}")
+        if isinstance(optim, torch.optim.Optimizer):
+            optim = WholeOptimizer(optim)
+        super().__init__(model, guide, optim, loss, loss_and_grads)
+        self.objective = loss
+        self.steps_per_call = steps_per_call
+        self.fallback = fallback
+        self.eager_reason: str | None = None
+        self.optimizer_reason: str | None = None
+        self._settings = Settings(backend, same_draws, dict(options or {}))
+        self._programs: dict[Key, Program | CannotCompile] = {}
+        self._modules: list[nn.Module] | None = None
+        self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
+        self._traced: TracedLoss | None = None
+        try:
+            if loss_and_grads is not None:
+                raise CannotCompile("loss_and_grads cannot be compiled. Leave it out, or train with pyro.infer.SVI.")
+            self._traced = traced_loss(loss)
+        except CannotCompile as error:
+            self._refuse(error)
+
+    @property
+    def compile_time(self) -> float:
+        """Seconds spent on tracing and compiling so far."""
+        return sum(program.compile_time for program in self._programs.values() if isinstance(program, Program))
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one step; arguments are those of model and guide.
+
+        Returns
+        -------
+        float
+            The loss before the step, in nats.
+        """
+        program, tensors, loss = self._find(args, kwargs, super().step)
+        if program is None:
+            assert loss is not None
+            return loss
+        if not self._bind(program):
+            return float(super().step(*args, **kwargs))
+        if self.optimizer_reason is not None:
+            return self._step_with_eager_optimizer(program, tensors)
+        kl_weights = self._kl_weights(0, 1)
+        losses, tables = program.take(1, kl_weights, tensors)
+        assert program.binding is not None
+        program.binding.advance(1)
+        value = losses.item()
+        if isinstance(self.objective, Objective):
+            self._record(program, [value], tables, kl_weights)
+        elif value != value:
+            warn_if_nan(value, "loss")
+        return value
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss, in nats, without a step; it is not recorded in the history."""
+        program, tensors, loss = self._find(args, kwargs, super().evaluate_loss)
+        if program is None:
+            assert loss is not None
+            return loss
+        value = float(program.value(self._kl_weights(0, 1)[0], tensors))
+        warn_if_nan(value, "loss")
+        return value
+
+    def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Tensor:
+        """Take many steps with the same arguments, several in each call of a graph.
+
+        Parameters
+        ----------
+        num_steps
+            How many.
+        args, kwargs
+            Those of model and guide, but for ``num_steps`` and ``progress``.
+        progress
+            Whether to show a progress bar.
+
+        Returns
+        -------
+        Tensor
+            The loss of each step, float64, shape ``(num_steps,)``, on the device of the parameters.
+        """
+        if operator.index(num_steps) < 0:
+            raise ValueError(f"num_steps must be at least 0, not {num_steps!r}")
+        losses: list[Tensor] = []
+        with tqdm(total=num_steps, disable=not progress, unit="step") as bar:
+            taken = 0
+            while taken < num_steps:
+                many = self._many(num_steps - taken, args, kwargs)
+                if many is None:  # Pyro's first step, or all of them where something is not compiled
+                    many = torch.tensor([self.step(*args, **kwargs)], dtype=torch.float64)
+                losses.append(many)
+                taken += len(many)
+                bar.update(len(many))
+                if progress:
+                    bar.set_postfix(loss=f"{float(many[-1]):.5g}", refresh=False)
+        device = losses[-1].device if losses else None
+        return torch.cat([of.to(device) for of in losses]) if losses else torch.zeros(0, dtype=torch.float64)
+
+    def _many(self, num_steps: int, args: Args, kwargs: Kwargs) -> Tensor | None:
+        """Losses of up to ``num_steps`` steps; None if the next one is not a step of a graph."""
+        program = self._known(args, kwargs)
+        if program is None or not self._bind(program) or self.optimizer_reason is not None:
+            return None
+        binding, size = program.binding, self.steps_per_call
+        assert binding is not None
+        tensors = take_apart(args, kwargs).tensors
+        losses: list[Tensor] = []
+        tables: list[Tensor] = []
+        kl_weights: list[float] = []
+        taken = 0
+        try:
+            for _ in range(_CALLS_PER_CHECK):
+                steps = min(size, num_steps - taken)
+                if steps == 0:
+                    break
+                if int(binding.count) != steps:
+                    binding.count.fill_(steps)
+                weights = self._kl_weights(taken, size)
+                of_call = program.take(size, weights, tensors)
+                losses.append(of_call[0][:steps])
+                tables.append(of_call[1][:steps])
+                kl_weights += weights
+                taken += steps
+        finally:  # an interrupt keeps what is done
+            binding.advance(taken)
+            if losses and isinstance(self.objective, Objective):
+                self._record(program, torch.cat(losses).tolist(), torch.cat(tables), kl_weights)
+        return torch.cat(losses)
+
+    # Finding the program of a call
+
+    def _find(self, args: Args, kwargs: Kwargs, pyro_call: Callable[..., Any]) -> _Found:
+        """The program for these arguments; if there is none yet, Pyro takes the call, and then it is made."""
+        last = self._last
+        if last is not None and not kwargs and _same_objects(args, last[0]) and self._mode() == last[1]:
+            if last[2].has_same_parameters():
+                return _Found(last[2], list(args), None)
+            self._forget()
+        if self._traced is None:
+            return _Found(None, [], float(pyro_call(*args, **kwargs)))
+        try:
+            arguments = take_apart(args, kwargs)
+        except CannotCompile as error:
+            self._refuse(error)
+            return _Found(None, [], float(pyro_call(*args, **kwargs)))
+        key = (*self._mode(), arguments.key)
+        found = self._programs.get(key)
+        if isinstance(found, Program):
+            if found.has_same_parameters():
+                self._remember(args, kwargs, found)
+                return _Found(found, arguments.tensors, None)
+            self._forget()
+            found = None
+        if found is not None and not self.fallback:
+            raise found
+        with poutine.trace(param_only=True) as called:
+            loss = float(pyro_call(*args, **kwargs))
+        if found is None:
+            self._make(key, arguments, called.trace)
+        return _Found(None, arguments.tensors, loss)
+
+    def _known(self, args: Args, kwargs: Kwargs) -> Program | None:
+        """The program for these arguments, if it has been made."""
+        if self._traced is None:
+            return None
+        try:
+            found = self._programs.get((*self._mode(), take_apart(args, kwargs).key))
+        except CannotCompile:  # the step that follows says so
+            return None
+        return found if isinstance(found, Program) and found.has_same_parameters() else None
+
+    def _forget(self) -> None:
+        """Begin anew: the param store was cleared or loaded, or a parameter replaced."""
+        self._programs.clear()
+        self._last = None
+
+    def _make(self, key: Key, arguments: Arguments, called: poutine.Trace) -> None:
+        assert self._traced is not None
+        store = pyro.get_param_store()
+        parameters: dict[int, tuple[str | None, Tensor]] = {}
+        for site in called.nodes.values():
+            p = site["value"].unconstrained()
+            parameters.setdefault(id(p), (store.param_name(p), p))
+        try:
+            self._programs[key] = Program(
+                self.model, self.guide, self._traced, list(parameters.values()), arguments, self._settings
+            )
+        except CannotCompile as error:
+            self._programs[key] = error
+            self._refuse(error)
+        if len(self._programs) > _MANY_PROGRAMS:
+            logger.warning(
+                "CompiledSVI has compiled for %d kinds of arguments, the last of shapes %s: each new shape, dtype or value "
+                "of an argument that is not a tensor takes a compilation. Pad or drop the last, smaller batch.",
+                len(self._programs),
+                [tuple(tensor.shape) for tensor in arguments.tensors],
+            )
+
+    def _remember(self, args: Args, kwargs: Kwargs, program: Program) -> None:
+        if not kwargs and all(isinstance(value, Tensor) for value in args):
+            self._last = args, self._mode(), program
+
+    def _mode(self) -> Key:
+        """What beside the arguments a graph depends on."""
+        if self._modules is None:
+            self._modules = [module for _, module in modules_of({"model": self.model, "guide": self.guide})]
+        modes = tuple([module.training for module in self._modules])
+        return torch.get_num_threads(), torch.get_default_dtype(), modes
+
+    def _refuse(self, error: CannotCompile) -> None:
+        if not self.fallback:
+            raise error
+        self.eager_reason = str(error)
+        logger.warning("CompiledSVI trains as pyro.infer.SVI does, uncompiled: %s", error)
+
+    # Taking steps
+
+    def _bind(self, program: Program) -> bool:
+        """Tie a program to parameters and optimizers as they are; False if Pyro must take a step first."""
+        if self.optimizer_reason is not None:
+            return True
+        try:
+            if program.binding is not None and program.binding.is_current():
+                return True
+            binding = Binding(program.parameters, self.optim, program.reached)
+            if binding.is_missing:
+                return False
+            program.forget_steps()
+            program.bind(binding)
+        except Unsupported as reason:
+            self._leave_optimizer(str(reason))
+        return True
+
+    def _leave_optimizer(self, reason: str) -> None:
+        name = getattr(self.optim.pt_optim_constructor, "__name__", type(self.optim).__name__)
+        self.optimizer_reason = f"{name} is not part of the graph: {reason}"
+        logger.info("%s. It runs as it is, on compiled gradients.", self.optimizer_reason)
+
+    def _step_with_eager_optimizer(self, program: Program, tensors: list[Tensor]) -> float:
+        kl_weights = self._kl_weights(0, 1)
+        loss, table, gradients = program.gradients(kl_weights[0], tensors)
+        value = loss.item()
+        if isinstance(self.objective, Objective):
+            self._record(program, [value], table[None], kl_weights)
+        else:
+            warn_if_nan(value, "loss")
+        parameters = [p for _, p in program.parameters]
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        self.optim(parameters)
+        zero_grads(parameters)
+        return value
+
+    def _kl_weights(self, start: int, steps: int) -> list[float]:
+        assert self._traced is not None
+        return self._traced.kl_weights(start, steps)
+
+    def _record(self, program: Program, losses: list[float], tables: Tensor, kl_weights: list[float]) -> None:
+        """Enter compiled steps into the objective's history, up to the first that is not finite, which is an error."""
+        objective, sites = self.objective, program.sites
+        history, sign = objective.history, -1.0 if objective.maximized else 1.0
+        numbers = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                if program.binding is not None:
+                    program.binding.good.fill_(True)
+                objective._raise_not_finite(sites, [tuple(row) for row in numbers[i].tolist()])
+                raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
+            if history is not None:
+                step = objective.num_steps
+                history.append(step, sites, numbers[i], objective=sign * loss, kl_weight=kl_weights[i])
+            objective.num_steps += 1
+
+
+def _same_objects(args: Args, others: Args) -> bool:
+    return len(args) == len(others) and all(a is b for a, b in zip(args, others, strict=True))

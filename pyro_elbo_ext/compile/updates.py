@@ -1,0 +1,182 @@
+"""The optimizers' updates as functions of tensors, equal to those of torch and Pyro in the order of their operations.
+
+The state stays in the optimizer: its own tensors are inputs of the graph and are written in place. Learning rates are
+inputs too, so that schedulers need no other graph; the remaining settings are constants of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+Settings = dict[str, Any]
+# (parameter, gradient, state tensors, learning rate) -> their new values
+Update = Callable[[Tensor, Tensor, list[Tensor], Tensor], tuple[Tensor, list[Tensor]]]
+
+
+@dataclass(slots=True)
+class Rule:
+    """How one parameter is updated.
+
+    Attributes
+    ----------
+    optimizer, group
+        What holds the parameter, and its settings.
+    parameter : Tensor
+        The parameter.
+    tensors : list of Tensor
+        The optimizer's state that the update reads and writes.
+    update : callable
+        The update.
+    counts : bool
+        Whether the optimizer keeps its step, ``state["step"]``, as a number, which stands last in ``tensors`` as a copy.
+    decay : float
+        The learning rate is multiplied by it before each step.
+    frozen : dict
+        The settings that the update was made with.
+    """
+
+    optimizer: Optimizer
+    group: dict[str, Any]
+    parameter: Tensor
+    tensors: list[Tensor]
+    update: Update
+    counts: bool = False
+    decay: float = 1.0
+    frozen: Settings = field(default_factory=dict)
+
+    @property
+    def has_other_settings(self) -> bool:
+        """Whether a setting beside the learning rate has changed since."""
+        return self.frozen != _settings(self.group)
+
+
+class Unsupported(Exception):
+    """Says why an optimizer has no update here."""
+
+
+def rule_for(optimizer: Optimizer, parameter: Tensor, clip: Settings) -> Rule:
+    """The rule of a parameter that the optimizer has updated at least once.
+
+    Raises
+    ------
+    Unsupported
+        If the optimizer, or a setting, is not among those that can be in a graph.
+    """
+    (group,) = [group for group in optimizer.param_groups if any(parameter is p for p in group["params"])]
+    state = optimizer.state.get(parameter, {})
+    if not isinstance(group["lr"], float | int):
+        raise Unsupported(f"its learning rate is a {type(group['lr']).__name__}, not a number")
+    if parameter.is_complex() or parameter.is_sparse:
+        raise Unsupported("a parameter is complex or sparse")
+    if set(clip) - {"clip_norm", "clip_value"}:
+        raise Unsupported(f"its clip_args {clip!r} are unknown")
+    unusual = [name for name in ("capturable", "differentiable", "fused") if group.get(name)]
+    if unusual:
+        raise Unsupported(f"it has the option {unusual[0]}")
+    kind = type(optimizer)
+    tensors: list[Tensor]
+    if kind in (Adam, AdamW):
+        names = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        tensors = [state[name] for name in names]
+        decoupled = bool(group.get("decoupled_weight_decay", kind is AdamW))
+        rule = Rule(optimizer, group, parameter, tensors, _adam(dict(group), decoupled))
+    elif kind is SGD:
+        tensors = [state["momentum_buffer"]] if group["momentum"] else []
+        rule = Rule(optimizer, group, parameter, tensors, _sgd(dict(group)))
+    elif kind is ClippedAdam:
+        step = torch.tensor(float(state["step"]), dtype=torch.float64)
+        tensors = [state["exp_avg"], state["exp_avg_sq"], step]
+        rule = Rule(optimizer, group, parameter, tensors, _clipped_adam(dict(group)), True, group["lrd"])
+    else:
+        raise Unsupported("only Adam, AdamW, ClippedAdam and SGD are")
+    rule.frozen = _settings(group)
+    if clip:
+        rule.update = _clipped(rule.update, clip)
+    return rule
+
+
+def _settings(group: dict[str, Any]) -> Settings:
+    return {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+
+
+def _adam(of: Settings, decoupled: bool) -> Update:
+    (beta1, beta2), eps, decay = of["betas"], of["eps"], of["weight_decay"]
+
+    def update(p: Tensor, g: Tensor, state: list[Tensor], lr: Tensor) -> tuple[Tensor, list[Tensor]]:
+        step, mean, square, *largest = state
+        g = -g if of["maximize"] else g
+        step = step + 1
+        if decay != 0 and decoupled:
+            p = p * (1 - lr * decay).to(p.dtype)
+        elif decay != 0:
+            g = g.add(p, alpha=decay)
+        mean = torch.lerp(mean, g, 1 - beta1)
+        square = (square * beta2).addcmul(g, g, value=1 - beta2)
+        count = step.double()
+        size = -(lr / (1 - beta1**count))
+        root = torch.sqrt(1 - beta2**count)
+        if largest:
+            largest = [torch.maximum(largest[0], square)]
+        denominator = (largest[0] if largest else square).sqrt() / root.to(p.dtype) + eps
+        return _addcdiv(p, mean, denominator, size), [step, mean, square, *largest]
+
+    return update
+
+
+def _sgd(of: Settings) -> Update:
+    momentum, decay = of["momentum"], of["weight_decay"]
+
+    def update(p: Tensor, g: Tensor, state: list[Tensor], lr: Tensor) -> tuple[Tensor, list[Tensor]]:
+        g = -g if of["maximize"] else g
+        if decay != 0:
+            g = g.add(p, alpha=decay)
+        if momentum != 0:
+            buffer = (state[0] * momentum).add(g, alpha=1 - of["dampening"])
+            g = g.add(buffer, alpha=momentum) if of["nesterov"] else buffer
+            state = [buffer]
+        return p - lr.to(p.dtype) * g, state
+
+    return update
+
+
+def _clipped_adam(of: Settings) -> Update:
+    (beta1, beta2), eps, decay, bound = of["betas"], of["eps"], of["weight_decay"], of["clip_norm"]
+
+    def update(p: Tensor, g: Tensor, state: list[Tensor], lr: Tensor) -> tuple[Tensor, list[Tensor]]:
+        mean, square, count = state
+        g = g.clamp(-bound, bound)
+        count = count + 1
+        if decay != 0:
+            g = g.add(p, alpha=decay)
+        mean = (mean * beta1).add(g, alpha=1 - beta1)
+        square = (square * beta2).addcmul(g, g, value=1 - beta2)
+        size = -(lr * torch.sqrt(1 - beta2**count) / (1 - beta1**count))
+        return _addcdiv(p, mean, square.sqrt() + eps, size), [mean, square, count]
+
+    return update
+
+
+def _addcdiv(p: Tensor, numerator: Tensor, denominator: Tensor, value: Tensor) -> Tensor:
+    """``torch.addcdiv``, which takes no tensor for ``value``."""
+    return p + value.to(p.dtype) * numerator / denominator
+
+
+def _clipped(update: Update, clip: Settings) -> Update:
+    """Clip the gradient first, as ``PyroOptim`` does with its ``clip_args``."""
+
+    def clipped(p: Tensor, g: Tensor, state: list[Tensor], lr: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if clip.get("clip_norm") is not None:
+            norm = torch.linalg.vector_norm(g, 2.0)
+            g = g * torch.clamp(clip["clip_norm"] / (norm + 1e-6), max=1.0)
+        if clip.get("clip_value") is not None:
+            g = g.clamp(-clip["clip_value"], clip["clip_value"])
+        return update(p, g, state, lr)
+
+    return clipped

@@ -1,0 +1,931 @@
+"""A compiled step is Pyro's step: the same loss, parameters and optimizer state; and what cannot be compiled is refused."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGaussian,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoStructured,
+)
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from scipy.stats import ks_2samp
+from torch import Tensor, nn
+
+from pyro_elbo_ext import (
+    ChiUpperBound,
+    CompiledSVI,
+    DecomposedELBO,
+    History,
+    ImportanceWeightedELBO,
+    RenyiELBO,
+    ThermodynamicELBO,
+)
+from pyro_elbo_ext.compile import CannotCompile
+from tests.oracles import PROBLEMS, Problem
+
+Program = Callable[..., Any]
+STEPS = 5
+
+Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def eight_schools(y: Tensor, sigma: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(5.0)))
+    with pyro.plate("schools", 8):
+        z = pyro.sample("z", dist.Normal(y.new_tensor(0.0), 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+
+class Fit(NamedTuple):
+    losses: list[float]
+    parameters: dict[str, Tensor]
+    state: dict[str, Any]
+    svi: Any
+
+
+def train(
+    make: Callable[..., Any],
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    *,
+    loss: Any = None,
+    optim: Any = None,
+    steps: int = STEPS,
+    after: Callable[[Any], None] | None = None,
+    run: bool = False,
+) -> Fit:
+    """Train from a fresh param store and a fixed seed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    optim = optim or pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
+    svi = make(model, guide, optim, loss if loss is not None else Trace_ELBO())
+    losses = []
+    if run:
+        losses = svi.run(steps, *args, progress=False).tolist()
+    else:
+        for _ in range(steps):
+            losses.append(svi.step(*args))
+            if after is not None:
+                after(optim)
+    parameters = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+    return Fit(losses, parameters, svi.optim.get_state(), svi)
+
+
+def by_operator(*args: Any, **options: Any) -> CompiledSVI:
+    """The graph without a compiler: the same operators as Pyro's, so the same numbers."""
+    return CompiledSVI(*args, backend="eager", **options)
+
+
+def assert_equal(ours: Fit, theirs: Fit, tolerance: float = 0.0) -> None:
+    assert ours.losses == pytest.approx(theirs.losses, rel=tolerance, abs=tolerance)
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name, value in theirs.parameters.items():
+        torch.testing.assert_close(
+            ours.parameters[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert_same_state(ours.state, theirs.state, tolerance)
+
+
+def assert_same_state(ours: Any, theirs: Any, tolerance: float) -> None:
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert_same_state(ours[key], theirs[key], tolerance)
+    elif isinstance(theirs, list):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_state(one, other, tolerance)
+    else:
+        assert ours == theirs
+
+
+def compare(model: Program, guide: Callable[[], Program], args: tuple[Any, ...], **options: Any) -> None:
+    """Compare with Pyro's SVI, step by step and through ``run``, to the last digit unless sums have another order."""
+    tolerance = options.pop("tolerance", 0.0)
+    loss = options.pop("loss", Trace_ELBO)
+    make_optim = options.pop("optim", lambda: None)
+    theirs = train(SVI, model, guide(), args, loss=loss(), optim=make_optim(), **options)
+    ours = train(by_operator, model, guide(), args, loss=loss(), optim=make_optim(), **options)
+    assert ours.svi.eager_reason is None
+    assert_equal(ours, theirs, tolerance)
+    if "after" not in options:
+        many = train(by_operator, model, guide(), args, loss=loss(), optim=make_optim(), run=True, **options)
+        assert_equal(many, theirs, tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs
+
+
+def vectors() -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    s = pyro.sample("s", dist.Gamma(2.0, 2.0))
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    c = pyro.sample("c", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    with pyro.plate("data", 5):
+        pyro.sample("x", dist.Normal((w * p).sum() + c.sum(), s), obs=torch.arange(5.0))
+
+
+def lkj(x: Tensor) -> None:
+    corr = pyro.sample("corr", dist.LKJCholesky(2, torch.tensor(1.0)))
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale.unsqueeze(-1) * corr), obs=x)
+
+
+def gaussian_process(x: Tensor, y: Tensor) -> None:
+    length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
+    noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))
+    kernel = torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2) + (noise + 1e-3) * torch.eye(len(x))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), kernel), obs=y)
+
+
+def mixture(x: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 0.0, 1.0]), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, 1.0)), obs=x)
+
+
+def subsampled(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y), subsample_size=3) as index:
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+
+def nested_plates() -> None:
+    with pyro.plate("rows", 3, dim=-2):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("columns", 4, dim=-1), poutine.scale(scale=2.0):
+            b = pyro.sample("b", dist.Normal(a, 1.0).expand([3, 4]).mask(torch.rand(3, 4) < 0.7))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=torch.ones(3, 4), obs_mask=torch.arange(12).reshape(3, 4) % 3 > 0)
+    pyro.factor("penalty", -a.square().sum())
+
+
+def state_space(y: Tensor) -> None:
+    drift = pyro.sample("drift", dist.LogNormal(-1.0, 0.5))
+    state: Any = 0.0
+    for t in pyro.markov(range(len(y))):
+        state = pyro.sample(f"state_{t}", dist.Normal(state, drift))
+        pyro.sample(f"y_{t}", dist.Normal(state, 1.0), obs=y[t])
+
+
+PROGRAMS: dict[str, tuple[Program, Callable[[Program], Program], tuple[Tensor, ...]]] = {
+    "eight_schools-Normal": (eight_schools, AutoNormal, (Y, SIGMA)),
+    "eight_schools-MultivariateNormal": (eight_schools, AutoMultivariateNormal, (Y, SIGMA)),
+    "eight_schools-LowRank": (eight_schools, AutoLowRankMultivariateNormal, (Y, SIGMA)),
+    "eight_schools-Delta": (eight_schools, AutoDelta, (Y, SIGMA)),
+    "eight_schools-Structured": (eight_schools, AutoStructured, (Y, SIGMA)),
+    "eight_schools-Gaussian": (eight_schools, AutoGaussian, (Y, SIGMA)),
+    "gaussian_process-Messenger": (gaussian_process, AutoNormalMessenger, (torch.linspace(0, 1, 7), torch.ones(7))),
+    "vectors-DiagonalNormal": (vectors, AutoDiagonalNormal, ()),
+    "lkj-IAF": (lkj, AutoIAFNormal, (torch.arange(12.0).reshape(6, 2).sin(),)),
+    "lkj-MultivariateNormal": (lkj, AutoMultivariateNormal, (torch.arange(12.0).reshape(6, 2).sin(),)),
+    "gaussian_process-Normal": (gaussian_process, AutoNormal, (torch.linspace(0, 1, 7), torch.linspace(0, 1, 7).sin())),
+    "mixture-Normal": (mixture, AutoNormal, (torch.linspace(-2, 2, 9),)),
+    "subsampled-Normal": (subsampled, AutoNormal, (torch.linspace(-2, 2, 9),)),
+    "nested_plates-Normal": (nested_plates, AutoNormal, ()),
+    "state_space-Normal": (state_space, AutoNormal, (torch.linspace(-1, 1, 5),)),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_steps_equal_pyro(name: str) -> None:
+    model, guide, args = PROGRAMS[name]
+    compare(model, lambda: guide(model), args)
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if "auxiliary" not in p.name], ids=str)
+def test_hand_written_guides_equal_pyro(problem: Problem) -> None:
+    compare(problem.model, lambda: problem.guide, (), loss=lambda: Trace_ELBO(num_particles=2), steps=3, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
+def test_float64(autoguide: Any) -> None:
+    torch.set_default_dtype(torch.float64)
+    compare(eight_schools, lambda: autoguide(eight_schools), (Y.double(), SIGMA.double()))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.register_buffer("offset", torch.full((6,), 0.1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z) + self.offset  # type: ignore[no-any-return]
+
+
+def autoencoder() -> tuple[Program, Program, Decoder]:
+    torch.manual_seed(0)
+    decoder, encoder = Decoder(), nn.Linear(6, 4)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        loc, log_scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide, decoder
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO, DecomposedELBO])
+def test_modules_are_trained(loss: Any) -> None:
+    x = (torch.arange(42).reshape(7, 6) % 3 == 0).float()
+    fits = []
+    for make in (SVI, by_operator):
+        model, guide, decoder = autoencoder()
+        before = decoder.net[0].weight.detach().clone()  # type: ignore[union-attr]
+        fits.append(train(make, model, guide, (x,), loss=loss()))
+        assert not torch.equal(decoder.net[0].weight, before)  # type: ignore[union-attr,arg-type]
+        assert torch.equal(decoder.net[0].weight, fits[-1].parameters["decoder$$$net.0.weight"])  # type: ignore[union-attr,arg-type]
+    assert_equal(fits[1], fits[0])
+
+
+class Regression(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](3, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        self.log_scale = PyroParam(torch.tensor(0.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        mean = self.linear(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, self.log_scale.exp()), obs=y)
+
+
+def test_pyro_modules() -> None:
+    x, y = torch.arange(15.0).reshape(5, 3).sin(), torch.arange(5.0)
+    fits = []
+    for make in (SVI, by_operator):
+        torch.manual_seed(0)
+        model = Regression()
+        fits.append(train(make, model, AutoNormal(model), (x, y)))
+        assert torch.equal(model.log_scale, fits[-1].parameters["log_scale"])
+    assert_equal(fits[1], fits[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "Trace_ELBO-3": lambda: Trace_ELBO(num_particles=3),
+    "Trace_ELBO-vectorized": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "DecomposedELBO": DecomposedELBO,
+    "DecomposedELBO-sampled": lambda: DecomposedELBO(num_particles=2, kl="sampled"),
+    "DecomposedELBO-vmap": lambda: DecomposedELBO(num_particles=3, vectorize_particles="vmap"),
+    "DecomposedELBO-annealed": lambda: DecomposedELBO(kl_weight=lambda step: min(1.0, 0.1 * (step + 1))),
+    "DecomposedELBO-annealed-sampled": lambda: DecomposedELBO(kl="sampled", kl_weight=lambda step: 1 / (1 + step)),
+    "DecomposedELBO-sticking": lambda: DecomposedELBO(gradient="doubly_reparameterized", kl_weight=0.5),
+    "DecomposedELBO-vargrad": lambda: DecomposedELBO(num_particles=3, gradient="vargrad"),
+    "ImportanceWeightedELBO": lambda: ImportanceWeightedELBO(3),
+    "ImportanceWeightedELBO-vmap": lambda: ImportanceWeightedELBO(3, vectorize_particles="vmap"),
+    "ImportanceWeightedELBO-dreg": lambda: ImportanceWeightedELBO(3, gradient="doubly_reparameterized"),
+    "RenyiELBO": lambda: RenyiELBO(0.5, 3),
+    "ChiUpperBound": lambda: ChiUpperBound(2, 3),
+    "ThermodynamicELBO": lambda: ThermodynamicELBO(num_particles=3),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("run", [False, True], ids=["step", "run"])
+def test_losses_equal_eager_and_are_recorded(name: str, run: bool) -> None:
+    results = []
+    for make in (SVI, by_operator):
+        loss = LOSSES[name]()
+        fit = train(make, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=loss, run=run and make is not SVI)
+        results.append((fit, getattr(loss, "history", None), loss))
+    (theirs, history, _), (ours, own_history, loss) = results
+    assert_equal(ours, theirs, 1e-5)
+    if history is None:
+        return
+    assert loss.last is None
+    assert loss.num_steps == STEPS
+    expected, recorded = history.to_dataframe(), own_history.to_dataframe()
+    assert list(recorded.columns) == list(expected.columns)
+    for column in expected:
+        if expected[column].dtype == np.float64:
+            np.testing.assert_allclose(recorded[column], expected[column], rtol=2e-6, atol=2e-6, err_msg=column)
+        else:
+            assert recorded[column].equals(expected[column]), column
+    assert own_history.to_dataframe(by="step").objective.tolist() == pytest.approx(
+        history.to_dataframe(by="step").objective.tolist(), rel=2e-6
+    )
+
+
+def test_evaluate_loss() -> None:
+    for loss in (Trace_ELBO(), DecomposedELBO()):
+        fit = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=loss)
+        eager = SVI(eight_schools, fit.svi.guide, fit.svi.optim, loss)
+        for _ in range(2):
+            pyro.set_rng_seed(3)
+            ours = fit.svi.evaluate_loss(Y, SIGMA)
+            pyro.set_rng_seed(3)
+            assert ours == pytest.approx(eager.evaluate_loss(Y, SIGMA), rel=1e-6)
+        if isinstance(loss, DecomposedELBO):
+            assert loss.history is not None
+            assert loss.history.num_recorded == STEPS
+
+
+def test_evaluate_loss_comes_first() -> None:
+    svi = by_operator(eight_schools, AutoNormal(eight_schools), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())  # type: ignore[attr-defined]
+    assert math.isfinite(svi.evaluate_loss(Y, SIGMA))
+    before = [p.detach().clone() for p in pyro.get_param_store()._params.values()]
+    assert math.isfinite(svi.evaluate_loss(Y, SIGMA))
+    assert all(torch.equal(p, b) for p, b in zip(pyro.get_param_store()._params.values(), before, strict=True))
+    svi.step(Y, SIGMA)
+    svi.step(Y, SIGMA)
+    assert svi.eager_reason is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def per_parameter(name: str) -> dict[str, float]:
+    return {"lr": 0.1 if "locs" in name else 0.001}
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.01, "weight_decay": 0.1}),  # type: ignore[attr-defined]
+    "Adam-amsgrad": lambda: pyro.optim.Adam({"lr": 0.01, "amsgrad": True, "betas": (0.95, 0.9)}),  # type: ignore[attr-defined]
+    "Adam-per-parameter": lambda: pyro.optim.Adam(per_parameter),  # type: ignore[attr-defined]
+    "Adam-clip": lambda: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.5, "clip_value": 0.4}),  # type: ignore[attr-defined]
+    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.01, "weight_decay": 0.1}),  # type: ignore[attr-defined]
+    "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9, "clip_norm": 0.5, "weight_decay": 0.1}),
+    "SGD": lambda: pyro.optim.SGD({"lr": 1e-4}),  # type: ignore[attr-defined]
+    "SGD-momentum": lambda: pyro.optim.SGD({"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1}),  # type: ignore[attr-defined]
+    "SGD-nesterov": lambda: pyro.optim.SGD({"lr": 1e-4, "momentum": 0.9, "nesterov": True}),  # type: ignore[attr-defined]
+    "PyroOptim": lambda: pyro.optim.PyroOptim(torch.optim.Adam, {"lr": 0.01}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_equal_pyro(name: str) -> None:
+    tolerance = 1e-6 if "SGD" in name else 0.0  # Pyro's step is one fused multiplication and addition
+    compare(eight_schools, lambda: AutoNormal(eight_schools), (Y, SIGMA), optim=OPTIMIZERS[name], tolerance=tolerance)
+
+
+def test_scheduler() -> None:
+    def make() -> Any:
+        settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
+        return pyro.optim.ExponentialLR(settings)  # type: ignore[attr-defined]
+
+    compare(eight_schools, lambda: AutoNormal(eight_schools), (Y, SIGMA), optim=make, after=lambda optim: optim.step())
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "OneCycleLR"])
+def test_other_optimizers_run_on_compiled_gradients(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> Any:
+        if name == "RMSprop":
+            return pyro.optim.RMSprop({"lr": 0.01})  # type: ignore[attr-defined]
+        settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "max_lr": 0.2, "total_steps": 20}
+        return pyro.optim.OneCycleLR(settings)  # type: ignore[attr-defined]
+
+    after = (lambda optim: optim.step()) if name == "OneCycleLR" else None
+    guide = AutoNormal(eight_schools)
+    theirs = train(SVI, eight_schools, guide, (Y, SIGMA), optim=make(), after=after)
+    with caplog.at_level(logging.INFO, "pyro_elbo_ext"):
+        ours = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), optim=make(), after=after)
+    assert_equal(ours, theirs)
+    assert ours.svi.eager_reason is None
+    assert "not part of the graph" in ours.svi.optimizer_reason
+    assert caplog.text.count("on compiled gradients") == 1
+    for loss in (Trace_ELBO(), DecomposedELBO()):
+        many = train(
+            by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), optim=make(), loss=loss, run=True
+        )
+        assert len(many.losses) == STEPS
+
+
+def test_torch_optimizer() -> None:
+    def fit(make: Callable[..., Any]) -> Fit:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        guide = AutoNormal(eight_schools)
+        guide(Y, SIGMA)
+        if make is SVI:
+            return train(SVI, eight_schools, guide, (Y, SIGMA))
+        pyro.set_rng_seed(1)
+        optim = torch.optim.Adam(guide.parameters(), lr=0.01)
+        svi = by_operator(eight_schools, guide, optim, Trace_ELBO())
+        losses = [svi.step(Y, SIGMA) for _ in range(STEPS)]
+        assert svi.optimizer_reason is None
+        assert optim.state[next(iter(guide.parameters()))]["step"] == STEPS
+        values = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+        return Fit(losses, values, {}, svi)
+
+    assert_equal(fit(by_operator), fit(SVI)._replace(state={}))
+
+
+@pytest.mark.parametrize("name", ["Adam", "ClippedAdam", "SGD-momentum"])
+def test_state_is_saved_and_resumed(name: str) -> None:
+    whole = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), optim=OPTIMIZERS[name](), steps=8)
+    first = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), optim=OPTIMIZERS[name](), steps=4)
+    random_state = torch.get_rng_state()
+    store, state = io.BytesIO(), io.BytesIO()
+    torch.save(pyro.get_param_store().get_state(), store)
+    torch.save(first.state, state)
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(torch.load(io.BytesIO(store.getvalue()), weights_only=False))
+    optim = OPTIMIZERS[name]()
+    optim.set_state(torch.load(io.BytesIO(state.getvalue()), weights_only=False))
+    svi = by_operator(eight_schools, first.svi.guide, optim, Trace_ELBO())
+    torch.set_rng_state(random_state)
+    losses = [svi.step(Y, SIGMA) for _ in range(4)]
+    values = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+    tolerance = 1e-6 if "SGD" in name else 0.0
+    assert_equal(Fit(first.losses + losses, values, optim.get_state(), svi), whole, tolerance)
+
+
+def test_replaced_optimizer_state_is_used() -> None:
+    fit = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA))
+    for p, optimizer in fit.svi.optim.optim_objs.items():
+        state = optimizer.state_dict()
+        state["state"][0] = {**state["state"][0], "exp_avg": torch.full_like(p, 1e6)}
+        optimizer.load_state_dict(state)
+    before = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+    fit.svi.step(Y, SIGMA)
+    for name, p in pyro.get_param_store()._params.items():
+        assert (before[name] - p).min() > 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing is baked into the graph
+
+
+def compiled_eight_schools(**options: Any) -> CompiledSVI:
+    svi: CompiledSVI = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=2, **options).svi
+    return svi
+
+
+def loss_of(svi: Any, *args: Any, seed: int = 5) -> float:
+    """To six digits: Pyro adds up float32 numbers here, the graph float64."""
+    pyro.set_rng_seed(seed)
+    return float(f"{svi.evaluate_loss(*args):.6g}")
+
+
+def test_data_random_numbers_and_parameters_are_inputs() -> None:
+    svi = compiled_eight_schools()
+    eager = SVI(svi.model, svi.guide, svi.optim, Trace_ELBO())
+    base = loss_of(svi, Y, SIGMA)
+    assert loss_of(svi, Y, SIGMA) == base == loss_of(eager, Y, SIGMA)
+    other = Y + 1
+    assert loss_of(svi, other, SIGMA) == loss_of(eager, other, SIGMA) != base
+    assert loss_of(svi, Y, SIGMA, seed=6) == loss_of(eager, Y, SIGMA, seed=6) != base
+    changed = Y.clone()
+    assert loss_of(svi, changed, SIGMA) == base
+    changed[0] = 0.0  # the same object
+    assert loss_of(svi, changed, SIGMA) == loss_of(eager, changed, SIGMA) != base
+    with torch.no_grad():
+        next(iter(pyro.get_param_store()._params.values())).add_(1.0)
+    assert loss_of(svi, Y, SIGMA) == loss_of(eager, Y, SIGMA) != base
+    assert len(svi._programs) == 1
+
+
+def test_tensors_from_outside_are_inputs() -> None:
+    y = Y.clone()
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    svi = train(by_operator, model, AutoNormal(model), ()).svi
+    base = loss_of(svi)
+    y.add_(1.0)
+    assert loss_of(svi) == loss_of(SVI(model, svi.guide, svi.optim, Trace_ELBO())) != base
+    pyro.set_rng_seed(0)
+    assert svi.step() == pytest.approx(loss_of(SVI(model, svi.guide, svi.optim, Trace_ELBO()), seed=0), rel=0.1)
+
+
+def test_argument_that_the_program_also_reads_from_outside() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(mu, SIGMA), obs=y)
+
+    svi = train(by_operator, model, AutoNormal(model), (SIGMA,)).svi
+    eager = SVI(model, svi.guide, svi.optim, Trace_ELBO())
+    assert loss_of(svi, Y) == loss_of(eager, Y)
+    svi = train(by_operator, eight_schools, AutoNormal(eight_schools), (SIGMA, SIGMA)).svi
+    eager = SVI(eight_schools, svi.guide, svi.optim, Trace_ELBO())
+    assert loss_of(svi, Y, SIGMA) == loss_of(eager, Y, SIGMA)
+
+
+def test_buffers_are_inputs() -> None:
+    model, guide, decoder = autoencoder()
+    x = torch.ones(3, 6)
+    svi = train(by_operator, model, guide, (x,)).svi
+    base = loss_of(svi, x)
+    decoder.offset.add_(1.0)
+    assert loss_of(svi, x) == loss_of(SVI(model, guide, svi.optim, Trace_ELBO()), x) != base
+
+
+def test_training_mode_of_modules() -> None:
+    net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+    def model(y: Tensor) -> None:
+        pyro.module("net", net)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(net(mu.reshape(1)), 10.0), obs=y)
+
+    svi = train(by_operator, model, AutoNormal(model), (Y,)).svi
+    eager = SVI(model, svi.guide, svi.optim, Trace_ELBO())
+    training = loss_of(svi, Y)
+    net.eval()
+    for _ in range(2):
+        assert loss_of(svi, Y) == loss_of(eager, Y) != training
+    net.train()
+    assert loss_of(svi, Y) == training
+
+
+def test_no_tensor_is_left_in_the_graph() -> None:
+    svi = train(by_operator, lkj, AutoIAFNormal(lkj), (torch.eye(2),)).svi
+    (program,) = svi._programs.values()
+    assert not [node for node in program._capture.graph.graph.nodes if node.op == "get_attr"]
+    assert not list(program._capture.graph.parameters())
+    assert all(program.reached)
+
+
+def test_cleared_param_store_begins_anew() -> None:
+    fit = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA))
+    for name, value in fit.parameters.items():
+        if name.endswith("locs.mu"):
+            pyro.get_param_store()[name] = torch.full_like(value, 50.0)
+    pyro.set_rng_seed(0)
+    eager = SVI(eight_schools, fit.svi.guide, fit.svi.optim, Trace_ELBO())
+    expected = loss_of(eager, Y, SIGMA)
+    assert loss_of(fit.svi, Y, SIGMA) == expected > fit.losses[0] + 50
+    fit.svi.step(Y, SIGMA)
+    fit.svi.step(Y, SIGMA)
+    for name in fit.parameters:
+        if name.endswith("locs.mu"):
+            assert (pyro.get_param_store()[name] > 49.0).all()
+
+
+def test_what_reads_the_parameters_sees_them() -> None:
+    fit = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=40)
+    theirs = train(SVI, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=40)
+    medians = theirs.svi.guide.median(Y, SIGMA)
+    fit = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=40)
+    for name, value in fit.svi.guide.median(Y, SIGMA).items():
+        torch.testing.assert_close(value, medians[name], rtol=0, atol=0)
+    draws = Predictive(eight_schools, guide=fit.svi.guide, num_samples=3)(Y, SIGMA)
+    assert draws["z"].shape[0] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def test_mini_batches_and_new_shapes(caplog: pytest.LogCaptureFixture) -> None:
+    data = torch.linspace(-1, 3, 20)
+
+    def model(batch: Tensor, scale: float = 1.0) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", 20, subsample=batch):
+            pyro.sample("y", dist.Normal(mu, scale), obs=batch)
+
+    def fit(make: Callable[..., Any]) -> Fit:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())  # type: ignore[attr-defined]
+        losses = [svi.step(batch) for _ in range(2) for batch in data.split(6)]
+        losses += [svi.step(data[:6], scale=scale) for scale in (2.0, 2.0, 3.0)]
+        losses += [svi.step(data[::3])]
+        values = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+        return Fit(losses, values, svi.optim.get_state(), svi)
+
+    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
+        ours = fit(by_operator)
+    assert_equal(ours, fit(SVI))
+    assert len(ours.svi._programs) == 5  # 6 and 2 rows, two more scales, another stride
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
+        for size in range(7, 11):
+            ours.svi.step(data[:size])
+    assert "9 kinds of arguments" in caplog.text
+
+
+def test_tensors_in_containers_and_keywords() -> None:
+    def model(data: dict[str, list[Tensor]], *, flag: bool) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        y, scale = data["both"]
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(mu, scale if flag else 2 * scale), obs=y)
+
+    def fit(make: Callable[..., Any]) -> Fit:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())  # type: ignore[attr-defined]
+        held = {"both": [Y, SIGMA]}
+        losses = [svi.step(held, flag=flag) for flag in (True, True, False, False, True)]
+        held["both"][0] = Y + 5  # the same container
+        losses += [svi.step(held, flag=True)]
+        values = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+        return Fit(losses, values, svi.optim.get_state(), svi)
+
+    ours = fit(by_operator)
+    assert_equal(ours, fit(SVI))
+    assert len(ours.svi._programs) == 2
+
+
+def test_subsamples_are_drawn_anew() -> None:
+    svi = train(by_operator, subsampled, AutoDelta(subsampled), (torch.arange(9.0),)).svi
+    assert len({svi.evaluate_loss(torch.arange(9.0)) for _ in range(10)}) > 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be compiled
+
+
+def reads_item() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z.item(), 1.0), obs=torch.tensor(0.0))
+
+
+def branches() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    loc = z if z > 0 else -z
+    pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor(0.0))
+
+
+def reads_data(y: Tensor = Y) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", int(y.max()) if y is not Y else 8):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(8))
+
+
+def varies() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if z.detach().numpy() > 0:
+        pyro.sample("positive", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+
+def leaves_torch() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(torch.tensor(np.sin(z.detach().numpy())), 1.0), obs=torch.tensor(0.0))
+
+
+def draws_in_numpy() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z + float(np.random.normal()), 1.0), obs=torch.tensor(0.0))  # noqa: NPY002
+
+
+def normal_guide() -> None:
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+REFUSED = {
+    reads_item: r"reads the value .* at test_compile.py:\d+: `pyro.sample\(\"x\", dist.Normal\(z.item\(\)",
+    branches: r"reads the value .* at test_compile.py:\d+: `loc = z if z > 0 else -z`",
+    varies: "site 'positive' of the model is in one run and not in another",
+    leaves_torch: "is not the program's own under the same seed",
+    draws_in_numpy: "is not the program's own under the same seed",
+}
+
+
+@pytest.mark.parametrize("model", REFUSED, ids=lambda model: model.__name__)
+@pytest.mark.filterwarnings("ignore:.*were in guide but not model.*")
+def test_programs_that_are_not_static(model: Program, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CannotCompile, match=REFUSED[model]):
+        train(by_operator, model, normal_guide, ())
+    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
+        ours = train(lambda *args: by_operator(*args, fallback=True), model, normal_guide, ())
+    theirs = train(SVI, model, normal_guide, ())
+    assert_equal(ours, theirs)
+    assert ours.svi.eager_reason in caplog.text
+    assert caplog.text.count("uncompiled") == 1
+    many = train(lambda *args: by_operator(*args, fallback=True), model, normal_guide, (), run=True)
+    assert_equal(many, theirs)
+
+
+def test_reading_an_argument() -> None:
+    def model(size: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", int(size)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(int(size)))
+
+    def guide(size: Tensor) -> None:
+        normal_guide()
+
+    with pytest.raises(CannotCompile, match=r"test_compile.py:\d+: `with pyro.plate\(\"data\", int\(size\)\)"):
+        train(by_operator, model, guide, (torch.tensor(3),))
+
+
+def test_refusal_is_repeated_without_a_step() -> None:
+    svi = by_operator(reads_item, normal_guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())  # type: ignore[attr-defined]
+    with pytest.raises(CannotCompile):
+        svi.step()
+    after = pyro.param("loc").item()
+    with pytest.raises(CannotCompile, match="reads the value"):
+        svi.step()
+    assert pyro.param("loc").item() == after
+
+
+def test_unregistered_parameters() -> None:
+    net = nn.Linear(1, 1)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(net(z.reshape(1)), 1.0).to_event(1), obs=torch.zeros(1))
+
+    with pytest.raises(CannotCompile, match=r"never train it: .*net\.(weight|bias) \(Linear\)"):
+        train(by_operator, model, normal_guide, ())
+    net.requires_grad_(False)
+    compare(model, lambda: normal_guide, ())
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"), [(np.zeros(2), "ndarray"), ([{1, 2}], "set"), (torch.eye(2).to_sparse(), "layout")]
+)
+def test_arguments_that_cannot_be_inputs(argument: Any, name: str) -> None:
+    def model(_: Any) -> None:
+        branchless()
+
+    def branchless() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    def guide(_: Any) -> None:
+        normal_guide()
+
+    with pytest.raises(CannotCompile, match=name):
+        train(by_operator, model, guide, (argument,))
+    ours = train(lambda *args: by_operator(*args, fallback=True), model, guide, (argument,))
+    assert_equal(ours, train(SVI, model, guide, (argument,)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (TraceEnum_ELBO(), "TraceEnum_ELBO cannot be compiled"),
+        (lambda model, guide: torch.tensor(0.0), "cannot be compiled"),
+        (DecomposedELBO(history=History(gradient_snr="steps")), "gradient_snr='steps'"),
+    ],
+)
+def test_losses_that_cannot_be_compiled(loss: Any, match: str) -> None:
+    optim = pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
+    guide = AutoNormal(eight_schools)
+    with pytest.raises(CannotCompile, match=match):
+        CompiledSVI(eight_schools, guide, optim, loss)
+    svi = CompiledSVI(eight_schools, guide, optim, loss, fallback=True)
+    assert svi.eager_reason is not None
+    if isinstance(loss, DecomposedELBO):
+        svi.run(3, Y, SIGMA, progress=False)
+        assert loss.history is not None
+        assert loss.history.num_recorded == 3
+
+
+def test_other_arguments_out_of_range() -> None:
+    optim = pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
+    with pytest.raises(CannotCompile, match="loss_and_grads"):
+        CompiledSVI(eight_schools, eight_schools, optim, Trace_ELBO(), lambda *args: 0.0)
+    with pytest.raises(ValueError, match="steps_per_call"):
+        CompiledSVI(eight_schools, eight_schools, optim, Trace_ELBO(), steps_per_call=0)
+    with pytest.raises(ValueError, match="num_steps"):
+        by_operator(eight_schools, AutoNormal(eight_schools), optim, Trace_ELBO()).run(-1, Y, SIGMA)
+    with pytest.raises(ValueError, match="PyroOptim"):
+        CompiledSVI(eight_schools, eight_schools, torch.optim.Adam, Trace_ELBO())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses that are not finite
+
+
+def fragile(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_objectives_stop_at_a_loss_that_is_not_finite(run: bool) -> None:
+    loss = DecomposedELBO()
+    data = Y.clone()
+    fit = train(by_operator, fragile, AutoNormal(fragile), (data,), loss=loss)
+    data[0] = torch.nan
+    call = (lambda: fit.svi.run(6, data, progress=False)) if run else (lambda: fit.svi.step(data))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"site 'y' \(observed\) has log_p = nan at step 5"):
+            call()
+    for name, value in fit.parameters.items():
+        assert torch.equal(pyro.get_param_store()._params[name], value)
+    assert loss.num_steps == STEPS
+    data[0] = 1.0
+    call()
+    assert loss.num_steps == STEPS + (6 if run else 1)
+    assert loss.history is not None
+    assert loss.history.num_recorded == loss.num_steps
+
+
+def test_pyros_losses_warn_as_in_pyro() -> None:
+    data = Y.clone()
+    fit = train(by_operator, fragile, AutoNormal(fragile), (data,))
+    data[0] = torch.nan
+    with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+        assert math.isnan(fit.svi.step(data))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run
+
+
+def test_run_takes_any_number_of_steps() -> None:
+    for steps in (0, 1, 2, 7):
+        many = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=steps, run=True)
+        assert len(many.losses) == steps
+        theirs = train(SVI, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=steps)
+        assert_equal(many, theirs)
+
+
+def test_interrupted_run_keeps_what_is_done() -> None:
+    loss = DecomposedELBO()
+    svi = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=loss, run=True).svi
+    (program,) = svi._programs.values()
+    take, calls = program.take, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return take(*args)
+
+    program.take = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        svi.run(100, Y, SIGMA, progress=False)
+    assert loss.num_steps == STEPS + 2 * 4
+    assert loss.history is not None
+    assert loss.history.num_recorded == loss.num_steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Machine code
+
+
+def by_inductor(*args: Any, **options: Any) -> CompiledSVI:
+    return CompiledSVI(*args, same_draws=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [Trace_ELBO, DecomposedELBO])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_machine_code_equals_pyro(loss: Any, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    args = Y.to(dtype), SIGMA.to(dtype)
+    theirs = train(SVI, eight_schools, AutoNormal(eight_schools), args, loss=loss())
+    ours = train(by_inductor, eight_schools, AutoNormal(eight_schools), args, loss=loss())
+    assert_equal(ours, theirs, 1e-5 if dtype is torch.float32 else 1e-12)
+    assert ours.svi.compile_time > 0.0
+
+
+@pytest.mark.slow
+def test_machine_code_draws_its_own_numbers() -> None:
+    def make(*args: Any) -> CompiledSVI:
+        return CompiledSVI(*args, steps_per_call=2)
+
+    first, second = (
+        train(make, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=DecomposedELBO(), steps=401, run=True)
+        for _ in range(2)
+    )
+    assert_equal(first, second)  # reproducible from the seed
+    assert len(set(first.losses)) == 401
+    svi = first.svi
+    ours = np.array([svi.evaluate_loss(Y, SIGMA) for _ in range(2000)])
+    eager = SVI(eight_schools, svi.guide, svi.optim, DecomposedELBO())
+    theirs = np.array([eager.evaluate_loss(Y, SIGMA) for _ in range(400)])
+    assert ks_2samp(ours, theirs).pvalue > 0.01
