@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import dis
 import os
-import sys
 from collections.abc import Callable
-from types import BuiltinFunctionType, FrameType, FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -82,8 +80,8 @@ class NativeDensity:
     """
 
     def __init__(self, compiled: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
-        code, names, inputs = _generated(compiled, x)
-        calls, (value, gradient), buffers = _record(code, names, list(inputs))
+        generated, inputs = _generated(compiled, x)
+        calls, (value, gradient), buffers = _record(generated, list(inputs))
         if value.dtype != torch.float64 or gradient.dtype != torch.float64 or not gradient.is_contiguous():
             raise NotNative("its results are not float64")
         starts = np.cumsum([0, *(-(-buffer.untyped_storage().nbytes() // ALIGN) * ALIGN for buffer in buffers)])
@@ -148,32 +146,58 @@ class NativeDensity:
 
 def _generated(
     compiled: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
-) -> tuple[Any, dict[str, Any], tuple[Tensor, ...]]:
-    """The Python function that Inductor wrote, its globals, and what it was called with."""
-    found: list[tuple[Any, dict[str, Any], tuple[Tensor, ...]]] = []
+) -> tuple[FunctionType, tuple[Tensor, ...]]:
+    """The Python function that Inductor wrote, and what it is called with at ``x``: point and constants of the graph."""
+    from torch._inductor.output_code import CompiledFxGraph  # slow to import
 
-    def watch(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_name == "call" and "empty_strided_cpu" in frame.f_globals:
-            found.append((frame.f_code, frame.f_globals, tuple(frame.f_locals["args"])))
+    graphs, todo, seen = [], [compiled], set()  # torch wraps the graph in closures
+    while todo:
+        function: Any = todo.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        if isinstance(function, CompiledFxGraph):
+            graphs.append(function)
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                todo.append(cell.cell_contents)
+            except ValueError:  # a cell that is not filled
+                continue
+    if len(graphs) != 1:
+        raise NotNative(f"it is {len(graphs)} graphs of Inductor")
+    (graph,) = graphs
+    generated: Any = graph.current_callable
+    found: list[tuple[Any, ...]] = []
 
-    before = sys.getprofile()
-    sys.setprofile(watch)
+    def watch(inputs: Any) -> Any:
+        found.append(tuple(inputs))
+        return generated(inputs)
+
+    graph.current_callable = watch
     try:
         with torch.no_grad():
             compiled(x)
     finally:
-        sys.setprofile(before)
-    if len(found) != 1 or not all(isinstance(value, Tensor) for value in found[0][2]):
+        graph.current_callable = generated
+    function = getattr(generated, "__func__", generated)
+    if not isinstance(function, FunctionType) or "empty_strided_cpu" not in function.__globals__:
+        raise NotNative("it is no generated function of Python")
+    if len(found) != 1 or not all(isinstance(value, Tensor) for value in found[0]):
         raise NotNative("it is not one function of tensors")
-    return found[0]
+    return function, found[0]
 
 
 def _record(
-    code: Any, names: dict[str, Any], inputs: list[Tensor]
+    generated: FunctionType, inputs: list[Tensor]
 ) -> tuple[list[tuple[Any, tuple[Tensor, ...]]], tuple[Tensor, ...], list[Tensor]]:
-    """Run the generated function; its calls of kernels with their tensors, its results, and the memory it allocated."""
+    """Run the generated function; its calls of kernels with their tensors, its results, and the memory it allocated.
+
+    It runs in a namespace of its own, since torch gives equal graphs one module. There, kernels and the allocation of
+    memory are written down, checks and views are as they were, and whatever else it reads is refused.
+    """
     calls: list[tuple[Any, tuple[Tensor, ...]]] = []
     buffers: list[Tensor] = []  # kept, so that no memory is used twice
+    names = generated.__globals__
 
     def allocate(*args: Any) -> Tensor:
         buffers.append(names["empty_strided_cpu"](*args))
@@ -188,31 +212,37 @@ def _record(
 
         return record
 
-    known: dict[str, Any] = {
-        "empty_strided_cpu": allocate,
-        "torch": _Dtypes(),
-        **{
-            name: names[name]
-            for name in ("assert_size_stride", "assert_alignment", "reinterpret_tensor")
-            if name in names
-        },
-    }
-    for name in {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"} - set(known):
-        kernel = names.get(name)
-        if not isinstance(kernel, BuiltinFunctionType) or kernel.__name__ != "kernel":
-            raise NotNative(f"it calls {name}")
-        known[name] = recorder(kernel)
-    function = FunctionType(code, {**known, "__builtins__": {}})
-    with torch.no_grad():
-        results = function(inputs) if code.co_argcount == 1 else function(None, inputs)
+    known: dict[str, Any] = {"__builtins__": {}}
+    for name, value in names.items():
+        if name == "empty_strided_cpu":
+            known[name] = allocate
+        elif name in ("assert_size_stride", "assert_alignment", "reinterpret_tensor"):
+            known[name] = value
+        elif isinstance(value, BuiltinFunctionType) and value.__name__ == "kernel":
+            known[name] = recorder(value)
+        elif name != "__builtins__":
+            known[name] = _Refused(name, value)
+    function = FunctionType(generated.__code__, known)
+    taken = generated.__code__.co_argcount - 1  # a method reads parts of its graph from its object
+    try:
+        with torch.no_grad():
+            results = function(*[_Refused("self", None)] * taken, inputs)
+    except NameError as error:
+        raise NotNative(f"it calls {error.name}") from error
     return calls, results, buffers
 
 
-class _Dtypes:
-    """What the generated function may read of torch."""
+class _Refused:
+    """What the generated function may not use, dtypes excepted."""
 
-    def __getattr__(self, name: str) -> torch.dtype:
-        value = getattr(torch, name)
-        if not isinstance(value, torch.dtype):
-            raise NotNative(f"it calls torch.{name}")
-        return value
+    def __init__(self, name: str, value: Any) -> None:
+        self._name, self._value = name, value
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._value, name, None)
+        if isinstance(value, torch.dtype):
+            return value
+        raise NotNative(f"it calls {self._name}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotNative(f"it calls {self._name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -103,9 +104,7 @@ def sample_nutpie(
     def expand(x: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
         return {"x": np.array(x)}
 
-    lock = (
-        threading.Lock()
-    )  # of several chains that start at once, one runs the model by Pyro, whose handlers are global
+    lock = threading.Lock()  # chains start at once, but Pyro, whose handlers are global, runs for one at a time
 
     def start(chain_seed: int) -> np.ndarray:
         with lock:
@@ -175,23 +174,26 @@ def without_python(density: LogDensity, start: Callable[[int], np.ndarray]) -> A
     try:
         from nutpie.compile_pymc import CompiledPyMCModel  # needs no PyMC: a C function for values, one for the draws
 
-        return CompiledPyMCModel(
-            dims={},
-            compiled_logp_func=SimpleNamespace(address=density.native.function),
-            compiled_expand_func=SimpleNamespace(address=density.native.copy),
-            initial_point_func=start,
-            shared_data={},
-            user_data=density.native.data,
-            n_expanded=density.dim,
-            shape_info=(["x"], [slice(0, density.dim)], [(density.dim,)]),
-            logp_func=density,  # held as long as the model is
-            expand_func=None,
-            _n_dim=density.dim,
-            _shapes={"x": (density.dim,)},
-            _coords={},
-        )
+        known = {field.name for field in dataclasses.fields(CompiledPyMCModel)}
+        arguments = {
+            "dims": {},
+            "compiled_logp_func": SimpleNamespace(address=density.native.function),
+            "compiled_expand_func": SimpleNamespace(address=density.native.copy),
+            "initial_point_func": start,
+            "shared_data": {},
+            "shared_var_keys": {},  # since 0.16.9 or so
+            "user_data": density.native.data,
+            "n_expanded": density.dim,
+            "shape_info": (["x"], [slice(0, density.dim)], [(density.dim,)]),
+            "logp_func": density,  # held as long as the model is
+            "expand_func": None,
+            "_n_dim": density.dim,
+            "_shapes": {"x": (density.dim,)},
+            "_coords": {},
+        }
+        return CompiledPyMCModel(**{name: value for name, value in arguments.items() if name in known})
     except (ImportError, TypeError) as error:  # no public interface of nutpie
-        logger.info("chains run one after the other: nutpie does not take a C function as expected, %s", error)
+        logger.warning("chains run one after the other: nutpie does not take a C function as expected, %s", error)
         return None
 
 
