@@ -43,7 +43,9 @@ def to_machine_code(
 
     # Inductor compiles a trial program for each instruction set that the processor has, which takes longer than our
     # graphs do. A compiler that lacks one fails at the graph instead.
-    options: dict[str, Any] = {"cpp.vec_isa_ok": True, **({"cpp.threads": 1} if one_thread else {})}
+    # The number of threads is written into the code, which otherwise has memory for so many and starts as many as the
+    # calling thread is set to.
+    options: dict[str, Any] = {"cpp.vec_isa_ok": True, "cpp.threads": 1 if one_thread else torch.get_num_threads()}
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         # what a row of some tens of predictors leaves over costs more in long vectors than they save: 41 µs for the value
         # and gradient of a logistic regression of 1000 x 20, 24 µs with AVX2

@@ -33,8 +33,9 @@ def compiled_log_density(model: Callable[..., Any], *args: Any, **kwargs: Any) -
     run, the log density is ``log p(data, T(u)) + log |det dT/du|``, constants included. That is minus the potential energy
     of Pyro's NUTS (``pyro.infer.mcmc.util.initialize_model``), which however keeps a support that depends on another
     latent as it was in its first run; and, where Stan's transform of a constraint is the same, Stan's log density with
-    Jacobian and without dropped constants. Sites follow each other in ``u`` as in the model; what is marked for
-    enumeration is summed out.
+    Jacobian and without dropped constants (Stan Reference Manual, "Constraint transforms"). A flat site
+    (``dist.ImproperUniform``) has density 1 on its support and adds its Jacobian only. Sites follow each other in ``u`` as
+    in the model; what is marked for enumeration is summed out.
 
     Where a model cannot be traced, compiled, or computed in float64, Pyro or an interpreter runs it with the same
     results; a message at level INFO of the logger ``pyro_elbo_ext`` says why. The machine code is kept on disk between
@@ -55,8 +56,9 @@ def compiled_log_density(model: Callable[..., Any], *args: Any, **kwargs: Any) -
     Raises
     ------
     ValueError
-        For a model without continuous latent sites, with unmarked discrete latent sites, subsampling plates, NaN
-        observations, or random numbers outside ``pyro.sample``.
+        For a model without continuous latent sites, with unmarked discrete latent sites, subsampling plates, NaN in
+        observations or parameters, each named; or with random numbers outside ``pyro.sample``. A density that is nowhere
+        finite is no error here, since it may be at other points: `run_nuts` names the site.
     TypeError
         For a model that cannot be called.
 
@@ -202,7 +204,8 @@ class LogDensity:
         Parameters
         ----------
         values
-            Every continuous latent site to its value, of the site's shape. Deterministic sites are ignored.
+            Every continuous latent site to its value, of the site's shape, inside its support. Deterministic sites are
+            ignored.
 
         Returns
         -------
@@ -212,7 +215,7 @@ class LogDensity:
         Raises
         ------
         ValueError
-            For a missing or unknown site, or a value of another shape; all named.
+            For a missing or unknown site, or a value of another shape or outside its support; all named.
         """
         latent = {name: value for name, value in values.items() if name in self.layout or name not in self.names}
         missing = [name for name in self.layout if name not in latent]
@@ -278,17 +281,11 @@ def _native(compiled: Graph, points: list[Tensor]) -> NativeDensity | None:
     try:
         native = NativeDensity(compiled, points[0])
         check_equal(lambda x: _tensors(*native(x.numpy())), compiled, points, 0.0)
+    except NotNative as error:
+        logger.info("the log density is called through Python: %s", error)
     # what Inductor generates is no public interface: whatever differs in another release is no reason to fail
-    except (
-        NotNative,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-    ) as error:
-        logger.info("the log density is called through Python: %s", str(error).splitlines()[:1])
-        return None
-    return native
+    except (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError) as error:
+        logger.warning("the log density is called through Python, unexpectedly: %s", str(error).splitlines()[:1])
+    else:
+        return native
+    return None

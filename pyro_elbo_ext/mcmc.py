@@ -95,8 +95,8 @@ def run_nuts(
     ------
     ValueError
         For arguments out of range; a model without continuous latent sites, with unmarked discrete latent sites,
-        subsampling plates, NaN observations, or random numbers outside ``pyro.sample``; where no starting point with
-        finite density is found (naming the site). All before sampling.
+        subsampling plates, NaN in observations or parameters, or random numbers outside ``pyro.sample``; where no starting
+        point with finite density and gradient is found. Each names the argument or the site, before sampling.
     TypeError
         For arguments of a wrong type.
     ImportError

@@ -144,9 +144,7 @@ class NativeDensity:
         return float(result[0]), result[1:]
 
 
-def _generated(
-    compiled: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
-) -> tuple[FunctionType, tuple[Tensor, ...]]:
+def _generated(compiled: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[FunctionType, tuple[Tensor, ...]]:
     """The Python function that Inductor wrote, and what it is called with at ``x``: point and constants of the graph."""
     from torch._inductor.output_code import CompiledFxGraph  # slow to import
 

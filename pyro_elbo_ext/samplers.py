@@ -181,7 +181,7 @@ def without_python(density: LogDensity, start: Callable[[int], np.ndarray]) -> A
             "compiled_expand_func": SimpleNamespace(address=density.native.copy),
             "initial_point_func": start,
             "shared_data": {},
-            "shared_var_keys": {},  # since 0.16.9 or so
+            "shared_var_keys": {},  # nutpie 0.16.11 has it, 0.16.8 does not
             "user_data": density.native.data,
             "n_expanded": density.dim,
             "shape_info": (["x"], [slice(0, density.dim)], [(density.dim,)]),

@@ -234,12 +234,20 @@ class UnconstrainedModel:
         def supply(msg: Any, transform: Any) -> torch.Tensor:
             name, latent = msg["name"], self.layout[msg["name"]]
             if name in values:
-                value = torch.as_tensor(values[name], dtype=torch.float64, device=latent.device)
+                given = torch.as_tensor(values[name], device=latent.device)
+                value, support = given.double(), msg["fn"].support
                 if value.shape != msg["fn"].shape():
                     raise ValueError(
                         f"{what} for '{name}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
                     )
-                x[latent.start : latent.stop] = transform.inv(value).reshape(-1).to(x.device)
+                u = transform.inv(value)
+                # in its own dtype, whose rounding the constraints allow for
+                inside = support.check(given if given.is_floating_point() else value)
+                if not (inside.all() and u.isfinite().all()):
+                    raise ValueError(
+                        f"{what} for '{name}' is outside the interior of its support, {support}: {values[name]}"
+                    )
+                x[latent.start : latent.stop] = u.reshape(-1).to(x.device)
             u = x[latent.start : latent.stop].reshape(latent.shape).to(latent.device)
             return u if self.float64 else u.to(latent.dtype)
 
@@ -296,6 +304,9 @@ class UnconstrainedModel:
             except torch.linalg.LinAlgError:
                 if attempt == ATTEMPTS - 1:
                     raise
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and isinstance(site["value"], torch.Tensor) and site["value"].isnan().any():
+                raise ValueError(f"parameter '{name}' has NaN: set it anew, or train again from other starting values")
         sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
             frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_elbo_ext import LogDensity, compiled_log_density
+from pyro_elbo_ext import LogDensity, compiled_log_density, native_density
 
 Y = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
 
@@ -160,7 +163,7 @@ def test_graph_with_a_factorization_has_no_c_function(caplog: pytest.LogCaptureF
     density = compiled_log_density(model)
     assert density.compiled
     assert density.native is None
-    assert "the log density is called through Python: ['it calls " in caplog.text
+    assert "the log density is called through Python: it calls " in caplog.text
     value, _ = density.value_and_grad(np.array([[0.5], [1.5]]))  # the second covariance is not positive definite
     np.testing.assert_allclose(value, [-1.5 * math.log(2 * math.pi) - 0.125 - 0.5 * math.log(0.75), -math.inf])
 
@@ -199,6 +202,11 @@ def test_nothing_global_is_changed() -> None:
         ({"nu": 0.0}, "values lack the sites"),
         ({"mu": [0.0, 1.0]}, "values for 'mu' has shape \\(2,\\)"),
         ({"extra": 0.0}, "values names 'extra'"),
+        ({"tau": -1.0}, "values for 'tau' is outside the interior of its support, .*: -1.0"),
+        ({"tau": 0.0}, "values for 'tau' is outside"),
+        ({"tau": math.nan}, "values for 'tau' is outside"),
+        ({"rate": 2.5}, "values for 'rate' is outside"),
+        ({"weight": [0.5, 0.4, 0.3]}, "values for 'weight' is outside"),
     ],
 )
 def test_bad_values(density: LogDensity, points: np.ndarray, values: dict[str, Any], message: str) -> None:
@@ -212,3 +220,113 @@ def test_bad_points(density: LogDensity) -> None:
         density.value_and_grad(np.zeros(3))
     with pytest.raises(TypeError, match="model must be callable"):
         compiled_log_density("model")  # type: ignore[arg-type]
+
+
+def test_values_in_float32_are_inside_their_supports(density: LogDensity, points: np.ndarray) -> None:
+    values = {name: value.astype(np.float32) for name, value in density.constrain(points[0]).items()}
+    np.testing.assert_allclose(density.unconstrain(values), points[0], rtol=1e-4, atol=1e-4)
+
+
+def test_flat_sites_add_their_jacobian_only() -> None:
+    """The posterior under the flat prior, on the log scale: Stan's log density of a parameter with a lower bound."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (2,), ()))
+        tau = pyro.sample("tau", dist.ImproperUniform(constraints.positive, (), ()))
+        pyro.sample("y", dist.Normal(mu, tau).to_event(1), obs=Y[:2])
+
+    density = compiled_log_density(model)
+    u = np.array([0.5, -1.0, 0.3])
+    z = (Y[:2].numpy() - u[:2]) / math.exp(u[2])
+    value, gradient = density.value_and_grad(u)
+    assert value == pytest.approx(-0.5 * (z**2).sum() - 2 * u[2] - math.log(2 * math.pi) + u[2])
+    np.testing.assert_allclose(gradient, [*z / math.exp(u[2]), (z**2).sum() - 2 + 1])
+    assert density.constrain(u)["tau"] == pytest.approx(math.exp(0.3))
+
+
+def discrete() -> None:
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("k", dist.Poisson(3.0))
+
+
+def nan_data() -> None:
+    pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(torch.nan))
+
+
+def nan_parameter() -> None:
+    pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor([0.0, torch.nan])), 1.0).to_event(1))
+
+
+def subsampled() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 4, subsample_size=2) as index:
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[index])
+
+
+def no_latent() -> None:
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+
+def random_numbers() -> None:
+    pyro.factor("f", torch.randn(()) * pyro.sample("x", dist.Normal(0.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (discrete, "latent site 'k' is discrete"),
+        (nan_data, "'y' has NaN in 1 of 1"),
+        (nan_parameter, "parameter 'loc' has NaN"),
+        (subsampled, "plate 'rows' subsamples 2 of 4"),
+        (no_latent, "no continuous latent site"),
+        (random_numbers, "differs between two runs"),
+    ],
+)
+def test_bad_models(model: Callable[[], None], message: str) -> None:
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=message):
+        compiled_log_density(model)
+
+
+def test_as_many_threads_as_torch_is_set_to() -> None:
+    x = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+
+    def model() -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("row", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ weight), obs=(x[:, 0] > 0).float())
+
+    before, sources, values = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            density = compiled_log_density(model)
+            generated, _ = native_density._generated(density._value_and_grad, density.program.points[0])
+            sources.append(Path(generated.__code__.co_filename).read_text())
+            values.append(density.log_density(np.zeros(3)))
+    finally:
+        torch.set_num_threads(before)
+    assert "num_threads(" not in sources[0]
+    assert "num_threads(2)" in sources[1]
+    np.testing.assert_allclose(values, -20_000 * math.log(2) - 1.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("extern_kernels.mm(x, x)", "it calls extern_kernels.mm"),
+        ("torch.mm(x, x)", "it calls torch.mm"),
+        ("aten.sin(x)", "it calls aten.sin"),
+        ("self.partitions[0](args)", "it calls self.partitions"),
+        ("print(x)", "it calls print"),
+        ("nothing(x)", "it calls nothing"),
+        ("kernel(x, 3)", "a kernel takes other things than tensors"),
+    ],
+)
+def test_code_that_does_more_than_call_kernels_is_refused(regression: LogDensity, line: str, message: str) -> None:
+    generated, inputs = native_density._generated(regression._value_and_grad, regression.program.points[0])
+    names = dict(generated.__globals__)
+    names["kernel"] = next(value for value in names.values() if getattr(value, "__name__", "") == "kernel")
+    exec(f"def call(self, args):\n    x = args[0]\n    {line}\n    return x, x", names)
+    with pytest.raises(native_density.NotNative, match=message):
+        native_density._record(names["call"], list(inputs))
