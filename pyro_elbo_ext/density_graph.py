@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 logger = logging.getLogger(__name__)
+
+# Bits of the vectors in compiled code: what a row of some tens of predictors leaves over costs more in longer ones than they
+# save: 41 µs for the value and gradient of a logistic regression of 1000 x 20 in those of AVX512, 24 µs in these.
+SHORT = 256
 
 Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
@@ -41,15 +47,12 @@ def to_machine_code(
     """
     from torch import _inductor  # slow to import
 
-    # Inductor compiles a trial program for each instruction set that the processor has, which takes longer than our
-    # graphs do. A compiler that lacks one fails at the graph instead.
+    # without trial programs for the instruction sets; a compiler that lacks one fails at the graph instead
     # The number of threads is written into the code, which otherwise has memory for so many and starts as many as the
     # calling thread is set to.
     options: dict[str, Any] = {"cpp.vec_isa_ok": True, "cpp.threads": 1 if one_thread else torch.get_num_threads()}
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        # what a row of some tens of predictors leaves over costs more in long vectors than they save: 41 µs for the value
-        # and gradient of a logistic regression of 1000 x 20, 24 µs with AVX2
-        options["cpp.simdlen"] = 256
+    if _has_long_vectors():
+        options["cpp.simdlen"] = SHORT
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's of itself, no error where warnings are errors
@@ -61,6 +64,29 @@ def to_machine_code(
         logger.info("the %s is not compiled, its graph is interpreted: %s", what, str(error).splitlines()[:1])
         return None
     return compiled
+
+
+@contextmanager
+def short_vectors_only() -> Iterator[None]:
+    """Keep Inductor from trying instruction sets of longer vectors than ours, each by a run of the compiler.
+
+    Together these take longer than the compilation of a small graph. What it finds meanwhile is forgotten afterwards.
+    """
+    from torch._inductor import cpu_vec_isa  # slow to import
+
+    if not _has_long_vectors() or cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:  # tried already: known
+        yield
+        return
+    short = [kind for kind in cpu_vec_isa.supported_vec_isa_list if kind.bit_width() <= SHORT]
+    try:
+        with patch.object(cpu_vec_isa, "supported_vec_isa_list", short):
+            yield
+    finally:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def _has_long_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def check_equal(graph: Graph, function: Graph, points: list[torch.Tensor], rtol: float) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.density_graph import Graph, check_equal, to_machine_code, trace
+from pyro_elbo_ext.density_graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
 from pyro_elbo_ext.native_density import NativeDensity, NotNative
 from pyro_elbo_ext.unconstrained import UnconstrainedModel, isolated
 
@@ -126,13 +126,14 @@ class LogDensity:
         self._graph = trace(self.program.value_and_grad, points, rtol, "log density")
         self._values = trace(self.program.values, points, rtol, "deterministic sites")
         self.native: NativeDensity | None = None
-        machine_code = None
+        self._value_and_grad: Graph = self._graph
+        self.compiled = False
         if compile and isinstance(self._graph, torch.fx.GraphModule):
-            machine_code = to_machine_code(self._graph, points, rtol, "log density", one_thread)
-        self.compiled = machine_code is not None
-        self._value_and_grad: Graph = machine_code or self._graph
-        if machine_code is not None:
-            self.native = _native(machine_code, points)
+            with short_vectors_only():
+                machine_code = to_machine_code(self._graph, points, rtol, "log density", one_thread)
+                if machine_code is not None:
+                    self.compiled, self._value_and_grad = True, machine_code
+                    self.native = _native(machine_code, points)
         self.compile_time = time.perf_counter() - began
 
     def log_density(self, u: Any) -> Any:

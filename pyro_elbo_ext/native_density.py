@@ -81,6 +81,8 @@ class NativeDensity:
 
     def __init__(self, compiled: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> None:
         generated, inputs = _generated(compiled, x)
+        if x.data_ptr() not in {tensor.data_ptr() for tensor in inputs}:
+            raise NotNative("it copies its argument")
         calls, (value, gradient), buffers = _record(generated, list(inputs))
         if value.dtype != torch.float64 or gradient.dtype != torch.float64 or not gradient.is_contiguous():
             raise NotNative("its results are not float64")

@@ -18,7 +18,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_elbo_ext import LogDensity, compiled_log_density, native_density
+from pyro_elbo_ext import LogDensity, compiled_log_density, density_graph, native_density
 
 Y = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
 
@@ -309,6 +309,19 @@ def test_as_many_threads_as_torch_is_set_to() -> None:
     assert "num_threads(" not in sources[0]
     assert "num_threads(2)" in sources[1]
     np.testing.assert_allclose(values, -20_000 * math.log(2) - 1.5 * math.log(2 * math.pi))
+
+
+def test_longer_vectors_are_not_tried_and_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config, cpu_vec_isa
+
+    monkeypatch.setattr(density_graph, "_has_long_vectors", lambda: True)
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    before = list(cpu_vec_isa.supported_vec_isa_list)
+    with density_graph.short_vectors_only(), config.patch({"cpp.vec_isa_ok": True}):
+        assert all(kind.bit_width() <= 256 for kind in cpu_vec_isa.valid_vec_isa_list())
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
+    assert cpu_vec_isa.supported_vec_isa_list == before
+    assert any(kind.bit_width() > 256 for kind in before)
 
 
 @pytest.mark.parametrize(
