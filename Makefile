@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.run
 	$(BIN)/python -m tests.benchmarks.bounds
 	$(BIN)/python -m tests.benchmarks.compiled
+	$(BIN)/python -m tests.benchmarks.nuts
 
 clean:
 	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache

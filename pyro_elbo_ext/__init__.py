@@ -9,6 +9,7 @@ from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
+from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.multi_sample import (
     ChiUpperBound,
@@ -28,12 +29,14 @@ __all__ = [
     "DecomposedELBO",
     "History",
     "ImportanceWeightedELBO",
+    "LogDensity",
     "MultiSampleELBO",
     "RenyiELBO",
     "Term",
     "Terms",
     "ThermodynamicELBO",
     "compare_to_mcmc",
+    "compiled_log_density",
     "from_pyro_mcmc",
     "from_pyro_svi",
     "run_nuts",

@@ -3,161 +3,105 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any, NamedTuple
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
-import pyro
 import torch
-from pyro import poutine
-from pyro.distributions.util import sum_rightmost
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
-from torch.distributions import biject_to
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
+
+from pyro_elbo_ext.density_graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
+from pyro_elbo_ext.native_density import NativeDensity, NotNative
+from pyro_elbo_ext.unconstrained import UnconstrainedModel, isolated
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 100  # random points at which the first run of a model is tried
 CHECK_POINTS = 4  # random points at which a graph must equal the model run by Pyro
-
-Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-class _Latent(NamedTuple):
-    """Where a latent site lives in the flat unconstrained vector."""
-
-    start: int
-    stop: int
-    shape: torch.Size  # unconstrained
-    dtype: torch.dtype
-    device: torch.device
+CHUNK = 256  # points of a batch computed at a time
 
 
-class _Promote(TorchFunctionMode):
-    """Compute in float64: lower-precision floating tensors are widened where an operation reads them."""
+def compiled_log_density(model: Callable[..., Any], *args: Any, **kwargs: Any) -> LogDensity:
+    """Log density and gradient of a Pyro model on unconstrained space, as one compiled graph.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__"):
-            return func(*args, **(kwargs or {}))
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
-        # the target of an in-place write must stay the caller's own tensor, or the write would be lost
-        head, tail = (args[:1], args[1:]) if in_place else ((), args)
-        return func(*head, *map(_widen, tail), **{key: _widen(value) for key, value in (kwargs or {}).items()})
+    ``model(*args, **kwargs)`` is taken as it is, and its data are held: to change them, compile again. The same graph is
+    sampled from by :func:`pyro_elbo_ext.run_nuts`. The parameter store and the random number generators are left as
+    they were; ``pyro.param`` and module parameters are held at their current values.
 
+    With T the bijections ``torch.distributions.biject_to(support)`` of the continuous latent sites, each read in every
+    run, the log density is ``log p(data, T(u)) + log |det dT/du|``, constants included. That is minus the potential energy
+    of Pyro's NUTS (``pyro.infer.mcmc.util.initialize_model``), which however keeps a support that depends on another
+    latent as it was in its first run; and, where Stan's transform of a constraint is the same, Stan's log density with
+    Jacobian and without dropped constants (Stan Reference Manual, "Constraint transforms"). A flat site
+    (``dist.ImproperUniform``) has density 1 on its support and adds its Jacobian only. Sites follow each other in ``u`` as
+    in the model; what is marked for enumeration is summed out.
 
-def _widen(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
-    return tree_map_only(torch.Tensor, _widen, value) if isinstance(value, list | tuple | dict) else value
+    Where a model cannot be traced, compiled, or computed in float64, Pyro or an interpreter runs it with the same
+    results; a message at level INFO of the logger ``pyro_elbo_ext`` says why. The machine code is kept on disk between
+    processes by torch (``TORCHINDUCTOR_CACHE_DIR``).
 
+    Parameters
+    ----------
+    model
+        Pyro model.
+    args, kwargs
+        Its arguments.
 
-@contextmanager
-def _float64(enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Promote():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    Returns
+    -------
+    LogDensity
+        With ``log_density``, ``value_and_grad``, ``constrain``, ``unconstrain``; see there.
 
+    Raises
+    ------
+    ValueError
+        For a model without continuous latent sites, with unmarked discrete latent sites, subsampling plates, NaN in
+        observations or parameters, each named; or with random numbers outside ``pyro.sample``. A density that is nowhere
+        finite is no error here, since it may be at other points: `run_nuts` names the site.
+    TypeError
+        For a model that cannot be called.
 
-class _Unconstrain(Messenger):
-    """Give each continuous latent site the value ``biject_to(support)(u)`` and add up the log Jacobians.
-
-    The support is read at every run, so one that depends on another latent site, ``Uniform(0, theta)``, is right.
+    Examples
+    --------
+    >>> density = compiled_log_density(model, data)
+    >>> u = density.unconstrain({"mu": 0.0, "tau": 1.0})
+    >>> value, gradient = density.value_and_grad(u)
     """
-
-    def __init__(self, supply: Callable[[dict[str, Any], torch.distributions.Transform], torch.Tensor]) -> None:
-        super().__init__()
-        self.supply = supply
-        self.terms: list[torch.Tensor] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        for frame in msg["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: NUTS needs the density of "
-                    "all the data. Call the model without subsampling."
-                )
-        fn = msg["fn"]
-        if isinstance(fn, _Subsample):
-            if fn.subsample_size is not None and fn.subsample_size < fn.size:
-                raise ValueError(
-                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: NUTS needs the density of "
-                    "all the data. Call the model without subsampling."
-                )
-            return
-        if msg["is_observed"] or msg["done"]:
-            return
-        if getattr(fn, "has_enumerate_support", False) or fn.support.is_discrete:
-            if msg["infer"].get("enumerate") is None:
-                raise ValueError(
-                    f"latent site '{msg['name']}' is discrete ({base_distribution(fn)}): NUTS has no gradient for it. "
-                    "Sum it out in the model, or mark it infer={'enumerate': 'parallel'} so that Pyro sums it out."
-                )
-            return
-        transform = biject_to(fn.support)
-        u = self.supply(msg, transform)
-        value = transform(u)
-        self.terms.append(transform.log_abs_det_jacobian(u, value).sum())
-        if _imputes(msg):
-            # elements that are observed have no density of their own here; a standard normal keeps them proper
-            mask = msg["mask"].reshape(msg["mask"].shape + (1,) * (u.dim() - len(fn.batch_shape)))
-            self.terms.append(torch.where(mask, torch.zeros_like(u), -0.5 * u * u).sum())
-        msg["value"], msg["done"] = value, True
-
-
-def _imputes(site: Any) -> bool:
-    return site["name"].endswith("_unobserved") and isinstance(site["mask"], torch.Tensor)
-
-
-def base_distribution(fn: Any) -> str:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
-
-
-def _tensor_options(fn: Any) -> tuple[torch.dtype, torch.device]:
-    """The floating dtype and device of a distribution's parameters, or torch's defaults if it has none."""
-    while fn is not None:
-        for value in vars(fn).values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value.dtype, value.device
-        fn = getattr(fn, "base_dist", None)
-    return torch.get_default_dtype(), torch.get_default_device()
+    if not callable(model):
+        raise TypeError(f"model must be callable, got {type(model).__name__}")
+    with isolated(0):
+        return LogDensity(model, args, kwargs, 0, compile=True)
 
 
 class LogDensity:
-    """Log density and gradient of a Pyro model on the flat unconstrained space, and the way back to the sites.
+    """Log density and gradient of a Pyro model on the flat unconstrained space, and the way to the sites and back.
 
-    With T the bijections ``biject_to(support)`` of the continuous latent sites, ``value_and_grad`` computes
-    ``log p(data, T(x)) + log |det dT/dx|`` and its gradient. Where it can, the model is run in float64 whatever the
-    dtype of its tensors (float32 data are widened exactly), and is traced once into an ATen graph that is checked
-    against Pyro at random points; where it cannot, a message at level INFO says why and what is used instead. With
-    ``compile`` the graph of value and gradient becomes machine code, checked in the same way: some seconds of work, then
-    calls some tens of times as fast.
+    Made by :func:`compiled_log_density`, where the conventions are. Points are NumPy arrays or tensors, of shape (dim,) or
+    (*batch, dim); results are of the same kind, and float64 whatever the dtype of the point. Where it can, the model is
+    run in float64 whatever the dtype of its own tensors (float32 data are widened exactly).
+
+    Compiled code runs in as many threads as torch was set to at compilation (``torch.set_num_threads``). It may be called
+    from several threads at once, a model that Pyro runs may not.
 
     Attributes
     ----------
-    size : int
+    dim : int
         Number of unconstrained coordinates.
+    names : list of str
+        Latent and deterministic sites, as `constrain` gives them.
+    coordinates : list of str
+        Name of each unconstrained coordinate: the site's, with its index in the site's unconstrained shape.
     layout : dict
-        Name of each continuous latent site to its place in the flat vector.
+        Name of each continuous latent site to its place in the flat vector (``start``, ``stop``, ``shape``).
     float64 : bool
         Whether the model is computed in float64; if not, in the dtype of its own tensors.
-    sites : dict
-        Name to trace node of one run of the model, from which names, plates and observed values are read.
+    compiled : bool
+        Whether it is machine code.
+    native : NativeDensity or None
+        The C function for threads without Python's lock, where the graph has one.
+    compile_time : float
+        Seconds from the first run of the model to the checked code.
     """
 
     def __init__(
@@ -167,39 +111,133 @@ class LogDensity:
         kwargs: dict[str, Any],
         seed: int,
         compile: bool = False,
+        one_thread: bool = False,
     ) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
-        self._rng = np.random.default_rng(seed)
-        self.layout: dict[str, _Latent] = {}
-        self._evaluator: TraceEinsumEvaluator | None = None
-        self.float64 = True
-        self.sites = self._prototype()
-        self.size = max((latent.stop for latent in self.layout.values()), default=0)
-        self._check_sites()
-        points = [torch.from_numpy(self._rng.uniform(-2, 2, self.size)) for _ in range(CHECK_POINTS)]
-        self._check_precision(points)
-        self._check_repeats(points)
-        points = [x for x in points if np.isfinite(self._try_value(x))] or points
-        self.names = [
-            name
-            for name, site in self.sites.items()
-            if (name in self.layout and not _imputes(site))
-            or (site["infer"].get("_deterministic") and self._evaluator is None)
+        began = time.perf_counter()
+        self.program = UnconstrainedModel(model, args, kwargs, seed, CHECK_POINTS)
+        self.dim, self.names = self.program.dim, self.program.names
+        self.layout, self.float64 = self.program.layout, self.program.float64
+        self.coordinates = [
+            f"{name}[{', '.join(map(str, index))}]" if index else name
+            for name, latent in self.layout.items()
+            for index in np.ndindex(*latent.shape)
         ]
-        skipped = [name for name, site in self.sites.items() if site["infer"].get("_deterministic")]
-        if self._evaluator is not None and skipped:
-            logger.info("deterministic sites %s are left out: the model has enumerated sites", skipped)
-        rtol = 1e-8 if self.float64 else 1e-4
-        self._value_and_grad = _trace(self._eager_value_and_grad, points, rtol, "log density", compile)
-        self._values = _trace(self._eager_values, points, rtol, "deterministic sites")
+        rtol, points = 1e-8 if self.float64 else 1e-4, self.program.points
+        self._graph = trace(self.program.value_and_grad, points, rtol, "log density")
+        self._values = trace(self.program.values, points, rtol, "deterministic sites")
+        self.native: NativeDensity | None = None
+        self._value_and_grad: Graph = self._graph
+        self.compiled = False
+        if compile and isinstance(self._graph, torch.fx.GraphModule):
+            with short_vectors_only():
+                machine_code = to_machine_code(self._graph, points, rtol, "log density", one_thread)
+                if machine_code is not None:
+                    self.compiled, self._value_and_grad = True, machine_code
+                    self.native = _native(machine_code, points)
+        self.compile_time = time.perf_counter() - began
 
-    def value_and_grad(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Log density and its gradient at ``x``, float64 of shape (size,); -inf or NaN outside the model's domain."""
-        value, gradient = self.tensors(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)))
-        return value.item(), gradient.cpu().numpy()
+    def log_density(self, u: Any) -> Any:
+        """Log density at ``u``.
 
-    def tensors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same on tensors: a scalar and a tensor of shape (size,), both float64."""
+        Parameters
+        ----------
+        u
+            Array or tensor of shape (*batch, dim).
+
+        Returns
+        -------
+        float, ndarray or Tensor
+            Shape (*batch); -inf or NaN outside the model's domain. Of a tensor, differentiable once by autograd.
+        """
+        value, gradient = self.value_and_grad(u)
+        return _Differentiable.apply(u, value, gradient) if isinstance(u, Tensor) else value
+
+    def value_and_grad(self, u: Any) -> tuple[Any, Any]:
+        """Log density and its gradient at ``u``.
+
+        Parameters
+        ----------
+        u
+            Array or tensor of shape (*batch, dim).
+
+        Returns
+        -------
+        tuple of float, ndarray or Tensor
+            Shapes (*batch) and (*batch, dim), float64, without autograd.
+        """
+        x = self._points(u)
+        if x.dim() == 1:
+            value, gradient = self._at(x)
+        else:
+            flat = x.reshape(-1, self.dim)
+            value, gradient = self._batch(flat, self._graph, self._at)
+            value, gradient = value.reshape(x.shape[:-1]), gradient.reshape(x.shape)
+        if isinstance(u, Tensor):
+            return value, gradient
+        return value.item() if x.dim() == 1 else value.cpu().numpy(), gradient.cpu().numpy()
+
+    def constrain(self, u: Any) -> dict[str, Any]:
+        """Values of the latent and deterministic sites at ``u``.
+
+        Parameters
+        ----------
+        u
+            Array or tensor of shape (*batch, dim).
+
+        Returns
+        -------
+        dict
+            Site to array or tensor of shape (*batch, *site shape), in the site's own dtype, or float64 where the model is
+            computed in it.
+        """
+        x = self._points(u)
+        with torch.no_grad():
+            values = self._batch(x.reshape(-1, self.dim), self._values, self._values)
+        sites = [value.reshape(x.shape[:-1] + value.shape[1:]).detach() for value in values]
+        return {
+            name: value if isinstance(u, Tensor) else value.cpu().numpy()
+            for name, value in zip(self.names, sites, strict=True)
+        }
+
+    def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
+        """The point at which the sites have the given values: the inverse of `constrain`.
+
+        Parameters
+        ----------
+        values
+            Every continuous latent site to its value, of the site's shape, inside its support. Deterministic sites are
+            ignored.
+
+        Returns
+        -------
+        Tensor
+            Shape (dim,), float64.
+
+        Raises
+        ------
+        ValueError
+            For a missing or unknown site, or a value of another shape or outside its support; all named.
+        """
+        latent = {name: value for name, value in values.items() if name in self.layout or name not in self.names}
+        missing = [name for name in self.layout if name not in latent]
+        if missing:
+            raise ValueError(f"values lack the sites {missing}: give every continuous latent site a value")
+        x = torch.zeros(self.dim, dtype=torch.float64)
+        with isolated(0):
+            self.program.place(x, latent, "values")
+        return x
+
+    def _points(self, u: Any) -> Tensor:
+        """``u`` as a float64 tensor of a shape that fits."""
+        x = (u.detach() if isinstance(u, Tensor) else torch.from_numpy(np.array(u))).to(torch.float64)
+        if x.shape[-1:] != (self.dim,):
+            raise ValueError(f"points have shape (*batch, {self.dim}), one coordinate each, got {tuple(x.shape)}")
+        return x
+
+    def _at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and gradient at one point."""
+        if self.native is not None and x.device.type == "cpu":
+            return _tensors(*self.native(np.ascontiguousarray(x.numpy())))
         try:
             with torch.no_grad():
                 value, gradient = self._value_and_grad(x)
@@ -207,221 +245,48 @@ class LogDensity:
             return x.new_tensor(-torch.inf), torch.zeros_like(x)
         return value, gradient
 
-    def constrain(self, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Values of the latent and deterministic sites: (chains, draws, size) to (chains, draws, *site shape)."""
-        values: dict[str, np.ndarray] = {}
-        for index in np.ndindex(draws.shape[:2]):
-            with torch.no_grad():
-                sites = self._values(torch.from_numpy(np.ascontiguousarray(draws[index])))
-            for name, value in zip(self.names, sites, strict=True):
-                array = value.detach().cpu().numpy()
-                if name not in values:
-                    values[name] = np.empty(draws.shape[:2] + array.shape, array.dtype)
-                values[name][index] = array
-        return values
-
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Compute in the dtype that was chosen for the model, and without Pyro's checks of values."""
-        with pyro.validation_enabled(False), _float64(self.float64):
-            yield
-
-    def run(self, supply: Callable[[Any, Any], torch.Tensor]) -> tuple[poutine.Trace, list[torch.Tensor]]:
-        """Trace of the model with unconstrained values ``supply(site, bijection)``, and its log Jacobians."""
-        model = self._model
-        if self._evaluator is not None:
-            model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
-        unconstrain = _Unconstrain(supply)
-        with poutine.block(), self.precision(), unconstrain:
-            trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            return trace, unconstrain.terms
-
-    def run_at(self, x: torch.Tensor) -> tuple[poutine.Trace, list[torch.Tensor]]:
-        """The same at one point of the flat space."""
-        sizes = [latent.stop - latent.start for latent in self.layout.values()]
-        pieces = dict(zip(self.layout, x.split(sizes), strict=True))
-
-        def supply(msg: Any, _: Any) -> torch.Tensor:
-            if msg["name"] not in self.layout:
-                raise ValueError(
-                    f"latent site '{msg['name']}' is not in every run of the model: NUTS needs the same sites each time"
-                )
-            latent = self.layout[msg["name"]]
-            u = pieces[msg["name"]].reshape(latent.shape).to(latent.device)
-            return u if self.float64 else u.to(latent.dtype)
-
-        return self.run(supply)
-
-    def _log_density(self, x: torch.Tensor) -> torch.Tensor:
-        trace, terms = self.run_at(x)
-        with self.precision():
-            joint = trace.log_prob_sum() if self._evaluator is None else self._evaluator.log_prob(trace)
-            total = sum(terms, joint)
-        return total.to(device=x.device, dtype=torch.float64)
-
-    def _eager_value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = self._log_density(x)
-            (gradient,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
-        return value.detach(), gradient
-
-    def _eager_values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        trace, _ = self.run_at(x)
-        return tuple(trace.nodes[name]["value"] for name in self.names)
-
-    def _prototype(self) -> dict[str, Any]:
-        try:
-            return self._first_run()
-        except torch.linalg.LinAlgError:
-            raise
-        except Exception as error:
-            # the same model without promotion tells whether promotion or the model is at fault
-            self.float64 = False
-            sites = self._first_run()
-            logger.info("sampling in the model's own dtype, since it does not run in float64: %s", error)
-            return sites
-
-    def _first_run(self) -> dict[str, Any]:
-        def supply(msg: Any, transform: Any) -> torch.Tensor:
-            fn, start = msg["fn"], max((latent.stop for latent in self.layout.values()), default=0)
-            shape = torch.Size(transform.inverse_shape(fn.shape()))
-            dtype, device = _tensor_options(fn)
-            self.layout[msg["name"]] = _Latent(start, start + shape.numel(), shape, dtype, device)
-            u = torch.as_tensor(self._rng.uniform(-2, 2, tuple(shape)), device=device)
-            return u if self.float64 else u.to(dtype)
-
-        for attempt in range(ATTEMPTS):
-            self.layout = {}
+    def _batch(self, x: Tensor, graph: Graph, one: Graph) -> tuple[Tensor, ...]:
+        """``one`` at each row of ``x``: by the ATen graph over all at once, or one after the other where that fails."""
+        if len(x) > 1 and isinstance(graph, torch.fx.GraphModule):
             try:
-                trace, _ = self.run(supply)
-                break
-            except torch.linalg.LinAlgError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-        if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
-            frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
-            self._plate_nesting = -min((f.dim for f in frames), default=0)
-            model = poutine.enum(self._model, first_available_dim=-1 - self._plate_nesting)
-            self.layout = {}
-            with poutine.block(), self.precision(), _Unconstrain(supply):
-                enumerated = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
-        return sites
-
-    def _check_sites(self) -> None:
-        if not self.layout:
-            raise ValueError("the model has no continuous latent site: there is nothing for NUTS to sample")
-        for name, site in self.sites.items():
-            value = site["value"]
-            if not site["is_observed"] or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                continue
-            if site["infer"].get("_deterministic") or value.numel() == 0:
-                continue
-            nan = sum_rightmost(value.isnan(), site["fn"].event_dim) > 0
-            if site["mask"] is not False and nan.any():
-                raise ValueError(
-                    f"observed site '{name}' has NaN in {int(nan.sum())} of {nan.numel()} observations, which spoil "
-                    "the gradient even under a mask. Drop them, or replace them by numbers and mask them or pass obs_mask."
-                )
-
-    def _check_precision(self, points: list[torch.Tensor]) -> None:
-        if not self.float64:
-            return
-        wide = [self._try_value(x) for x in points]
-        self.float64 = False
-        try:
-            own = [self._try_value(x) for x in points]
-        except RuntimeError as error:  # mixed dtypes that only promotion makes right
-            logger.info("the model runs in float64 only: %s", error)
-            own = wide
-        self.float64 = all(
-            abs(a - b) <= 1e-2 * (1 + abs(a)) for a, b in zip(wide, own, strict=True) if np.isfinite([a, b]).all()
-        )
-        if not self.float64:
-            logger.info("sampling in the model's own dtype: in float64 its log density is %s, not %s", wide, own)
-
-    def _try_value(self, x: torch.Tensor) -> float:
-        try:
-            return self._log_density(x).item()
-        except torch.linalg.LinAlgError:
-            return float("-inf")
-
-    def _check_repeats(self, points: list[torch.Tensor]) -> None:
-        for x in points:
-            first, second = self._try_value(x), self._try_value(x)
-            if first != second and not np.isnan([first, second]).all():
-                raise ValueError(
-                    "the model's log density differs between two runs at the same latent values: it draws random "
-                    "numbers outside pyro.sample, or has dropout or batch normalization in training mode"
-                )
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                    return torch.vmap(graph, chunk_size=CHUNK)(x)
+            except (RuntimeError, ValueError) as error:  # an operation without batching, or no density at one point
+                logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
+        rows = [one(row) for row in x] or [one(x.new_zeros(self.dim))]
+        return tuple(torch.stack(column)[: len(x)] for column in zip(*rows, strict=True))
 
 
-def _trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str, compile: bool = False) -> Graph:
-    """``function`` as one ATen graph with its constants folded, or unchanged where that would not be the same."""
+class _Differentiable(torch.autograd.Function):
+    """The log density, whose gradient is computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient.to(u.dtype))
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream.to(gradient.dtype).unsqueeze(-1) * gradient, None, None
+
+
+def _tensors(value: float, gradient: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.tensor(value, dtype=torch.float64), torch.from_numpy(gradient)
+
+
+def _native(compiled: Graph, points: list[Tensor]) -> NativeDensity | None:
+    """The C function of compiled code, equal to it at the points; None, with a message, where there is none."""
     try:
-        graph = make_fx(lambda x: function(x))(points[0])
-        _fold_constants(graph)
-        _check_equal(graph, function, points, rtol)
-    except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
-        logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
-        return function
-    if not compile:
-        return graph
-    from torch import _inductor  # slow to import
-
-    try:
-        with torch.no_grad():
-            # on an ATen graph this is torch.compile without Dynamo, whose guards cost five times the call itself
-            compiled = _inductor.compile(torch.fx.GraphModule(graph, deepcopy(graph.graph)), [points[0]])
-            _check_equal(compiled, function, points, rtol)
-    except (RuntimeError, AssertionError) as error:  # no C++ compiler, an operation it lacks, or another result
-        logger.info("the %s is not compiled, its graph is interpreted: %s", what, str(error).splitlines()[:1])
-        return graph
-    return compiled
-
-
-def _check_equal(graph: Graph, function: Graph, points: list[torch.Tensor], rtol: float) -> None:
-    for x in points:
-        for ours, eager in zip(graph(x), function(x), strict=True):
-            torch.testing.assert_close(ours, eager, rtol=rtol, atol=rtol, equal_nan=True)
-
-
-def _fold_constants(module: torch.fx.GraphModule) -> None:
-    """Compute once whatever does not depend on the input, unless the graph writes into such a value in place."""
-    graph = module.graph
-    graph.eliminate_dead_code()
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    known: dict[torch.fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(module, node.target)
-        elif node.op == "call_function" and all(source in known for source in node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                continue
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    for node in calls:
-        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            root = node.args[0]
-            while isinstance(root, torch.fx.Node) and _returns_view(root):
-                root = root.args[0]
-            if not isinstance(root, torch.fx.Node) or root in known or root.op != "call_function":
-                return  # a folded buffer would carry what one call wrote into the next
-    for index, (node, value) in enumerate(known.items()):
-        if isinstance(value, torch.Tensor) and any(user not in known for user in node.users):
-            module.register_buffer(f"_folded_{index}", value.detach())
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(graph.get_attr(f"_folded_{index}"))
-    for node in calls:
-        if node.target is torch.ops.aten.detach.default and node not in known:
-            node.replace_all_uses_with(node.args[0])
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _returns_view(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+        native = NativeDensity(compiled, points[0])
+        check_equal(lambda x: _tensors(*native(x.numpy())), compiled, points, 0.0)
+    except NotNative as error:
+        logger.info("the log density is called through Python: %s", error)
+    # what Inductor generates is no public interface: whatever differs in another release is no reason to fail
+    except (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError) as error:
+        logger.warning("the log density is called through Python, unexpectedly: %s", str(error).splitlines()[:1])
+    else:
+        return native
+    return None

@@ -5,23 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import numbers
-import random
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import pyro
-import torch
 import xarray as xr
-from pyro import poutine
-from pyro.infer import MCMC, NUTS
 
 from pyro_elbo_ext.export import to_arviz
-from pyro_elbo_ext.log_density import LogDensity, base_distribution
+from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.samplers import sample_nutpie, sample_pyro
+from pyro_elbo_ext.unconstrained import base_distribution, isolated
 
-INIT_TRIES = 100  # starting points tried per chain, as in Stan
 COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling saves more seconds than it takes
 
 
@@ -38,6 +35,7 @@ def run_nuts(
     max_tree_depth: int = 10,
     init: float | Mapping[str, Any] = 2.0,
     compile: bool | Literal["auto"] = "auto",
+    cores: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draw from a Pyro model's posterior by NUTS.
@@ -45,7 +43,12 @@ def run_nuts(
     The model is taken as it is. Latent sites may have any support with a bijection to unconstrained space, flat ones
     too (``ImproperUniform``). Sampling is in float64 where the model allows it, also for a float32 model and data.
     ``pyro.param`` and module parameters are held at their current values; the parameter store, the modules and the
-    random number generators of torch, numpy and random are left as they were. Chains run one after the other.
+    random number generators of torch, numpy and random are left as they were.
+
+    With nutpie, chains of a compiled model run at the same time, each in one thread, without Python. They run one after the
+    other with Pyro, where the model is not compiled, and where its graph needs torch's operations beside its own code (large
+    matrix products, factorizations). The draws are the same either way. Interrupted by Ctrl-C, sampling ends with the draws
+    so far, of the chains and in the length that keep most of them, and with a warning.
 
     Sites marked for enumeration are summed out and not reported, nor are deterministic sites of such a model. For a
     site with ``obs_mask`` the completed data are reported under the site's own name, ``name_unobserved`` is not.
@@ -76,6 +79,8 @@ def run_nuts(
         Whether to turn log density and gradient into machine code first, by torch's Inductor and a C++ compiler;
         "auto": if ``chains * (warmup + num_samples)`` is at least `COMPILE_DRAWS`. Where a model does not compile it
         runs as a graph of torch operations, and a message at level INFO of the logger ``pyro_elbo_ext`` says why.
+    cores
+        Chains that run at the same time, at most; as many as there are cores if None.
 
     Returns
     -------
@@ -90,12 +95,14 @@ def run_nuts(
     ------
     ValueError
         For arguments out of range; a model without continuous latent sites, with unmarked discrete latent sites,
-        subsampling plates, NaN observations, or random numbers outside ``pyro.sample``; where no starting point with
-        finite density is found (naming the site). All before sampling.
+        subsampling plates, NaN in observations or parameters, or random numbers outside ``pyro.sample``; where no starting
+        point with finite density and gradient is found. Each names the argument or the site, before sampling.
     TypeError
         For arguments of a wrong type.
     ImportError
         For ``backend="nutpie"`` without nutpie.
+    KeyboardInterrupt
+        For Ctrl-C before the first draw after warmup.
 
     References
     ----------
@@ -104,12 +111,15 @@ def run_nuts(
     """
     if not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, number, least in (
         ("num_samples", num_samples, 1),
         ("warmup", warmup, 0),
         ("chains", chains, 1),
         ("seed", seed, 0),
         ("max_tree_depth", max_tree_depth, 1),
+        ("cores", cores, 1),
     ):
         if isinstance(number, bool) or not isinstance(number, numbers.Integral):
             raise TypeError(f"{name} must be an integer, got {number!r}")
@@ -130,17 +140,21 @@ def run_nuts(
         raise ImportError('backend="nutpie" needs nutpie: pip install "pyro_elbo_ext[nuts]"')
     library = "nutpie" if installed and backend != "pyro" else "pyro"
 
-    with _isolated(seed):
+    with isolated(seed):
         if compile == "auto":
             compile = chains * (warmup + num_samples) >= COMPILE_DRAWS
-        density = LogDensity(model, args, kwargs, seed, bool(compile))
+        # the code of a chain runs in one thread, beside the others; by the number of chains, not of cores, so that the
+        # draws do not depend on the machine
+        one_thread = library == "nutpie" and chains > 1
+        density = LogDensity(model, args, kwargs, seed, bool(compile), one_thread)
         began = time.perf_counter()
-        sample = _sample_nutpie if library == "nutpie" else _sample_pyro
-        draws, stats = sample(
-            density, num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init
+        sample = sample_nutpie if library == "nutpie" else sample_pyro
+        drawn = sample(
+            density, num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores
         )
         elapsed = time.perf_counter() - began
-        values = density.constrain(draws)
+        kept, points, stats = drawn.rectangle()
+        values = density.constrain(points)
 
     attrs = {
         "inference_library": library,
@@ -149,8 +163,14 @@ def run_nuts(
         "tuning_steps": warmup,
         "seed": seed,
     }
-    samples = {"chain": np.arange(chains), "draw": np.arange(num_samples)}
-    sites = density.sites
+    if drawn.interrupted:
+        attrs["interrupted"] = 1
+        warnings.warn(
+            f"interrupted: {points.shape[1]} of {num_samples} draws are kept, in {len(kept)} of {chains} chains",
+            stacklevel=2,
+        )
+    samples = {"chain": np.array(kept), "draw": np.arange(points.shape[1])}
+    sites = density.program.sites
     observed = {
         name: site["value"].detach().cpu().numpy()
         for name, site in sites.items()
@@ -163,231 +183,6 @@ def run_nuts(
             "observed_data": _dataset(observed, sites, {}, {}),
         }
     )
-
-
-def starting_point(density: LogDensity, rng: np.random.Generator, init: float | Mapping[str, Any]) -> np.ndarray:
-    """A point with finite log density and gradient: uniform on (-init, init), or at given sites' values."""
-    radius = 2.0 if isinstance(init, Mapping) else float(init)
-    tries = INIT_TRIES if radius > 0 else 1
-    x = np.zeros(density.size)
-    for _ in range(tries):
-        x = rng.uniform(-radius, radius, density.size) if radius > 0 else np.zeros(density.size)
-        if isinstance(init, Mapping):
-            _place(density, x, init)
-        value, gradient = density.value_and_grad(x)
-        if np.isfinite(value) and np.isfinite(gradient).all():
-            return x
-    raise ValueError(
-        f"no starting point with finite log density and gradient in {tries} tries: {_culprit(density, x)}. "
-        "Check the data and supports of that site, or give starting values by init={site: value}."
-    )
-
-
-def _place(density: LogDensity, x: np.ndarray, values: Mapping[str, Any]) -> None:
-    """Write the unconstrained counterparts of the given sites' values into ``x``."""
-    for name in values:
-        if name not in density.layout:
-            raise ValueError(f"init names '{name}', which is no latent site; the sites are {list(density.layout)}")
-    written = torch.from_numpy(x)
-
-    def supply(msg: Any, transform: Any) -> torch.Tensor:
-        latent = density.layout[msg["name"]]
-        if msg["name"] in values:
-            value = torch.as_tensor(np.asarray(values[msg["name"]], dtype=np.float64), device=latent.device)
-            if value.shape != msg["fn"].shape():
-                raise ValueError(
-                    f"init for '{msg['name']}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
-                )
-            written[latent.start : latent.stop] = transform.inv(value).reshape(-1).cpu()
-        u = written[latent.start : latent.stop].reshape(latent.shape).to(latent.device)
-        return u if density.float64 else u.to(latent.dtype)
-
-    density.run(supply)
-
-
-def _culprit(density: LogDensity, x: np.ndarray) -> str:
-    """The site to blame for a log density or gradient that is not finite at ``x``."""
-    try:
-        trace, _ = density.run_at(torch.from_numpy(x))
-    except torch.linalg.LinAlgError as error:
-        return f"the model itself fails, {error}"
-    with density.precision():
-        for name in density.sites:
-            single = poutine.Trace()
-            single.add_node(name, **trace.nodes[name])
-            value = float(single.log_prob_sum())
-            if not np.isfinite(value):
-                return f"the log prob of site '{name}' is {value}"
-    _, gradient = density.value_and_grad(x)
-    for name, latent in density.layout.items():
-        if not np.isfinite(gradient[latent.start : latent.stop]).all():
-            return f"the gradient with respect to site '{name}' is not finite"
-    return "the log Jacobian of the map to unconstrained space is not finite"
-
-
-@contextmanager
-def _isolated(seed: int) -> Iterator[None]:
-    """Seed every generator that a model or Pyro may use, and put them and the parameter store back afterwards."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro itself uses the global state)
-    store = pyro.get_param_store()
-    try:
-        with torch.random.fork_rng(devices=cuda), store.scope(store.get_state()):
-            pyro.set_rng_seed(seed)
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-def _sample_nutpie(
-    density: LogDensity,
-    num_samples: int,
-    warmup: int,
-    chains: int,
-    seed: int,
-    progress: bool,
-    target_accept: float,
-    max_tree_depth: int,
-    init: float | Mapping[str, Any],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    import nutpie
-    import pyarrow  # comes with nutpie, whose results it reads
-    from nutpie.compiled_pyfunc import from_pyfunc
-
-    def expand(x: np.ndarray, **_: Any) -> dict[str, np.ndarray]:
-        return {"x": np.array(x)}
-
-    # errors come out here as they are, not through nutpie's threads
-    starting_point(density, np.random.default_rng(seed), init)
-    compiled = from_pyfunc(
-        ndim=density.size,
-        make_logp_fn=lambda: density.value_and_grad,
-        make_expand_fn=lambda *_: expand,
-        expanded_dtypes=[np.dtype("float64")],
-        expanded_shapes=[(density.size,)],
-        expanded_names=["x"],
-        make_initial_point_fn=lambda chain_seed: starting_point(density, np.random.default_rng(chain_seed), init),
-    )
-    sampler = nutpie.sample(
-        compiled,
-        draws=num_samples,
-        tune=warmup,
-        chains=chains,
-        cores=1,  # Python's lock is held between operations, and Pyro's handlers are global to the process
-        seed=seed,
-        progress_bar=progress,
-        return_raw_trace=True,
-        blocking=False,
-        target_accept=target_accept,
-        maxdepth=max_tree_depth,
-    )
-    try:
-        batches, records = sampler.wait().get_arrow_trace()
-    except BaseException:
-        sampler.cancel()
-        raise
-    draws = np.stack(
-        [pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.size)[warmup:] for batch in batches]
-    )
-    names = {
-        "diverging": "diverging",
-        "tree_depth": "depth",
-        "n_steps": "n_steps",
-        "energy": "energy",
-        "acceptance_rate": "mean_tree_accept",
-        "step_size": "step_size",
-        "lp": "logp",
-    }
-    stats = {
-        ours: np.stack([pyarrow.array(r.column(theirs)).to_numpy(zero_copy_only=False)[warmup:] for r in records])
-        for ours, theirs in names.items()
-    }
-    return draws, stats
-
-
-class _Precomputed(torch.autograd.Function):
-    """Potential energy whose gradient was computed along with it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, density: LogDensity) -> torch.Tensor:
-        value, gradient = density.tensors(x.detach())
-        ctx.save_for_backward(gradient)
-        return -value
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return -upstream * gradient, None
-
-
-class _RecordingNUTS(NUTS):
-    """Pyro's NUTS, keeping what it knows about each trajectory and does not report."""
-
-    def _sample_r(self, name: str) -> Any:
-        r, unscaled = super()._sample_r(name)
-        self.energy = float(self._kinetic_energy(unscaled) + self._potential_energy_last)
-        self.depth = 0
-        self.accepts: list[float] = []
-        return r, unscaled
-
-    def _build_tree(self, z: Any, r: Any, grads: Any, log_slice: Any, direction: Any, depth: int, energy: Any) -> Any:
-        self.depth = max(self.depth, depth + 1)
-        return super()._build_tree(z, r, grads, log_slice, direction, depth, energy)
-
-    def _build_basetree(self, *args: Any) -> Any:
-        tree = super()._build_basetree(*args)
-        self.accepts.append(float(tree.sum_accept_probs))
-        return tree
-
-
-def _sample_pyro(
-    density: LogDensity,
-    num_samples: int,
-    warmup: int,
-    chains: int,
-    seed: int,
-    progress: bool,
-    target_accept: float,
-    max_tree_depth: int,
-    init: float | Mapping[str, Any],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    draws, stats = [], []
-    for chain_seed in np.random.SeedSequence(seed).generate_state(chains):
-        start = torch.from_numpy(starting_point(density, np.random.default_rng(chain_seed), init))
-        pyro.set_rng_seed(int(chain_seed))
-        rows: list[tuple[Any, ...]] = []
-
-        def record(kernel: Any, _: Any, stage: str, step: int, rows: list[tuple[Any, ...]] = rows) -> None:
-            if stage == "Sample":
-                lp = -float(kernel._potential_energy_last)
-                accept = float(np.mean(kernel.accepts))
-                diverging = kernel._divergences[-1:] == [step]
-                rows.append(
-                    (diverging, kernel.depth, len(kernel.accepts), kernel.energy, accept, float(kernel.step_size), lp)
-                )
-
-        kernel = _RecordingNUTS(
-            potential_fn=lambda z: _Precomputed.apply(z["x"], density),
-            target_accept_prob=target_accept,
-            max_tree_depth=max_tree_depth,
-        )
-        with torch.device("cpu"):  # the sampler's own state; the model runs where its tensors are
-            mcmc = MCMC(
-                kernel,
-                num_samples=num_samples,
-                warmup_steps=warmup,
-                initial_params={"x": start},
-                hook_fn=record,
-                disable_progbar=not progress,
-            )
-            mcmc.run()
-        draws.append(mcmc.get_samples()["x"].numpy())
-        stats.append(rows)
-    names = ("diverging", "tree_depth", "n_steps", "energy", "acceptance_rate", "step_size", "lp")
-    return np.stack(draws), {
-        name: np.array([[row[i] for row in rows] for rows in stats]) for i, name in enumerate(names)
-    }
 
 
 def _dataset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+from pyro_elbo_ext import samplers
 from pyro_elbo_ext.log_density import LogDensity
-from pyro_elbo_ext.mcmc import run_nuts, starting_point
+from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.samplers import starting_point
 
 NUTPIE = importlib.util.find_spec("nutpie") is not None
 BACKENDS = ["pyro", pytest.param("nutpie", marks=pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed"))]
@@ -137,7 +140,7 @@ def test_compiled_density() -> None:
             pyro.sample("y", dist.StudentT(4.0, 0.0, tau), obs=torch.arange(7.0))
 
     plain, compiled = (LogDensity(model, (), {}, 0, compile) for compile in (False, True))
-    assert type(plain._value_and_grad) is not type(compiled._value_and_grad)
+    assert (plain.compiled, compiled.compiled) == (False, True)
     for x in np.random.default_rng(0).normal(size=(5, 7)):
         value, gradient = compiled.value_and_grad(x)
         np.testing.assert_allclose(value, plain.value_and_grad(x)[0], rtol=1e-10)
@@ -246,6 +249,11 @@ def impossible() -> None:
     pyro.factor("f", torch.tensor(-torch.inf))
 
 
+def infinite_gradient() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("f", torch.sqrt(x - x))
+
+
 def random_density() -> None:
     pyro.factor("f", torch.randn(()) * pyro.sample("x", dist.Normal(0.0, 1.0)))
 
@@ -259,6 +267,7 @@ def random_density() -> None:
         (no_latent, "no continuous latent site"),
         (nan_data, "'y' has NaN in 1 of 1"),
         (impossible, "site 'f' is -inf"),
+        (infinite_gradient, "no starting point .* in 100 tries: the gradient with respect to site 'x' is not finite"),
         (random_density, "differs between two runs"),
     ],
 )
@@ -278,12 +287,15 @@ def test_bad_models(model: Callable[[], None], message: str) -> None:
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 2**32}, ValueError, "seed must be below"),
         ({"target_accept": 1.0}, ValueError, "target_accept must be between"),
+        ({"cores": 0}, ValueError, "cores must be at least 1"),
+        ({"cores": 1.5}, TypeError, "cores must be an integer"),
         ({"max_tree_depth": 0}, ValueError, "max_tree_depth must be at least 1"),
         ({"backend": "stan"}, ValueError, "backend must be"),
         ({"compile": "yes"}, ValueError, "compile must be"),
         ({"init": -1.0}, ValueError, "init must be"),
         ({"init": {"nu": 1.0}}, ValueError, "init names 'nu'"),
         ({"init": {"mu": [1.0, 2.0]}}, ValueError, "init for 'mu' has shape"),
+        ({"init": {"mu": math.nan}}, ValueError, "init for 'mu' is outside"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -294,3 +306,80 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], message: 
 def test_model_must_be_callable() -> None:
     with pytest.raises(TypeError, match="model must be callable"):
         short("model")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed")
+def test_draws_do_not_depend_on_cores_or_on_who_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    without_python = samplers.without_python
+
+    def watched(*args: Any) -> Any:
+        calls.append(without_python(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(samplers, "without_python", watched)
+    one, two = (short(conjugate, Y, backend="nutpie", compile=True, cores=cores) for cores in (1, 2))
+    assert None not in calls
+    monkeypatch.setattr(samplers, "without_python", lambda *_: None)
+    called_by_python = short(conjugate, Y, backend="nutpie", compile=True)
+    for other in (two, called_by_python):
+        np.testing.assert_array_equal(one.posterior["mu"], other.posterior["mu"])
+        np.testing.assert_array_equal(one.sample_stats["lp"], other.sample_stats["lp"])
+
+
+@pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed")
+@pytest.mark.parametrize("compile", [False, True])
+def test_interrupted_nutpie_keeps_draws(monkeypatch: pytest.MonkeyPatch, compile: bool) -> None:
+    from nutpie.sample import _BackgroundSampler
+
+    chains = 2 if compile else 1
+    seen: list[int] = []
+
+    def wait(sampler: Any) -> None:
+        while len(seen) < chains or min(seen) < 60:
+            time.sleep(0.01)
+            seen[:] = [batch.num_rows for batch in sampler.inspect().get_arrow_trace()[0]]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_BackgroundSampler, "wait", wait)
+    with pytest.warns(UserWarning, match=rf"interrupted: \d+ of 1000000 draws are kept, in \d of {chains} chains"):
+        data = short(conjugate, Y, backend="nutpie", num_samples=1_000_000, chains=chains, cores=2, compile=compile)
+    # compiled chains ran at the same time: both had draws before one was done with its 40 + 1,000,000, warmup included
+    assert max(seen) < 1_000_040
+    kept, draws = data.posterior["mu"].shape
+    assert 0 < draws < 1_000_000
+    assert data.sample_stats["lp"].shape == (kept, draws)
+    assert data.posterior.attrs["interrupted"] == 1
+
+
+def test_interrupted_pyro_keeps_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, calls = samplers.RecordingNUTS.sample, iter(range(10**6))
+
+    def interrupted(kernel: Any, params: Any) -> Any:
+        if next(calls) == 40 + 25:
+            raise KeyboardInterrupt
+        return sample(kernel, params)
+
+    monkeypatch.setattr(samplers.RecordingNUTS, "sample", interrupted)
+    with pytest.warns(UserWarning, match="interrupted: 25 of 40 draws are kept, in 1 of 2 chains"):
+        data = short(conjugate, Y, backend="pyro")
+    assert data.posterior["mu"].shape == (1, 25)
+
+
+def test_interrupted_before_the_first_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(kernel: Any, params: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samplers.RecordingNUTS, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="before the first draw"):
+        short(conjugate, Y, backend="pyro")
+
+
+def test_chains_that_keep_most_draws() -> None:
+    def drawn(*lengths: int) -> tuple[list[int], tuple[int, ...]]:
+        points = [np.zeros((n, 3)) for n in lengths]
+        kept, rectangle, _ = samplers.Draws(points, [{"lp": np.zeros(n)} for n in lengths], True).rectangle()
+        return kept, rectangle.shape
+
+    assert drawn(10, 10, 2, 0) == ([0, 1], (2, 10, 3))
+    assert drawn(10, 8, 9) == ([0, 1, 2], (3, 8, 3))

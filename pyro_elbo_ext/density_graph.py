@@ -1,0 +1,159 @@
+"""A function of one tensor as an ATen graph with its constants folded, and as machine code."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+logger = logging.getLogger(__name__)
+
+# Bits of the vectors in compiled code: what a row of some tens of predictors leaves over costs more in longer ones than they
+# save: 41 µs for the value and gradient of a logistic regression of 1000 x 20 in those of AVX512, 24 µs in these.
+SHORT = 256
+
+Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -> Graph:
+    """``function`` as one ATen graph with its constants folded, or unchanged where that would not be the same."""
+    try:
+        graph = make_fx(lambda x: function(x))(points[0])
+        if any(_writes(node) for node in graph.graph.nodes):  # writes in place bar the folding of what is written to
+            graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(points[0])
+        _fold_constants(graph)
+        check_equal(graph, function, points, rtol)
+    except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
+        logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
+        return function
+    return graph
+
+
+def to_machine_code(
+    graph: torch.fx.GraphModule, points: list[torch.Tensor], rtol: float, what: str, one_thread: bool
+) -> Graph | None:
+    """``graph`` as machine code, or None where there is no compiler for it or the code is not equal to it.
+
+    The code is kept on disk by torch, in its cache directory (``TORCHINDUCTOR_CACHE_DIR``), by a hash of the graph: another
+    process with the same model and shapes skips the C++ compiler. It runs in as many threads as torch is set to at this
+    moment, or in the caller's alone.
+    """
+    from torch import _inductor  # slow to import
+
+    # without trial programs for the instruction sets; a compiler that lacks one fails at the graph instead
+    # The number of threads is written into the code, which otherwise has memory for so many and starts as many as the
+    # calling thread is set to.
+    options: dict[str, Any] = {"cpp.vec_isa_ok": True, "cpp.threads": 1 if one_thread else torch.get_num_threads()}
+    if _has_long_vectors():
+        options["cpp.simdlen"] = SHORT
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's of itself, no error where warnings are errors
+            # on an ATen graph this is torch.compile without Dynamo, whose guards cost five times the call itself
+            copy = torch.fx.GraphModule(graph, deepcopy(graph.graph))
+            compiled = _inductor.compile(copy, [points[0]], options=options)
+            check_equal(compiled, graph, points, rtol)
+    except (RuntimeError, AssertionError) as error:  # no C++ compiler, an operation it lacks, or another result
+        logger.info("the %s is not compiled, its graph is interpreted: %s", what, str(error).splitlines()[:1])
+        return None
+    return compiled
+
+
+@contextmanager
+def short_vectors_only() -> Iterator[None]:
+    """Keep Inductor from trying instruction sets of longer vectors than ours, each by a run of the compiler.
+
+    Together these take longer than the compilation of a small graph. What it finds meanwhile is forgotten afterwards.
+    """
+    from torch._inductor import cpu_vec_isa  # slow to import
+
+    if not _has_long_vectors() or cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:  # tried already: known
+        yield
+        return
+    short = [kind for kind in cpu_vec_isa.supported_vec_isa_list if kind.bit_width() <= SHORT]
+    try:
+        with patch.object(cpu_vec_isa, "supported_vec_isa_list", short):
+            yield
+    finally:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def _has_long_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def check_equal(graph: Graph, function: Graph, points: list[torch.Tensor], rtol: float) -> None:
+    """Raise an AssertionError where the two differ by more than ``rtol`` at one of the points."""
+    for x in points:
+        for ours, eager in zip(graph(x), function(x), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=rtol, atol=rtol, equal_nan=True)
+
+
+def _fold_constants(module: torch.fx.GraphModule) -> None:
+    """Compute once whatever does not depend on the input, unless the graph writes into such a value in place."""
+    graph = module.graph
+    graph.eliminate_dead_code()
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    known: dict[torch.fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(module, node.target)
+        elif node.op == "call_function" and all(source in known for source in node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                continue
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    for node in calls:
+        if _writes(node):
+            root = node.args[0]
+            while isinstance(root, torch.fx.Node) and _returns_view(root):
+                root = root.args[0]
+            if not isinstance(root, torch.fx.Node) or root in known or root.op != "call_function":
+                return  # a folded buffer would carry what one call wrote into the next
+    for node in calls:
+        if node.target in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default) and node not in known:
+            # a mask known in advance is so many indices, whose number a compiler then knows too
+            indices = [
+                index
+                for source in node.args[1]
+                for index in (
+                    known[source].nonzero().unbind(1)
+                    if source in known and known[source].dtype == torch.bool
+                    else [source]
+                )
+            ]
+            with graph.inserting_before(node):
+                for at, index in enumerate(indices):
+                    if isinstance(index, torch.Tensor):
+                        name = f"_index_{len(known)}"
+                        module.register_buffer(name, index)
+                        indices[at] = graph.get_attr(name)
+                        known[indices[at]] = index
+            node.args = (node.args[0], indices, *node.args[2:])
+    for index, (node, value) in enumerate(known.items()):
+        if isinstance(value, torch.Tensor) and any(user not in known for user in node.users):
+            module.register_buffer(f"_folded_{index}", value.detach())
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.get_attr(f"_folded_{index}"))
+    for node in calls:
+        if node.target is torch.ops.aten.detach.default and node not in known:
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def _returns_view(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)

@@ -1,0 +1,366 @@
+"""A Pyro model as a program on flat unconstrained space, in float64 where it allows that."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch.distributions import biject_to
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 100  # random points at which the first run of a model is tried
+
+
+class _Latent(NamedTuple):
+    """Where a latent site lives in the flat unconstrained vector."""
+
+    start: int
+    stop: int
+    shape: torch.Size  # unconstrained
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Promote(TorchFunctionMode):
+    """Compute in float64: lower-precision floating tensors are widened where an operation reads them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return func(*args, **(kwargs or {}))
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in (kwargs or {})
+        # the target of an in-place write must stay the caller's own tensor, or the write would be lost
+        head, tail = (args[:1], args[1:]) if in_place else ((), args)
+        return func(*head, *map(_widen, tail), **{key: _widen(value) for key, value in (kwargs or {}).items()})
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
+    return tree_map_only(torch.Tensor, _widen, value) if isinstance(value, list | tuple | dict) else value
+
+
+@contextmanager
+def _float64(enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Promote():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Unconstrain(Messenger):
+    """Give each continuous latent site the value ``biject_to(support)(u)`` and add up the log Jacobians.
+
+    The support is read at every run, so one that depends on another latent site, ``Uniform(0, theta)``, is right.
+    """
+
+    def __init__(self, supply: Callable[[dict[str, Any], torch.distributions.Transform], torch.Tensor]) -> None:
+        super().__init__()
+        self.supply = supply
+        self.terms: list[torch.Tensor] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: NUTS needs the density of "
+                    "all the data. Call the model without subsampling."
+                )
+        fn = msg["fn"]
+        if isinstance(fn, _Subsample):
+            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+                raise ValueError(
+                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: NUTS needs the density of "
+                    "all the data. Call the model without subsampling."
+                )
+            return
+        if msg["is_observed"] or msg["done"]:
+            return
+        if getattr(fn, "has_enumerate_support", False) or fn.support.is_discrete:
+            if msg["infer"].get("enumerate") is None:
+                raise ValueError(
+                    f"latent site '{msg['name']}' is discrete ({base_distribution(fn)}): NUTS has no gradient for it. "
+                    "Sum it out in the model, or mark it infer={'enumerate': 'parallel'} so that Pyro sums it out."
+                )
+            return
+        transform = biject_to(fn.support)
+        u = self.supply(msg, transform)
+        value = transform(u)
+        self.terms.append(transform.log_abs_det_jacobian(u, value).sum())
+        if _imputes(msg):
+            # elements that are observed have no density of their own here; a standard normal keeps them proper
+            mask = msg["mask"].reshape(msg["mask"].shape + (1,) * (u.dim() - len(fn.batch_shape)))
+            self.terms.append(torch.where(mask, torch.zeros_like(u), -0.5 * u * u).sum())
+        msg["value"], msg["done"] = value, True
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed every generator that a model or Pyro may use, and put them and the parameter store back afterwards."""
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro itself uses the global state)
+    store = pyro.get_param_store()
+    try:
+        with torch.random.fork_rng(devices=cuda), store.scope(store.get_state()):
+            pyro.set_rng_seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _imputes(site: Any) -> bool:
+    return site["name"].endswith("_unobserved") and isinstance(site["mask"], torch.Tensor)
+
+
+def base_distribution(fn: Any) -> str:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def _tensor_options(fn: Any) -> tuple[torch.dtype, torch.device]:
+    """The floating dtype and device of a distribution's parameters, or torch's defaults if it has none."""
+    while fn is not None:
+        for value in vars(fn).values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value.dtype, value.device
+        fn = getattr(fn, "base_dist", None)
+    return torch.get_default_dtype(), torch.get_default_device()
+
+
+class UnconstrainedModel:
+    """A Pyro model run at points of the flat unconstrained space, by Pyro.
+
+    Attributes
+    ----------
+    dim : int
+        Number of unconstrained coordinates.
+    layout : dict
+        Name of each continuous latent site to its place in the flat vector.
+    float64 : bool
+        Whether the model is computed in float64; if not, in the dtype of its own tensors.
+    sites : dict
+        Name to trace node of one run of the model, from which names, plates and observed values are read.
+    names : list of str
+        Latent and deterministic sites whose values `values` computes.
+    points : list of Tensor
+        Some points, of finite density where any was found.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, points: int
+    ) -> None:
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self._rng = np.random.default_rng(seed)
+        self.layout: dict[str, _Latent] = {}
+        self._evaluator: TraceEinsumEvaluator | None = None
+        self.float64 = True
+        self.sites = self._prototype()
+        self.dim = max((latent.stop for latent in self.layout.values()), default=0)
+        self._check_sites()
+        tried = [torch.from_numpy(self._rng.uniform(-2, 2, self.dim)) for _ in range(points)]
+        self._check_precision(tried)
+        self._check_repeats(tried)
+        self.points = [x for x in tried if np.isfinite(self._try_value(x))] or tried
+        self.names = [
+            name
+            for name, site in self.sites.items()
+            if (name in self.layout and not _imputes(site))
+            or (site["infer"].get("_deterministic") and self._evaluator is None)
+        ]
+        skipped = [name for name, site in self.sites.items() if site["infer"].get("_deterministic")]
+        if self._evaluator is not None and skipped:
+            logger.info("deterministic sites %s are left out: the model has enumerated sites", skipped)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Compute in the dtype that was chosen for the model, and without Pyro's checks of values."""
+        with pyro.validation_enabled(False), _float64(self.float64):
+            yield
+
+    def run(self, supply: Callable[[Any, Any], torch.Tensor]) -> tuple[poutine.Trace, list[torch.Tensor]]:
+        """Trace of the model with unconstrained values ``supply(site, bijection)``, and its log Jacobians."""
+        model = self._model
+        if self._evaluator is not None:
+            model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
+        unconstrain = _Unconstrain(supply)
+        with poutine.block(), self.precision(), unconstrain:
+            trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            return trace, unconstrain.terms
+
+    def run_at(self, x: torch.Tensor) -> tuple[poutine.Trace, list[torch.Tensor]]:
+        """The same at one point of the flat space."""
+        sizes = [latent.stop - latent.start for latent in self.layout.values()]
+        pieces = dict(zip(self.layout, x.split(sizes), strict=True))
+
+        def supply(msg: Any, _: Any) -> torch.Tensor:
+            if msg["name"] not in self.layout:
+                raise ValueError(
+                    f"latent site '{msg['name']}' is not in every run of the model: NUTS needs the same sites each time"
+                )
+            latent = self.layout[msg["name"]]
+            u = pieces[msg["name"]].reshape(latent.shape).to(latent.device)
+            return u if self.float64 else u.to(latent.dtype)
+
+        return self.run(supply)
+
+    def place(self, x: torch.Tensor, values: Mapping[str, Any], what: str) -> None:
+        """Write the unconstrained counterparts of the given sites' values into ``x``; errors call the values ``what``."""
+        for name in values:
+            if name not in self.layout:
+                raise ValueError(f"{what} names '{name}', which is no latent site; the sites are {list(self.layout)}")
+
+        def supply(msg: Any, transform: Any) -> torch.Tensor:
+            name, latent = msg["name"], self.layout[msg["name"]]
+            if name in values:
+                given = torch.as_tensor(values[name], device=latent.device)
+                value, support = given.double(), msg["fn"].support
+                if value.shape != msg["fn"].shape():
+                    raise ValueError(
+                        f"{what} for '{name}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
+                    )
+                u = transform.inv(value)
+                # in its own dtype, whose rounding the constraints allow for
+                inside = support.check(given if given.is_floating_point() else value)
+                if not (inside.all() and u.isfinite().all()):
+                    raise ValueError(
+                        f"{what} for '{name}' is outside the interior of its support, {support}: {values[name]}"
+                    )
+                x[latent.start : latent.stop] = u.reshape(-1).to(x.device)
+            u = x[latent.start : latent.stop].reshape(latent.shape).to(latent.device)
+            return u if self.float64 else u.to(latent.dtype)
+
+        with torch.no_grad():
+            self.run(supply)
+
+    def log_density(self, x: torch.Tensor) -> torch.Tensor:
+        """Log joint density at ``x`` of shape (dim,), Jacobian included: a float64 scalar."""
+        trace, terms = self.run_at(x)
+        with self.precision():
+            joint = trace.log_prob_sum() if self._evaluator is None else self._evaluator.log_prob(trace)
+            total = sum(terms, joint)
+        return total.to(device=x.device, dtype=torch.float64)
+
+    def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with its gradient, of shape (dim,)."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = self.log_density(x)
+            (gradient,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
+        return value.detach(), gradient
+
+    def values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Values of the sites ``names`` at ``x``."""
+        trace, _ = self.run_at(x)
+        return tuple(trace.nodes[name]["value"] for name in self.names)
+
+    def _prototype(self) -> dict[str, Any]:
+        try:
+            return self._first_run()
+        except torch.linalg.LinAlgError:
+            raise
+        except Exception as error:
+            # the same model without promotion tells whether promotion or the model is at fault
+            self.float64 = False
+            sites = self._first_run()
+            logger.info("sampling in the model's own dtype, since it does not run in float64: %s", error)
+            return sites
+
+    def _first_run(self) -> dict[str, Any]:
+        def supply(msg: Any, transform: Any) -> torch.Tensor:
+            fn, start = msg["fn"], max((latent.stop for latent in self.layout.values()), default=0)
+            shape = torch.Size(transform.inverse_shape(fn.shape()))
+            dtype, device = _tensor_options(fn)
+            self.layout[msg["name"]] = _Latent(start, start + shape.numel(), shape, dtype, device)
+            u = torch.as_tensor(self._rng.uniform(-2, 2, tuple(shape)), device=device)
+            return u if self.float64 else u.to(dtype)
+
+        for attempt in range(ATTEMPTS):
+            self.layout = {}
+            try:
+                trace, _ = self.run(supply)
+                break
+            except torch.linalg.LinAlgError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and isinstance(site["value"], torch.Tensor) and site["value"].isnan().any():
+                raise ValueError(f"parameter '{name}' has NaN: set it anew, or train again from other starting values")
+        sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+        if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
+            frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
+            self._plate_nesting = -min((f.dim for f in frames), default=0)
+            model = poutine.enum(self._model, first_available_dim=-1 - self._plate_nesting)
+            self.layout = {}
+            with poutine.block(), self.precision(), _Unconstrain(supply):
+                enumerated = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
+        return sites
+
+    def _check_sites(self) -> None:
+        if not self.layout:
+            raise ValueError("the model has no continuous latent site: there is nothing for NUTS to sample")
+        for name, site in self.sites.items():
+            value = site["value"]
+            if not site["is_observed"] or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            if site["infer"].get("_deterministic") or value.numel() == 0:
+                continue
+            nan = sum_rightmost(value.isnan(), site["fn"].event_dim) > 0
+            if site["mask"] is not False and nan.any():
+                raise ValueError(
+                    f"observed site '{name}' has NaN in {int(nan.sum())} of {nan.numel()} observations, which spoil "
+                    "the gradient even under a mask. Drop them, or replace them by numbers and mask them or pass obs_mask."
+                )
+
+    def _check_precision(self, points: list[torch.Tensor]) -> None:
+        if not self.float64:
+            return
+        wide = [self._try_value(x) for x in points]
+        self.float64 = False
+        try:
+            own = [self._try_value(x) for x in points]
+        except RuntimeError as error:  # mixed dtypes that only promotion makes right
+            logger.info("the model runs in float64 only: %s", str(error).splitlines()[:1])
+            own = wide
+        self.float64 = all(
+            abs(a - b) <= 1e-2 * (1 + abs(a)) for a, b in zip(wide, own, strict=True) if np.isfinite([a, b]).all()
+        )
+        if not self.float64:
+            logger.info("sampling in the model's own dtype: in float64 its log density is %s, not %s", wide, own)
+
+    def _try_value(self, x: torch.Tensor) -> float:
+        try:
+            return self.log_density(x).item()
+        except torch.linalg.LinAlgError:
+            return float("-inf")
+
+    def _check_repeats(self, points: list[torch.Tensor]) -> None:
+        for x in points:
+            first, second = self._try_value(x), self._try_value(x)
+            if first != second and not np.isnan([first, second]).all():
+                raise ValueError(
+                    "the model's log density differs between two runs at the same latent values: it draws random "
+                    "numbers outside pyro.sample, or has dropout or batch normalization in training mode"
+                )
