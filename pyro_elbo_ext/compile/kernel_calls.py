@@ -7,12 +7,10 @@ by something that only writes the calls down.
 
 from __future__ import annotations
 
-import dis
 import itertools
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -109,41 +107,58 @@ def record(compiled: Callable[..., Any], inputs: Sequence[Tensor]) -> Calls:
     """
     if any(tensor.device.type != "cpu" for tensor in inputs):
         raise NotNative("a tensor is not on the CPU")
-    generated = _generated(compiled)
-    code, names = generated.__func__.__code__, generated.__func__.__globals__
-    recorder = _Recorder(names)
-    used = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    for name in sorted(used - set(recorder.known)):
-        if getattr(names.get(name), "__name__", "") != "kernel":
-            raise NotNative(f"it calls {name}")
-        recorder.known[name] = recorder.kernel(names[name])
-    dry = MethodType(FunctionType(code, {**recorder.known, "__builtins__": {}}), generated.__self__)
-    with torch.no_grad():
-        recorder.found.results = tuple(dry([tensor.detach() for tensor in inputs]))
+    graph = inductor_graph(compiled)
+    generated = graph.current_callable
+    function = getattr(generated, "__func__", generated)
+    if not isinstance(function, FunctionType) or "empty_strided_cpu" not in function.__globals__:
+        raise NotNative("Inductor wrote no function of Python")
+    recorder = _Recorder(function.__globals__)
+    # in a namespace of its own, since torch gives equal graphs one module
+    dry = FunctionType(function.__code__, {**recorder.known, "__builtins__": {}})
+
+    def call(arguments: list[Tensor]) -> Any:
+        # a method may read parts of its graph from its object
+        return dry(*[_Only("self", {})] * isinstance(generated, MethodType), list(arguments))
+
+    graph.current_callable = call
+    try:
+        with torch.no_grad():
+            recorder.found.results = tuple(compiled(*[tensor.detach() for tensor in inputs]))
+    except NameError as error:
+        raise NotNative(f"it calls {error.name}") from error
+    finally:
+        graph.current_callable = generated
     return recorder.found
 
 
-def _generated(compiled: Callable[..., Any]) -> MethodType:
-    """The function that Inductor wrote, found in the functions around it."""
+def inductor_graph(compiled: Callable[..., Any]) -> Any:
+    """Inductor's object of a graph that it compiled, found in the functions around it.
+
+    Raises
+    ------
+    NotNative
+        If there is not exactly one.
+    """
     from torch._inductor.output_code import CompiledFxGraph  # slow to import
 
+    found: list[Any] = []
     seen: set[int] = set()
-    queue: deque[Any] = deque([compiled])
-    while queue:
-        function = queue.popleft()
+    waiting: list[Any] = [compiled]
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
         if isinstance(function, CompiledFxGraph):
-            call = function.current_callable
-            if not isinstance(call, MethodType) or function.partition_maps:
-                break
-            return call
-        if id(function) not in seen:
-            seen.add(id(function))
-            for cell in getattr(function, "__closure__", None) or ():
-                try:
-                    queue.append(cell.cell_contents)
-                except ValueError:  # a name that is not bound yet
-                    continue
-    raise NotNative("this version of torch does not let its generated function be found")
+            found.append(function)
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                waiting.append(cell.cell_contents)
+            except ValueError:  # a name that is not bound yet
+                continue
+    if len(found) != 1 or found[0].partition_maps:
+        raise NotNative(f"it is {len(found)} graphs of Inductor, or one in parts")
+    return found[0]
 
 
 class _Recorder:
@@ -154,7 +169,9 @@ class _Recorder:
         self._allocate = names.get("empty_strided_cpu")
         solve = _Only("linalg_solve_triangular", {"default": self._solve})
         dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-        self.known: dict[str, Any] = {name: names[name] for name in _HARMLESS if name in names}
+        self.known: dict[str, Any] = {name: _Only(name, {}) for name in names}
+        self.known |= {name: names[name] for name in _HARMLESS if name in names}
+        self.known |= {name: self._kernel(value) for name, value in names.items() if _is_kernel(value)}
         self.known |= {
             "empty_strided_cpu": self._empty,
             "extern_kernels": _Only("extern_kernels", {"mm": self._mm, "bmm": self._mm, "addmm": self._addmm}),
@@ -165,7 +182,7 @@ class _Recorder:
             ),
         }
 
-    def kernel(self, kernel: Any) -> Callable[..., None]:
+    def _kernel(self, kernel: Any) -> Callable[..., None]:
         number = len(self.found.kernels)
         self.found.kernels.append(kernel)
 
@@ -237,8 +254,12 @@ def _strides(matrices: tuple[Tensor, ...]) -> str:
     return ", ".join(str(stride) for matrix in matrices for stride in matrix.stride())
 
 
+def _is_kernel(value: Any) -> bool:
+    return isinstance(value, BuiltinFunctionType) and value.__name__ == "kernel"
+
+
 class _Only:
-    """A module of which nothing but some names may be used."""
+    """What may not be called, or a module of which only some names may be used."""
 
     def __init__(self, name: str, known: dict[str, Any]) -> None:
         self._name, self._known = name, known
@@ -247,3 +268,6 @@ class _Only:
         if name not in self._known:
             raise NotNative(f"it calls {self._name}.{name}")
         return self._known[name]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotNative(f"it calls {self._name}")
