@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from pyro.distributions import Independent
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal, biject_to
+from torch.distributions import Distribution, MultivariateNormal, biject_to, constraints
+from torch.distributions.transforms import LowerCholeskyTransform
 
 from pyro_elbo_ext.closed_forms import bare
 
@@ -46,20 +48,25 @@ class FreeDistribution:
                 "datum by gradients. Use a reparameterized family (Normal, Gamma, ...)."
             )
         leaf = leaf.expand(fn.batch_shape + fn.event_shape[: self._event_dims])
-        constraints: dict[str, Any] = dict(leaf.arg_constraints)
+        if isinstance(inspect.getattr_static(leaf, "support"), constraints.dependent_property):
+            raise ValueError(
+                f"site '{site}' is {family}, whose support moves with its parameters: the ELBO has no gradient in them"
+            )
+        names = list(leaf.arg_constraints)
         if isinstance(leaf, MultivariateNormal):  # it has three names for one parameter
-            constraints = {name: constraints[name] for name in ("loc", "scale_tril")}
+            names = ["loc", "scale_tril"]
         self.leaves: dict[str, Tensor] = {}
         self._transforms: dict[str, Any] = {}
         try:
-            for name, constraint in constraints.items():
-                self._transforms[name] = biject_to(constraint)
+            for name in names:
+                is_tril = name == "scale_tril"  # torch has no bijection registered for it
+                self._transforms[name] = LowerCholeskyTransform() if is_tril else biject_to(leaf.arg_constraints[name])
                 start = self._transforms[name].inv(getattr(leaf, name).detach())
                 self.leaves[name] = start.contiguous().clone().requires_grad_()
             again = self.distribution()
         except (NotImplementedError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"site '{site}' is {family}, which cannot be rebuilt from free parameters {list(constraints)}: {error}. "
+                f"site '{site}' is {family}, which cannot be rebuilt from free parameters {names}: {error}. "
                 "Families whose parameters have fixed constraints can (Normal, MultivariateNormal, Gamma, ...)."
             ) from error
         with torch.no_grad():
@@ -67,7 +74,7 @@ class FreeDistribution:
             if not torch.allclose(again.log_prob(value), fn.log_prob(value), rtol=1e-3, atol=1e-3):
                 raise ValueError(
                     f"site '{site}' is {family}, whose density is not that of the family rebuilt from its parameters "
-                    f"{list(constraints)}"
+                    f"{names}"
                 )
 
     def distribution(self, *, detached: bool = False) -> Any:

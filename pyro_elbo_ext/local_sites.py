@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.kl import read_structure
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, Site, check_pair, log_prob, read_sites, trace_pair
+from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, Outline, Site, check_pair, log_prob, read_sites, trace_pair
 
 Program = Callable[..., Any]
 
@@ -39,6 +39,7 @@ class LocalRun:
     local: tuple[Site, ...]
     others: tuple[Site, ...]
     plate: CondIndepStackFrame
+    outline: Outline
 
     @property
     def scale(self) -> float:
@@ -131,6 +132,12 @@ def run_local(
         if not _in(one, frame.name):
             raise ValueError(f"site '{one.name}' is not in plate '{frame.name}' in model and guide: it is not local")
         _check_density(one)
+        value = one.q[0]["value"]
+        assert frame.dim is not None
+        by_datum = (
+            value.movedim(frame.dim - one.q[0]["fn"].event_dim, 0).flatten(1) if value.dim() > 1 else value[:, None]
+        )
+        check_finite(by_datum.double().sum(1), f"the draw of site '{one.name}'")
         sources = structure.drawn_from.get(one.q[-1]["name"], frozenset())
         if sources:
             raise ValueError(
@@ -139,11 +146,21 @@ def run_local(
             )
     names = {one.name for one in local}
     others = tuple([s for s in sites if s.name not in names])
-    run = LocalRun(model_trace, guide_trace, tuple(local), others, frame)
+    run = LocalRun(model_trace, guide_trace, tuple(local), others, frame, structure.sites)
     for one in local:
         for node in (_p(one), *one.q):
             _check_unweighted(node, run.scale)
     return run
+
+
+def run_again(
+    run: LocalRun, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LocalRun:
+    """Another run of the same sites, without the cost of finding out about them."""
+    model_trace, guide_trace = trace_pair(model, guide, args, dict(kwargs))
+    sites = {site.name: site for site in read_sites(model_trace, guide_trace, run.outline)}
+    local, others = (tuple([sites[site.name] for site in of]) for of in (run.local, run.others))
+    return replace(run, model_trace=model_trace, guide_trace=guide_trace, local=local, others=others)
 
 
 def _names(site: str | Sequence[str] | None) -> tuple[str, ...]:

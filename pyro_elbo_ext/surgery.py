@@ -23,6 +23,7 @@ from pyro_elbo_ext.local_sites import (
     check_draws,
     check_finite,
     distribution,
+    run_again,
     run_local,
 )
 from pyro_elbo_ext.terms import log_prob
@@ -184,14 +185,13 @@ def elbo_surgery(
     check_draws(num_draws, "num_draws", 2)
     check_draws(chunk_elements, "chunk_elements", 1)
     parts = as_batches(args, batches)
-    draws = []
     with untouched(seed):
-        for index in range(num_draws):
-            runs = [run_local(model, guide, part, kwargs, site, plate) for part in parts]
-            if index == 0:
-                check_cover(runs, batches is not None)
-                _check_common_prior(runs)
-                first = runs
+        first = runs = [run_local(model, guide, part, kwargs, site, plate) for part in parts]
+        check_cover(runs, batches is not None)
+        _check_common_prior(runs)
+        draws = [_one_draw(runs, chunk_elements)]
+        for _ in range(num_draws - 1):
+            runs = [run_again(run, model, guide, part, kwargs) for run, part in zip(first, parts, strict=True)]
             draws.append(_one_draw(runs, chunk_elements))
         analytic = _analytic_kl_prior(first)
     size = sum(run.plate.size for run in first)
