@@ -52,15 +52,18 @@ def plot_active_units(units: ActiveUnits, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, (6.5, 3.2))
     table = units.table.sort_values("variance_of_mean", ascending=False, ignore_index=True)
     variance = table["variance_of_mean"].to_numpy()
-    positive = variance[variance > 0]
-    floor = min([units.threshold or 1.0, *positive]) / 3  # the bars' foot: a log scale has no 0
     places = np.arange(len(table))
     for is_active, colour, label in ((True, COLOURS[0], "active"), (False, OTHER, "inactive")):
         rows = (table["active"] == is_active).to_numpy()
         if rows.any():
-            ax.bar(places[rows], np.maximum(variance[rows], floor) - floor, bottom=floor, color=colour, label=label)
+            ax.bar(places[rows], variance[rows], color=colour, label=label)
+    shown = [value for value in (units.threshold, *variance) if value > 0] or [1.0]
+    low, high = min(shown) / 3, 1.5 * max(shown)
+    for other in ax.get_shared_y_axes().get_siblings(ax):
+        if other is not ax and other.has_data():  # what is on the scale already stays on it
+            low, high = min(low, other.get_ylim()[0]), max(high, other.get_ylim()[1])
     ax.set_yscale("log")
-    ax.set_ylim(bottom=floor)
+    ax.set_ylim(low, high)
     if units.threshold > 0:
         ax.axhline(units.threshold, color=TOTAL, linestyle=":", linewidth=1.5, label=f"threshold {units.threshold:g}")
     if len(table) <= MAX_LABELS:

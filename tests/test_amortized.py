@@ -571,6 +571,7 @@ def test_the_gap_is_kl_posterior_where_the_family_has_the_posterior() -> None:
     assert found.log_evidence is not None
     np.testing.assert_allclose(found.log_evidence, log_evidence(ORTHOGONAL), atol=2e-3)
     assert "larger encoder" in found.verdict
+    assert not found.still_rising
     assert list(found.to_dataframe()["approximation_gap"]) == list(found.approximation_gap)
 
 
@@ -671,6 +672,8 @@ def test_an_optimization_cut_short_says_so() -> None:
     found = amortization_gap(pca(ORTHOGONAL), encoder(far), num_steps=60, lr=0.01, num_draws=4)
     assert found.still_rising
     assert "take more steps" in found.verdict
+    assert len(found.objective) == 60
+    assert math.isnan(amortization_gap(pca(ORTHOGONAL), encoder(far), num_steps=4, num_draws=2).further_gain)
 
 
 # Display
@@ -696,6 +699,18 @@ def test_display() -> None:
         assert ax.get_xlabel()
         assert result.plot() is not ax
         plt.close("all")
+
+
+def test_units_share_a_scale() -> None:
+    from matplotlib import pyplot as plt
+
+    _, (left, right) = plt.subplots(1, 2, sharey=True)
+    units_of(torch.stack([torch.linspace(-0.01, 0.01, 9)], -1), torch.ones(9, 1)).plot(left)
+    units_of(torch.stack([torch.linspace(-9.0, 9.0, 9)], -1), torch.ones(9, 1)).plot(right)
+    low, high = left.get_ylim()
+    assert 0 < low < torch.linspace(-0.01, 0.01, 9).var()
+    assert high > torch.linspace(-9.0, 9.0, 9).var()
+    plt.close("all")
 
 
 def test_the_elbo_at_the_posterior_is_the_evidence() -> None:
