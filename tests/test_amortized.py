@@ -77,11 +77,11 @@ def test_surgery_equals_quadrature() -> None:
 
 
 def test_the_standard_errors_are_those_over_seeds() -> None:
-    runs = [elbo_surgery(scalar_model, scalar_guide, LOC, SCALE, num_draws=10, seed=seed) for seed in range(60)]
+    runs = [elbo_surgery(scalar_model, scalar_guide, LOC, SCALE, num_draws=10, seed=seed) for seed in range(40)]
     for name in ("elbo", "reconstruction", "kl_prior", "index_code_mi", "marginal_kl_prior"):
         spread = np.std([getattr(run, name) for run in runs], ddof=1)
         said = math.sqrt(np.mean([run.errors[name] ** 2 for run in runs]))
-        assert spread / said == pytest.approx(1.0, abs=4 / math.sqrt(2 * 60))
+        assert spread / said == pytest.approx(1.0, abs=4 / math.sqrt(2 * 40))
 
 
 def test_the_parts_add_up_exactly() -> None:
@@ -205,7 +205,7 @@ def hierarchical_guide(x: Tensor) -> None:
 
 
 def test_surgery_with_a_global_latent() -> None:
-    found = elbo_surgery(hierarchical_model, hierarchical_guide, LOC, num_draws=600)
+    found = elbo_surgery(hierarchical_model, hierarchical_guide, LOC, num_draws=300)
     objective = DecomposedELBO(20_000, vectorize_particles=True, max_plate_nesting=1)
     elbo = -objective.loss(hierarchical_model, hierarchical_guide, LOC) / 4
     assert within(found.elbo, elbo, 1.1 * found.errors["elbo"])
@@ -241,11 +241,11 @@ def batched_guide(index: Tensor, x: Tensor) -> None:
 def test_batches_are_the_whole_data() -> None:
     index_code, marginal = exact_parts(LOC, SCALE)
     parts = [torch.tensor([2, 0]), torch.tensor([1]), torch.tensor([3])]
-    by_index = elbo_surgery(batched_model, batched_guide, batches=[(part, LOC) for part in parts], num_draws=600)
+    by_index = elbo_surgery(batched_model, batched_guide, batches=[(part, LOC) for part in parts], num_draws=300)
     by_slice = elbo_surgery(
         scalar_model, scalar_guide, batches=[(LOC[:3], SCALE[:3]), (LOC[3:], SCALE[3:])], num_draws=3000
     )
-    whole = elbo_surgery(scalar_model, scalar_guide, LOC, SCALE, num_draws=600)
+    whole = elbo_surgery(scalar_model, scalar_guide, LOC, SCALE, num_draws=300)
     for found in (by_index, by_slice):
         assert found.num_data == 4
         assert within(found.index_code_mi, index_code, found.errors["index_code_mi"])
@@ -500,7 +500,7 @@ def test_units_of_other_families() -> None:
             pyro.sample("w", through)
             pyro.sample("g", dist.Gamma(LOC.exp(), 1.0))
 
-    found = active_units(model, guide, num_draws=600).table.set_index(["site", "unit"])
+    found = active_units(model, guide, num_draws=300).table.set_index(["site", "unit"])
     sd = (tril @ tril.T).diagonal().sqrt()
     kl = torch.distributions.kl_divergence(dist.Normal(LOCS, sd), dist.Normal(0.0, 1.0)).mean(0)
     np.testing.assert_allclose(found.loc["z", "kl_prior"], kl, rtol=1e-5)
@@ -583,7 +583,7 @@ def test_a_mean_field_family_keeps_its_approximation_gap() -> None:
     as_full = torch.distributions.MultivariateNormal(mean, torch.diag_embed(best.scale**2))
     lacking = torch.distributions.kl_divergence(as_full, exact).mean().item()
     start = dist.Normal(mean + 0.5, best.scale * 1.5).to_event(1)
-    found = amortization_gap(pca(SKEW), encoder(start), num_steps=800, num_draws=400, evidence_draws=1000)
+    found = amortization_gap(pca(SKEW), encoder(start), num_steps=600, num_draws=300, evidence_draws=500)
     assert found.approximation_gap is not None
     assert within(found.approximation_gap.mean(), lacking, found.mean_approximation_gap_error, 5e-3)
     wide = torch.distributions.MultivariateNormal(mean + 0.5, torch.diag_embed((1.5 * best.scale) ** 2))
@@ -595,7 +595,7 @@ def test_gap_of_a_full_covariance_guide() -> None:
     mean, covariance = posterior(SKEW)
     exact = torch.distributions.MultivariateNormal(mean, covariance)
     start = dist.MultivariateNormal(mean - 0.3, covariance_matrix=torch.diag(covariance.diagonal() * 2))
-    found = amortization_gap(pca(SKEW), encoder(start), num_steps=800, num_draws=300)
+    found = amortization_gap(pca(SKEW), encoder(start), num_steps=600, num_draws=200)
     kl_posterior = torch.distributions.kl_divergence(start, exact).mean().item()
     assert within(found.mean_gap, kl_posterior, found.mean_gap_error, 5e-3)
     assert found.approximation_gap is None
@@ -616,7 +616,7 @@ def gamma_guide() -> None:
 
 
 def test_gap_of_gamma_sites() -> None:
-    found = amortization_gap(poisson_model, gamma_guide, num_steps=1000, num_draws=1500)
+    found = amortization_gap(poisson_model, gamma_guide, num_steps=600, num_draws=600)
     kl_posterior = torch.distributions.kl_divergence(dist.Gamma(3.0, 1.2), dist.Gamma(2 + COUNTS, 2.0)).numpy()
     assert (np.abs(found.gap - kl_posterior) < 5 * found.gap_error + 5e-3).all()
 
