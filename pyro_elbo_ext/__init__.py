@@ -4,11 +4,13 @@
 is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prior``.
 """
 
+from pyro_elbo_ext.amortization import AmortizationGap, amortization_gap
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
+from pyro_elbo_ext.latent_units import ActiveUnits, active_units
 from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.multi_sample import (
@@ -18,15 +20,19 @@ from pyro_elbo_ext.multi_sample import (
     RenyiELBO,
     ThermodynamicELBO,
 )
+from pyro_elbo_ext.surgery import ElboSurgery, elbo_surgery
 from pyro_elbo_ext.terms import Term, Terms
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActiveUnits",
+    "AmortizationGap",
     "ChiUpperBound",
     "Comparison",
     "CompiledSVI",
     "DecomposedELBO",
+    "ElboSurgery",
     "History",
     "ImportanceWeightedELBO",
     "LogDensity",
@@ -35,8 +41,11 @@ __all__ = [
     "Term",
     "Terms",
     "ThermodynamicELBO",
+    "active_units",
+    "amortization_gap",
     "compare_to_mcmc",
     "compiled_log_density",
+    "elbo_surgery",
     "from_pyro_mcmc",
     "from_pyro_svi",
     "run_nuts",

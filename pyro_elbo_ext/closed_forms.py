@@ -72,14 +72,14 @@ def _same(a: object, b: object) -> bool:
     return a == b
 
 
-class _Bare(NamedTuple):
+class Bare(NamedTuple):
     """A distribution without wrappers."""
 
     leaf: Distribution
     event_dims: int  # rightmost batch dims of the leaf that Independent sums over
     masks: tuple[tuple[Mask, int], ...]  # each with the event dims that had been taken off where it was found
 
-    def same_masks_as(self, other: _Bare) -> bool:
+    def same_masks_as(self, other: Bare) -> bool:
         return len(self.masks) == len(other.masks) and all(
             _same(a, b) and i == j for (a, i), (b, j) in zip(self.masks, other.masks, strict=True)
         )
@@ -118,11 +118,11 @@ def kl_prior(q: Distribution, p: Distribution, q_weight: Weight, p_weight: Weigh
             f"shapes differ: guide {tuple(q.batch_shape)} | {tuple(q.event_shape)}, "
             f"model {tuple(p.batch_shape)} | {tuple(p.event_shape)}"
         )
-    q_bare, p_bare = _bare(q), _bare(p)
+    q_bare, p_bare = bare(q), bare(p)
     forms = _forms(q_bare, p_bare)
     pair = f"{_name(q_bare.leaf)} || {_name(p_bare.leaf)}"
 
-    def total(elementwise: Tensor, bare: _Bare, weight: Weight) -> Tensor:
+    def total(elementwise: Tensor, bare: Bare, weight: Weight) -> Tensor:
         for mask, taken_off in bare.masks:
             inner = mask[(...,) + (None,) * (forms.event_dims - taken_off)] if isinstance(mask, Tensor) else mask
             elementwise = scale_and_mask(elementwise, mask=inner)
@@ -144,13 +144,13 @@ def kl_prior(q: Distribution, p: Distribution, q_weight: Weight, p_weight: Weigh
 
 def has_independent_elements(fn: Distribution) -> bool:
     """Whether the density is a product over the elements of the value: a Normal, or its image under a scalar bijection."""
-    leaf = _bare(fn).leaf
+    leaf = bare(fn).leaf
     if isinstance(leaf, TransformedDistribution) and not leaf.event_shape:
-        leaf = _bare(leaf.base_dist).leaf
+        leaf = bare(leaf.base_dist).leaf
     return isinstance(leaf, Normal)
 
 
-def _bare(fn: Distribution) -> _Bare:
+def bare(fn: Distribution) -> Bare:
     event_dims = 0
     masks: list[tuple[Mask, int]] = []
     while True:
@@ -159,11 +159,11 @@ def _bare(fn: Distribution) -> _Bare:
         elif isinstance(fn, MaskedDistribution):
             masks.append((fn._mask, event_dims))
         elif not isinstance(fn, ExpandedDistribution):
-            return _Bare(fn, event_dims, tuple(masks))
+            return Bare(fn, event_dims, tuple(masks))
         fn = fn.base_dist
 
 
-def _forms(q: _Bare, p: _Bare) -> _Forms:
+def _forms(q: Bare, p: Bare) -> _Forms:
     for leaf in (q.leaf, p.leaf):
         _check_own_density(leaf)
     # One vector-valued Gaussian, the other a product of scalar ones.
@@ -186,7 +186,7 @@ def _kl_leaves(q: Distribution, p: Distribution) -> Tensor:
         transforms = q_image.transforms, p_image.transforms
         if len(transforms[0]) != len(transforms[1]) or not all(map(same_bijection, *transforms)):
             raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}")
-        base_q, base_p = _bare(q_image.base_dist), _bare(p_image.base_dist)
+        base_q, base_p = bare(q_image.base_dist), bare(p_image.base_dist)
         if base_q.masks or base_p.masks:
             raise NotImplementedError("masked base distributions under a transform")
         forms = _forms(base_q, base_p)
@@ -267,5 +267,5 @@ def _name(fn: Distribution) -> str:
         return name
     assert isinstance(fn, TransformedDistribution)
     return " through ".join(
-        [_name(_bare(fn.base_dist).leaf), *(type(transform).__name__ for transform in fn.transforms)]
+        [_name(bare(fn.base_dist).leaf), *(type(transform).__name__ for transform in fn.transforms)]
     )
