@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyro_elbo_ext.labels import scalar_label
+
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
 REPLICATES = 50  # block bootstrap replicates behind each Monte Carlo error
@@ -116,7 +118,7 @@ def compare_to_mcmc(approx: Any, mcmc: Any, var_names: Iterable[str] | None = No
         if a.shape[2:] != b.shape[2:]:
             raise ValueError(f"'{name}' has shape {a.shape[2:]} in approx and {b.shape[2:]} in mcmc")
         for index in np.ndindex(b.shape[2:]):
-            label = _label(str(name), b, index)
+            label = scalar_label(str(name), b, index)
             for side, array, draws in (("approx", a, sides[0]), ("mcmc", b, sides[1])):
                 draws[label] = _checked(label, side, array.values[(slice(None), slice(None), *index)])
     rows = {label: _row(sides[0][label], sides[1][label]) for label in sides[1]}
@@ -144,14 +146,6 @@ def _dataset(data: Any, side: str) -> xr.Dataset:
         if not {"chain", "draw"} <= set(variable.dims):
             raise ValueError(f"'{name}' of {side} has dims {variable.dims}; it needs 'chain' and 'draw'")
     return found
-
-
-def _label(name: str, array: xr.DataArray, index: tuple[int, ...]) -> str:
-    coords = [
-        str(array.coords[dim].values[i]) if dim in array.coords else str(i)
-        for dim, i in zip(array.dims[2:], index, strict=True)
-    ]
-    return f"{name}[{', '.join(coords)}]" if coords else name
 
 
 def _checked(label: str, side: str, draws: np.ndarray) -> np.ndarray:
