@@ -54,7 +54,7 @@ def symmetric_ks(deviations: NDArray[np.int64]) -> tuple[float, float]:
     -----
     In decreasing order of size, the running sum of the signs is a random walk, and N times the distance its largest
     excursion (Butler 1969). The usual two-sample test does not hold here: a sample and its mirror image are not
-    independent, and it would reject 11% at a level of 5%.
+    independent, and it would reject about 10% at a level of 5%.
 
     References
     ----------

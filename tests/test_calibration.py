@@ -77,6 +77,8 @@ def test_exact_posterior_passes() -> None:
     assert table["contraction"].to_numpy() == pytest.approx(1 - np.diag(POSTERIOR), abs=4.5 * (2 / 300) ** 0.5 * 0.4)
     assert "ranks look uniform" in found.verdict
     assert "no bias" in found.verdict
+    assert "gross errors only" not in found.verdict
+    assert "gross errors only" in calibrate(exact, 20).verdict
 
 
 def test_mean_field_fails_sbc_and_passes_vsbc() -> None:
@@ -95,6 +97,7 @@ def test_biased_guide_fails_vsbc() -> None:
     bias = stats.norm.cdf(0.4 / 2**0.5) - 0.5
     assert abs(table.loc["z[0]", "bias"] - bias) < 4.5 * table.loc["z[0]", "bias_error"]
     assert table.loc["z[1]", "symmetry_adjusted"] > 0.05
+    assert "not calibrated in z[0] (too high)" in found.verdict
     assert "biased in z[0] (too high)" in found.verdict
 
 
@@ -158,7 +161,9 @@ def test_trained_guide() -> None:
         with pyro.plate("datum", len(x)):
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
-    recipe = TrainGuide(AutoNormal, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(num_particles=5), 60)
+    recipe = TrainGuide(
+        AutoNormal, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(num_particles=5, vectorize_particles=True), 60
+    )
     found = simulate_calibration(model, recipe, torch.zeros(5), num_simulations=25, num_draws=19, progress=False)
     assert found.failures.empty
     row = found.to_dataframe().loc["mean"]
