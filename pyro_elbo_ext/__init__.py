@@ -4,6 +4,7 @@
 is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prior``.
 """
 
+from pyro_elbo_ext.calibration import Calibration, simulate_calibration
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
@@ -17,11 +18,13 @@ from pyro_elbo_ext.multi_sample import (
     RenyiELBO,
     ThermodynamicELBO,
 )
+from pyro_elbo_ext.recipes import TrainGuide
 from pyro_elbo_ext.terms import Term, Terms
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "ChiUpperBound",
     "Comparison",
     "CompiledSVI",
@@ -33,8 +36,10 @@ __all__ = [
     "Term",
     "Terms",
     "ThermodynamicELBO",
+    "TrainGuide",
     "compare_to_mcmc",
     "from_pyro_mcmc",
     "from_pyro_svi",
     "run_nuts",
+    "simulate_calibration",
 ]

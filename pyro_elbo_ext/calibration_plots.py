@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_elbo_ext.export import ecdf_band
+from pyro_elbo_ext.arviz_statistics import ecdf_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""Pyro runs as ArviZ data.  The only importer of ArviZ."""
+"""Pyro runs as ArviZ data.  With `arviz_statistics` the only importer of ArviZ."""
 
 from __future__ import annotations
 
@@ -85,49 +85,6 @@ def dataset_of(data: Any, group: str = "posterior") -> xr.Dataset:
         raise KeyError(f"there is no group '{group}' in the data; it has {', '.join(names) or 'none'}")
     found = data[group]
     return found.to_dataset() if isinstance(found, xr.DataTree) else found
-
-
-def ecdf_band(
-    count: int, points: NDArray[np.float64], prob: float = 0.95, seed: int = 0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Simultaneous band of the empirical distribution function of uniform numbers, by ArviZ.
-
-    Parameters
-    ----------
-    count
-        How many numbers, N.
-    points
-        Where the function is looked at, increasing, in (0, 1), shape (G,).
-    prob
-        Probability that the function is inside at all of the points.
-    seed
-        Of the simulation that finds the band.
-
-    Returns
-    -------
-    tuple of numpy.ndarray
-        Lower and upper limit, shape (G,).
-
-    References
-    ----------
-    Säilynoja, Bürkner, Vehtari (2022), Graphical test for discrete uniformity and its applications.
-    """
-    rng = np.random.default_rng(seed)
-    try:
-        from arviz_stats import ecdf_utils as new  # ArviZ 1.x
-    except ImportError:
-        from arviz.stats import ecdf_utils as old  # ArviZ 0.x
-
-        def draw(size: int, random_state: np.random.Generator) -> NDArray[np.float64]:
-            return random_state.uniform(size=size)
-
-        lower, upper = old.ecdf_confidence_band(
-            count, points, points, prob, "simulated", rvs=draw, num_trials=1000, random_state=rng
-        )
-    else:
-        pointwise = new.simulate_confidence_bands(count, 1, points, prob, 1000, rng)
-        lower, upper = new.get_pointwise_confidence_band(pointwise, count, points)
-    return np.asarray(lower), np.asarray(upper)
 
 
 def from_pyro_svi(

@@ -18,8 +18,8 @@ from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 from torch import Tensor
 
+from pyro_elbo_ext.arviz_statistics import ecdf_band
 from pyro_elbo_ext.calibration import Calibration, simulate_calibration
-from pyro_elbo_ext.export import ecdf_band
 from pyro_elbo_ext.rank_tests import holm, symmetric_ks, uniform_chi2, uniform_ks
 from pyro_elbo_ext.recipes import TrainGuide
 
