@@ -18,7 +18,9 @@ from pyro_elbo_ext.multi_sample import (
     RenyiELBO,
     ThermodynamicELBO,
 )
+from pyro_elbo_ext.predictive_comparison import PredictiveComparison, compare_predictive
 from pyro_elbo_ext.recipes import TrainGuide
+from pyro_elbo_ext.reference_draws import read_draws
 from pyro_elbo_ext.terms import Term, Terms
 
 __version__ = "0.1.0"
@@ -32,14 +34,17 @@ __all__ = [
     "History",
     "ImportanceWeightedELBO",
     "MultiSampleELBO",
+    "PredictiveComparison",
     "RenyiELBO",
     "Term",
     "Terms",
     "ThermodynamicELBO",
     "TrainGuide",
+    "compare_predictive",
     "compare_to_mcmc",
     "from_pyro_mcmc",
     "from_pyro_svi",
+    "read_draws",
     "run_nuts",
     "simulate_calibration",
 ]
