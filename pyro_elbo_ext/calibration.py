@@ -235,7 +235,8 @@ def simulate_calibration(
 
     Each has its own seed, its own copies of model, recipe and arguments, and a parameter store that is empty at first; the
     result does not depend on where and in which order they run, save for rounding. In threads they take turns, since
-    Pyro's state belongs to the process.
+    Pyro's state belongs to the process. Modules that are globals of an imported file are not copied: pass them as arguments,
+    or make them in the recipe.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,9 @@ class Comparison:
     ) -> pd.DataFrame:
         """Distances between the joint distributions of all compared parameters, which marginals can't show.
 
-        All are taken where the MCMC draws have mean 0 and the identity as covariance, of evenly spaced draws, no more
-        than are effectively independent.
+        All are taken in coordinates in which the MCMC draws have mean 0 and the identity as covariance, by the first half
+        of each chain, and compare the second halves. Of both sides evenly spaced draws are taken, no more than are
+        effectively independent.
 
         Parameters
         ----------
@@ -71,15 +72,15 @@ class Comparison:
             Of "sliced_wasserstein"; "mmd", squared; "classifier", the accuracy of a classifier that is to tell the sides
             apart, 1/2 if it can't, which needs scikit-learn.
         max_draws
-            Draws per side, at most.
+            Draws per side, at most. More find smaller differences.
         num_projections, num_permutations, classifier, seed
             As in `pyro_elbo_ext.distances`.
 
         Returns
         -------
         pandas.DataFrame
-            Indexed by ``distance``: ``value``; ``floor``, the same between two halves of the MCMC draws, split by
-            chains where there are several; ``p_value``, that both sides have one distribution, NaN for the sliced
+            Indexed by ``distance``: ``value``; ``floor``, the same between two halves of the MCMC draws compared,
+            split by chains where there are several; ``p_value``, that both sides have one distribution, NaN for the sliced
             Wasserstein distance; ``floor_p_value``, which is small if the MCMC chains themselves disagree; ``draws`` per
             side and ``floor_draws`` per half. A half has fewer draws: the floor is rather too high.
 
@@ -98,15 +99,23 @@ class Comparison:
         for name in distances:
             if name not in functions:
                 raise ValueError(f"unknown distance '{name}'; there are {', '.join(functions)}")
-        reference = _columns(self.mcmc)
-        independent = (min(effective_size(draws) for draws in side.values()) for side in (self.approx, self.mcmc))
-        size = int(min(max_draws, *independent))
+        # Draws are nearer to the covariance estimated from them than others of the same distribution are, which would
+        # tell the sides apart in many dimensions: take the covariance from draws that are not compared.
+        early, late = zip(*(np.array_split(draws, 2, axis=1) for draws in self.mcmc.values()), strict=True)
+        firsts, seconds = zip(*map(_halves, late), strict=True)
+        independent, reference = (min(map(effective_size, side.values())) for side in (self.approx, self.mcmc))
+        size = int(min(max_draws, independent, reference / 2))
         if size < 8:
             raise ValueError(f"there are {size} independent draws on a side; joint distances need at least 8")
-        halves = [_halves(draws) for draws in self.mcmc.values()]
-        firsts, seconds = (_columns(dict(enumerate(half))) for half in zip(*halves, strict=True))
-        a, b = (spaced(whitened(draws, reference), size) for draws in (_columns(self.approx), reference))
-        half_a, half_b = (spaced(whitened(draws, reference), size // 2) for draws in (firsts, seconds))
+        a, b, half_a, half_b = (
+            spaced(whitened(_columns(draws), _columns(early)), count)
+            for draws, count in (
+                (self.approx.values(), size),
+                (late, size),
+                (firsts, size // 2),
+                (seconds, size // 2),
+            )
+        )
         rows = {}
         for name in distances:
             (value, p_value), (floor, floor_p_value) = functions[name](a, b), functions[name](half_a, half_b)
@@ -213,8 +222,8 @@ def _figures(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )
 
 
-def _columns(draws: Mapping[Any, np.ndarray]) -> np.ndarray:
-    return np.stack([values.ravel() for values in draws.values()], axis=-1)
+def _columns(draws: Iterable[np.ndarray]) -> np.ndarray:
+    return np.stack([values.ravel() for values in draws], axis=-1)
 
 
 def _halves(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
