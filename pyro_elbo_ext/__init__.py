@@ -5,6 +5,7 @@ is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prio
 """
 
 from pyro_elbo_ext.amortization import AmortizationGap, amortization_gap
+from pyro_elbo_ext.calibration import Calibration, simulate_calibration
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
@@ -20,6 +21,9 @@ from pyro_elbo_ext.multi_sample import (
     RenyiELBO,
     ThermodynamicELBO,
 )
+from pyro_elbo_ext.predictive_comparison import PredictiveComparison, compare_predictive
+from pyro_elbo_ext.recipes import TrainGuide
+from pyro_elbo_ext.reference_draws import read_draws
 from pyro_elbo_ext.surgery import ElboSurgery, elbo_surgery
 from pyro_elbo_ext.terms import Term, Terms
 
@@ -28,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActiveUnits",
     "AmortizationGap",
+    "Calibration",
     "ChiUpperBound",
     "Comparison",
     "CompiledSVI",
@@ -37,16 +42,21 @@ __all__ = [
     "ImportanceWeightedELBO",
     "LogDensity",
     "MultiSampleELBO",
+    "PredictiveComparison",
     "RenyiELBO",
     "Term",
     "Terms",
     "ThermodynamicELBO",
+    "TrainGuide",
     "active_units",
     "amortization_gap",
+    "compare_predictive",
     "compare_to_mcmc",
     "compiled_log_density",
     "elbo_surgery",
     "from_pyro_mcmc",
     "from_pyro_svi",
+    "read_draws",
     "run_nuts",
+    "simulate_calibration",
 ]

@@ -1,13 +1,17 @@
-"""How far an approximation's draws are from MCMC draws, one scalar parameter at a time."""
+"""How far an approximation's draws are from MCMC draws, one scalar parameter at a time and jointly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import xarray as xr
+
+from pyro_elbo_ext.alignment import Transformed, aligned, draws_of, with_transformed
+from pyro_elbo_ext.arviz_statistics import effective_size
+from pyro_elbo_ext.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
+from pyro_elbo_ext.labels import scalar_label
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
@@ -46,6 +50,79 @@ class Comparison:
         """A copy of the table."""
         return self.table.copy()
 
+    def joint(
+        self,
+        distances: Sequence[str] = ("sliced_wasserstein", "mmd"),
+        *,
+        max_draws: int = 1000,
+        num_projections: int = 100,
+        num_permutations: int = 200,
+        classifier: Any = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Distances between the joint distributions of all compared parameters, which marginals can't show.
+
+        All are taken in coordinates in which the MCMC draws have mean 0 and the identity as covariance, by the first half
+        of each chain, and compare the second halves. Of both sides evenly spaced draws are taken, no more than are
+        effectively independent.
+
+        Parameters
+        ----------
+        distances
+            Of "sliced_wasserstein"; "mmd", squared; "classifier", the accuracy of a classifier that is to tell the sides
+            apart, 1/2 if it can't, which needs scikit-learn.
+        max_draws
+            Draws per side, at most. More find smaller differences.
+        num_projections, num_permutations, classifier, seed
+            As in `pyro_elbo_ext.distances`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by ``distance``: ``value``; ``floor``, the same between two halves of the MCMC draws compared,
+            split by chains where there are several; ``p_value``, that both sides have one distribution, NaN for the sliced
+            Wasserstein distance; ``floor_p_value``, which is small if the MCMC chains themselves disagree; ``draws`` per
+            side and ``floor_draws`` per half. A half has fewer draws: the floor is rather too high.
+
+        Raises
+        ------
+        ValueError
+            For an unknown distance, or too few draws for the number of parameters.
+        ImportError
+            For "classifier" without scikit-learn.
+        """
+        functions: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float, float]]] = {
+            "sliced_wasserstein": lambda a, b: (sliced_wasserstein(a, b, num_projections, seed), np.nan),
+            "mmd": lambda a, b: mmd(a, b, num_permutations, seed=seed),
+            "classifier": lambda a, b: classifier_accuracy(a, b, classifier, seed),
+        }
+        for name in distances:
+            if name not in functions:
+                raise ValueError(f"unknown distance '{name}'; there are {', '.join(functions)}")
+        # Draws are nearer to the covariance estimated from them than others of the same distribution are, which would
+        # tell the sides apart in many dimensions: take the covariance from draws that are not compared.
+        early, late = zip(*(np.array_split(draws, 2, axis=1) for draws in self.mcmc.values()), strict=True)
+        firsts, seconds = zip(*map(_halves, late), strict=True)
+        independent, reference = (min(map(effective_size, side.values())) for side in (self.approx, self.mcmc))
+        size = int(min(max_draws, independent, reference / 2))
+        if size < 8:
+            raise ValueError(f"there are {size} independent draws on a side; joint distances need at least 8")
+        a, b, half_a, half_b = (
+            spaced(whitened(_columns(draws), _columns(early)), count)
+            for draws, count in (
+                (self.approx.values(), size),
+                (late, size),
+                (firsts, size // 2),
+                (seconds, size // 2),
+            )
+        )
+        rows = {}
+        for name in distances:
+            (value, p_value), (floor, floor_p_value) = functions[name](a, b), functions[name](half_a, half_b)
+            rows[name] = {"value": value, "floor": floor, "p_value": p_value, "floor_p_value": floor_p_value}
+            rows[name] |= {"draws": size, "floor_draws": size // 2}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("distance")
+
     def plot(self) -> Any:
         """Marginals overlaid, then a forest of all parameters; returns the matplotlib figure."""
         from pyro_elbo_ext.comparison_plots import plot_comparison
@@ -72,8 +149,10 @@ class Comparison:
         return f"<p>{self.verdict}</p>{self._display().to_html()}<p>{caption}</p>"
 
 
-def compare_to_mcmc(approx: Any, mcmc: Any, var_names: Iterable[str] | None = None) -> Comparison:
-    """Compare an approximation's marginals with MCMC's.
+def compare_to_mcmc(
+    approx: Any, mcmc: Any, var_names: Iterable[str] | None = None, *, transformed: Transformed | None = None
+) -> Comparison:
+    """Compare an approximation's marginals with MCMC's; for the joint distribution see :meth:`Comparison.joint`.
 
     With m, s the MCMC mean and standard deviation of a scalar parameter, the figures are ``(mean - m) / s``,
     ``log(sd / s)``, the Wasserstein-1 distance over s, and the Kolmogorov distance. Each has a standard error, from a
@@ -88,9 +167,13 @@ def compare_to_mcmc(approx: Any, mcmc: Any, var_names: Iterable[str] | None = No
     Parameters
     ----------
     approx, mcmc
-        ArviZ data with a group ``posterior``, a Dataset, or a mapping from name to array; shape (chain, draw, ...).
+        ArviZ data with a group ``posterior``, a Dataset, a mapping from name to array, shape (chain, draw, ...); or
+        the path of a file: ArviZ's ``.nc``, or posteriordb's ``.npz``, ``.json`` or ``.zip`` with Stan's names.
     var_names
         Variables to compare; by default all of ``mcmc``.
+    transformed
+        Further variables: name to a function of a Dataset of draws, that returns draws, as
+        ``{"theta": lambda draws: draws["mu"] + draws["tau"] * draws["z"]}``. Called for the sides that lack the name.
 
     Returns
     -------
@@ -101,57 +184,17 @@ def compare_to_mcmc(approx: Any, mcmc: Any, var_names: Iterable[str] | None = No
     KeyError
         If a variable is missing on a side.
     ValueError
-        If shapes differ, or draws are NaN, infinite, constant or fewer than four; the parameter is named.
+        If shapes or labels differ, or draws are NaN, infinite, constant or fewer than four; the parameter is named.
     """
-    left, right = _dataset(approx, "approx"), _dataset(mcmc, "mcmc")
-    names = list(right.data_vars) if var_names is None else list(var_names)
-    if not names:
-        raise ValueError("there is no variable to compare")
+    left, right = with_transformed(draws_of(approx, "approx"), draws_of(mcmc, "mcmc"), transformed or {})
     sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
-    for name in names:
-        for side, data in (("approx", left), ("mcmc", right)):
-            if name not in data:
-                raise KeyError(f"'{name}' is not in {side}, which has {list(data.data_vars)}")
-        a, b = (data[name].transpose("chain", "draw", ...) for data in (left, right))
-        if a.shape[2:] != b.shape[2:]:
-            raise ValueError(f"'{name}' has shape {a.shape[2:]} in approx and {b.shape[2:]} in mcmc")
+    for name, (a, b) in aligned(left, right, var_names).items():
         for index in np.ndindex(b.shape[2:]):
-            label = _label(str(name), b, index)
+            label = scalar_label(name, b, index)
             for side, array, draws in (("approx", a, sides[0]), ("mcmc", b, sides[1])):
                 draws[label] = _checked(label, side, array.values[(slice(None), slice(None), *index)])
     rows = {label: _row(sides[0][label], sides[1][label]) for label in sides[1]}
     return Comparison(pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter"), *sides)
-
-
-def _dataset(data: Any, side: str) -> xr.Dataset:
-    if isinstance(data, xr.Dataset):
-        found = data
-    elif isinstance(data, xr.DataTree):
-        found = data["posterior"].to_dataset()
-    elif isinstance(getattr(data, "posterior", None), xr.Dataset):
-        found = data.posterior
-    elif isinstance(data, Mapping):
-        arrays = {name: np.asarray(value) for name, value in data.items()}
-        for name, value in arrays.items():
-            if value.ndim < 2:
-                raise ValueError(f"'{name}' of {side} has shape {value.shape}; it must start with (chain, draw)")
-        found = xr.Dataset(
-            {n: (["chain", "draw", *(f"{n}_dim_{i}" for i in range(v.ndim - 2))], v) for n, v in arrays.items()}
-        )
-    else:
-        raise TypeError(f"{side} must be ArviZ data with a posterior, a Dataset or mapping, got {type(data).__name__}")
-    for name, variable in found.data_vars.items():
-        if not {"chain", "draw"} <= set(variable.dims):
-            raise ValueError(f"'{name}' of {side} has dims {variable.dims}; it needs 'chain' and 'draw'")
-    return found
-
-
-def _label(name: str, array: xr.DataArray, index: tuple[int, ...]) -> str:
-    coords = [
-        str(array.coords[dim].values[i]) if dim in array.coords else str(i)
-        for dim, i in zip(array.dims[2:], index, strict=True)
-    ]
-    return f"{name}[{', '.join(coords)}]" if coords else name
 
 
 def _checked(label: str, side: str, draws: np.ndarray) -> np.ndarray:
@@ -177,6 +220,10 @@ def _figures(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array(
         [(a.mean() - mean) / scale, np.log(a.std(ddof=1) / scale), (gap * steps).sum() / scale, gap[steps > 0].max()]
     )
+
+
+def _columns(draws: Iterable[np.ndarray]) -> np.ndarray:
+    return np.stack([values.ravel() for values in draws], axis=-1)
 
 
 def _halves(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

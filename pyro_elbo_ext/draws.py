@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Given(Messenger):
     redraw
         Draw observed sites anew, from the model, instead of taking the data.
     option
-        Argument that the caller can set to False to do without, for errors.
+        Argument that the caller can set to False to do without, for errors; empty if there is none.
     """
 
     def __init__(self, values: Mapping[str, Tensor], *, redraw: bool = False, option: str = "") -> None:
@@ -61,9 +61,9 @@ class Given(Messenger):
         try:
             return msg["fn"](*msg["args"], **msg["kwargs"])
         except NotImplementedError as error:
+            advice = f" Pass {self.option}=False." if self.option else ""
             raise ValueError(
-                f"site '{msg['name']}' cannot be drawn from the model: {type(msg['fn']).__name__} has no sampler. "
-                f"Pass {self.option}=False."
+                f"site '{msg['name']}' cannot be drawn from the model: {type(msg['fn']).__name__} has no sampler.{advice}"
             ) from error
 
 
@@ -204,19 +204,22 @@ class Columns:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch, numpy and random from a seed, 0 to 2**32 - 1; the generators are put back after."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro seeds the global one)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            pyro.set_rng_seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
 def untouched(seed: int | None) -> Iterator[None]:
     """Autograd off, the parameter store put back; with a seed, random numbers from it and the generators put back."""
     store = pyro.get_param_store()
-    with torch.no_grad(), store.scope(store.get_state()):
-        if seed is None:
-            yield
-            return
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro seeds the global one)
-        try:
-            with torch.random.fork_rng(devices=devices):
-                pyro.set_rng_seed(seed)
-                yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    with torch.no_grad(), store.scope(store.get_state()), nullcontext() if seed is None else seeded(seed):
+        yield

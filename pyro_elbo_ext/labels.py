@@ -154,6 +154,15 @@ class Labels:
                     )
 
 
+def scalar_label(name: str, array: xr.DataArray, index: tuple[int, ...]) -> str:
+    """Name of one scalar of a variable, as ``theta[Alpha, 2]``; ``index`` is along its last dims."""
+    dims = array.dims[array.ndim - len(index) :]
+    labels = [
+        str(array.coords[dim].values[i]) if dim in array.coords else str(i) for dim, i in zip(dims, index, strict=True)
+    ]
+    return f"{name}[{', '.join(labels)}]" if labels else name
+
+
 def _event_dim(node: Node) -> int:
     event_dim = int(node["fn"].event_dim)
     if node["infer"].get("_deterministic") and event_dim == node["value"].dim():

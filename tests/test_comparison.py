@@ -99,3 +99,109 @@ NAN = np.where(np.arange(1000) == 3, np.nan, normal())
 def test_bad_inputs(approx: Any, mcmc: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         compare_to_mcmc(approx, mcmc)
+
+
+# joint distributions
+
+
+def correlated(seed: int, rho: float, shape: tuple[int, ...] = (4, 500)) -> dict[str, np.ndarray]:
+    z = normal(seed=seed, shape=(*shape, 2))
+    return {"x": np.stack([z[..., 0], rho * z[..., 0] + (1 - rho**2) ** 0.5 * z[..., 1]], -1)}
+
+
+def test_joint_sees_what_marginals_do_not() -> None:
+    pytest.importorskip("sklearn")
+    comparison = compare_to_mcmc(correlated(0, 0.0), correlated(1, 0.9))
+    assert set(comparison.table["verdict"]) == {"good"}
+    joint = comparison.joint(["sliced_wasserstein", "mmd", "classifier"])
+    assert (joint["value"] > joint["floor"]).all()
+    assert joint.loc["sliced_wasserstein", "value"] > 3 * joint.loc["sliced_wasserstein", "floor"]
+    assert math.isnan(joint.loc["sliced_wasserstein", "p_value"])
+    assert (joint.loc[["mmd", "classifier"], "p_value"] < 0.01).all()
+    assert (joint.loc[["mmd", "classifier"], "floor_p_value"] > 0.01).all()
+
+
+def test_joint_of_one_distribution() -> None:
+    joint = compare_to_mcmc(correlated(0, 0.9), correlated(1, 0.9)).joint(max_draws=500)
+    assert list(joint.index) == ["sliced_wasserstein", "mmd"]
+    assert joint.loc["sliced_wasserstein", "value"] < 1.5 * joint.loc["sliced_wasserstein", "floor"]
+    assert joint.loc["mmd", "p_value"] > 0.01
+    assert (joint["draws"] == 500).all()
+    assert (joint["floor_draws"] == 250).all()
+
+
+def test_joint_of_many_dimensions() -> None:
+    """The covariance of 100 parameters from 1000 draws is far off, in the same way for both sides."""
+    pytest.importorskip("sklearn")
+    a, b = normal(shape=(4, 500, 100)), normal(seed=1, shape=(4, 500, 100))
+    joint = compare_to_mcmc({"x": a}, {"x": b}).joint(["sliced_wasserstein", "mmd", "classifier"])
+    assert joint.loc["sliced_wasserstein", "value"] < joint.loc["sliced_wasserstein", "floor"]
+    assert (joint.loc[["mmd", "classifier"], "p_value"] > 0.01).all()
+
+
+def test_joint_counts_independent_draws() -> None:
+    """An autoregression with coefficient 0.9 has 1/19 of its draws' number as effective size; the p-value stays honest."""
+    noise = normal(seed=2, shape=(4, 2000))
+    chains = np.zeros((4, 2000))
+    chains[:, 0] = noise[:, 0] / (1 - 0.81) ** 0.5
+    for i in range(1, 2000):
+        chains[:, i] = 0.9 * chains[:, i - 1] + noise[:, i]
+    joint = compare_to_mcmc({"x": normal(scale=1 / 0.19**0.5)}, {"x": chains}).joint(["mmd"])
+    assert 4000 / 19 / 2 < joint.loc["mmd", "draws"] < 4000 / 19 * 2  # half of the draws are compared
+    assert joint.loc["mmd", "p_value"] > 0.01
+
+
+def test_joint_bad_inputs() -> None:
+    comparison = compare_to_mcmc({"x": normal()}, {"x": normal(seed=1)})
+    with pytest.raises(ValueError, match="unknown distance 'energy'"):
+        comparison.joint(["energy"])
+    with pytest.raises(ValueError, match="4 independent draws"):
+        comparison.joint(max_draws=4)
+
+
+# transformed parameters, names and dims
+
+
+def test_transformed() -> None:
+    z, mu = normal(shape=(4, 500, 3)), normal(seed=1, shape=(4, 500))
+    dims = ("chain", "draw", "school")
+    approx = xr.Dataset({"mu": (dims[:2], mu), "z": (dims, z)}, coords={"school": ["A", "B", "C"]})
+    reference = {"theta": mu[..., None] + 2 * z}
+    transformed = {"theta": lambda draws: draws["mu"] + 2 * draws["z"]}
+    table = compare_to_mcmc(approx, reference, transformed=transformed).table
+    assert table[list(FIGURES)].to_numpy() == pytest.approx(0, abs=1e-12)
+    assert list(table.index) == ["theta[0]", "theta[1]", "theta[2]"]
+    both = compare_to_mcmc(approx, approx, ["sum"], transformed={"sum": lambda draws: draws["z"].values.sum(-1)})
+    assert list(both.table.index) == ["sum"]
+    with pytest.raises(ValueError, match="both have"):
+        compare_to_mcmc(approx, approx, transformed={"mu": lambda draws: draws["mu"]})
+    with pytest.raises(ValueError, match="must keep 'chain' and 'draw'"):
+        compare_to_mcmc(approx, reference, transformed={"theta": lambda draws: draws["z"].mean("draw")})
+    with pytest.raises(ValueError, match="must keep 'chain' and 'draw'"):
+        compare_to_mcmc(approx, reference, transformed={"theta": lambda draws: draws["mu"].values.ravel()})
+    with pytest.raises(KeyError) as raised:
+        compare_to_mcmc(approx, reference, transformed={"theta": lambda draws: draws["w"]})
+    assert "in transformed['theta'] on the draws of approx" in raised.value.__notes__[0]
+
+
+def test_alignment() -> None:
+    values = normal(shape=(2, 100, 2, 3))
+    ours = xr.Dataset({"x": (("chain", "draw", "a", "b"), values)}, coords={"a": ["p", "q"]})
+    theirs = ours.transpose("b", "draw", "a", "chain").isel(a=[1, 0])
+    comparison = compare_to_mcmc(ours, theirs)
+    assert (comparison.table[list(FIGURES)] == 0).all().all()
+    assert comparison.table.index[0] == "x[0, q]"  # in the order of mcmc
+    with pytest.raises(ValueError, match=r"other labels along 'a': \['p', 'q'\] in approx, \['p', 'r'\] in mcmc"):
+        compare_to_mcmc(ours, theirs.assign_coords(a=["r", "p"]).isel(a=[1, 0]))
+    with pytest.raises(KeyError) as raised:
+        compare_to_mcmc({"x": values, "mine": values}, {"x": values[..., :1], "theirs": values})
+    message = str(raised.value)
+    for part in (
+        "'theirs' is not in approx",
+        "'x' has shape (2, 3) in approx and (2, 1) in mcmc",
+        "only in approx: mine",
+        "only in mcmc: theirs",
+        "transformed=",
+        "var_names",
+    ):
+        assert part in message

@@ -1,0 +1,99 @@
+"""ArviZ's statistics, whichever generation of it is installed.  Its data structures are `export`'s business."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from pyro_elbo_ext.export import dataset_of
+
+
+def ecdf_band(
+    count: int, points: NDArray[np.float64], prob: float = 0.95, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Simultaneous band of the empirical distribution function of uniform numbers, by ArviZ.
+
+    Parameters
+    ----------
+    count
+        How many numbers, N.
+    points
+        Where the function is looked at, increasing, in (0, 1), shape (G,).
+    prob
+        Probability that the function is inside at all of the points.
+    seed
+        Of the simulation that finds the band.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Lower and upper limit, shape (G,).
+
+    References
+    ----------
+    Säilynoja, Bürkner, Vehtari (2022), Graphical test for discrete uniformity and its applications.
+    """
+    rng = np.random.default_rng(seed)
+    try:
+        from arviz_stats import ecdf_utils as new  # ArviZ 1.x
+    except ImportError:
+        from arviz.stats import ecdf_utils as old  # ArviZ 0.x
+
+        def draw(size: int, random_state: np.random.Generator) -> NDArray[np.float64]:
+            return random_state.uniform(size=size)
+
+        lower, upper = old.ecdf_confidence_band(
+            count, points, points, prob, "simulated", rvs=draw, num_trials=1000, random_state=rng
+        )
+    else:
+        pointwise = new.simulate_confidence_bands(count, 1, points, prob, 1000, rng)
+        lower, upper = new.get_pointwise_confidence_band(pointwise, count, points)
+    return np.asarray(lower), np.asarray(upper)
+
+
+def effective_size(draws: NDArray[np.float64]) -> float:
+    """Effective sample size for the mean of draws of shape ``(chain, draw)``."""
+    import arviz
+
+    return float(arviz.ess(np.asarray(draws, dtype=np.float64), method="mean"))
+
+
+def leave_one_out(data: Any, name: str) -> tuple[xr.DataArray, xr.DataArray, str]:
+    """Expected log predictive density of each observation, by Pareto-smoothed importance sampling.
+
+    Parameters
+    ----------
+    data
+        ArviZ data with the group ``log_likelihood``. Where ``sample_stats`` has ``log_p`` and ``log_q`` the draws are an
+        approximation's, whose distance from the posterior is weighted away too, if the installed ArviZ can (1.x).
+    name
+        Observed site.
+
+    Returns
+    -------
+    tuple
+        ``elpd_i`` in nats and k-hat, both of the observations' dims, and the name of ArviZ's function.
+
+    References
+    ----------
+    Vehtari, Gelman, Gabry (2017), Practical Bayesian model evaluation using leave-one-out cross-validation and WAIC.
+    Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian Leave-One-Out Cross-Validation for Large Data.
+    """
+    import arviz
+
+    groups = [group.strip("/") for group in data.groups] if isinstance(data, xr.DataTree) else data.groups()
+    stats = dataset_of(data, "sample_stats") if "sample_stats" in groups else xr.Dataset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Pareto")  # the caller gets k-hat itself
+        if hasattr(arviz, "loo_approximate_posterior") and {"log_p", "log_q"} <= set(stats):
+            method = "loo_approximate_posterior"
+            found = arviz.loo_approximate_posterior(data, stats["log_p"], stats["log_q"], pointwise=True, var_name=name)
+        else:
+            method = "loo"
+            found = arviz.loo(data, pointwise=True, var_name=name)
+    elpd = found.elpd_i if hasattr(found, "elpd_i") else found.loo_i
+    return elpd, found.pareto_k, method

@@ -1,0 +1,88 @@
+"""Pictures of a calibration: matplotlib axes in, axes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyro_elbo_ext.arviz_statistics import ecdf_band
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pyro_elbo_ext.calibration import Calibration
+
+
+def plot_rank_ecdf(calibration: Calibration, parameter: str, ax: Axes, prob: float = 0.95) -> Axes:
+    """Distribution function of one parameter's ranks less the uniform one, with the band that uniform ranks stay in.
+
+    With probability ``prob`` all of the curve is inside. A curve above 0 on the left and below on the right: the guide is
+    too narrow; the mirror image: too wide; all above or all below: too high or too low.
+    """
+    if not 0 < prob < 1:
+        raise ValueError(f"prob must be between 0 and 1, got {prob}")
+    ranks = calibration.of(parameter, "ranks")
+    # at (r + 1) / (L + 1) the distribution function of uniform ranks is exactly that
+    grid = np.unique(np.linspace(0, calibration.num_draws - 1, 100).astype(int))
+    points = (grid + 1) / (calibration.num_draws + 1)
+    curve = np.searchsorted(np.sort(ranks), grid, side="right") / ranks.size
+    lower, upper = ecdf_band(ranks.size, points, prob)
+    outside = (curve < lower) | (curve > upper)
+    # step: the limits of a count are whole numbers
+    ax.fill_between(points, lower - points, upper - points, step="mid", color="0.85", linewidth=0)
+    ax.step(points, curve - points, where="mid", color="C3" if outside.any() else "C0", linewidth=1.5)
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_xlim(0, 1)
+    ax.set_title(parameter, fontsize="medium")
+    ax.set_xlabel("rank of the truth / L")
+    ax.set_ylabel("ECDF − uniform")
+    ax.spines[["right", "top"]].set_visible(False)
+    return ax
+
+
+def plot_symmetry(calibration: Calibration, parameter: str, ax: Axes) -> Axes:
+    """Histogram of ``P_q(theta > truth)`` and, as a line, its mirror image; where they differ the guide is biased."""
+    p = calibration.of(parameter, "probabilities")
+    bins = int(np.clip(p.size // 10, 4, 20))
+    counts, edges = np.histogram(p, bins, (0, 1))
+    row = calibration.to_dataframe().loc[parameter]
+    ax.stairs(counts, edges, fill=True, color="0.8")
+    ax.stairs(counts[::-1], edges, color="C1", linewidth=1.2)
+    ax.axvline(0.5, color="0.6", linewidth=0.8)
+    ax.set_xlim(0, 1)
+    ax.set_title(f"{parameter}: symmetry p = {row['symmetry_p_value']:.2g}", fontsize="medium")
+    ax.set_xlabel("P(guide > truth)")
+    ax.set_yticks([])
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    return ax
+
+
+def plot_calibration(calibration: Calibration, max_parameters: int = 6) -> Figure:
+    """Both pictures of the parameters with the smallest p-values, on a new figure.
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib.
+    """
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
+
+    table = calibration.to_dataframe()
+    worst = table[["sbc_p_value", "symmetry_p_value"]].min(axis=1).sort_values(kind="stable").index[:max_parameters]
+    names = [name for name in calibration.parameters if name in set(worst)]
+    figure, axes = plt.subplots(
+        2, len(names), figsize=(2.9 * len(names) + 0.6, 5.2), layout="constrained", squeeze=False
+    )
+    for name, (above, below) in zip(names, axes.T, strict=True):
+        plot_rank_ecdf(calibration, name, above)
+        plot_symmetry(calibration, name, below)
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")
+    if len(names) < len(table):
+        figure.suptitle(f"the {len(names)} of {len(table)} parameters with the smallest p-values", fontsize="medium")
+    return figure
