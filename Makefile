@@ -55,6 +55,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bounds
 	$(BIN)/python -m tests.benchmarks.compiled
 	$(BIN)/python -m tests.benchmarks.nuts
+	$(BIN)/python -m tests.benchmarks.autoencoder
+	$(BIN)/python -m tests.benchmarks.peers # says so and stops if PEERS_PYTHON is not set
 
 clean:
 	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache

@@ -926,6 +926,25 @@ def test_machine_code_equals_pyro(loss: Any, dtype: torch.dtype) -> None:
     assert ours.svi.compile_time > 0.0
 
 
+def many_means(y: Tensor) -> None:
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(y.new_tensor(0.0), 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Adam", "ClippedAdam"])
+def test_machine_code_of_large_parameters(name: str) -> None:
+    args = (torch.arange(1500) / 1500,)  # large enough that the scalars of an update, and draws, have code of their own
+    theirs = train(SVI, many_means, AutoNormal(many_means), args, optim=OPTIMIZERS[name]())
+    for make, tolerance in ((by_operator, 0.0), (by_inductor, 1e-5), (CompiledSVI, 1e-5)):
+        # so many numbers are drawn by torch's generator, also without same_draws
+        ours = train(make, many_means, AutoNormal(many_means), args, optim=OPTIMIZERS[name]())
+        assert ours.svi.optimizer_reason is None
+        assert_equal(ours, theirs, tolerance)
+    assert len(set(theirs.losses)) == STEPS
+
+
 @pytest.mark.slow
 def test_machine_code_draws_its_own_numbers() -> None:
     def make(*args: Any) -> CompiledSVI:

@@ -143,6 +143,9 @@ _DRAWS = {
 }
 
 
+_MANY_DRAWS = 128  # elements; from there on a call of torch's generator, which draws vectors, is quicker on a CPU
+
+
 def _fuse_draws(graph: GraphModule) -> None:
     """Draw standard normal and uniform numbers in the kernels that use them, not by a call of torch's generator."""
     for node in list(graph.graph.nodes):
@@ -153,6 +156,8 @@ def _fuse_draws(graph: GraphModule) -> None:
         if memory.target not in _EMPTY or len(memory.users) > 1:
             continue
         like = memory.meta["val"]
+        if like.device.type == "cpu" and like.numel() > _MANY_DRAWS:
+            continue
         with graph.graph.inserting_before(node):
             drawn = graph.graph.call_function(
                 fused, (list(like.shape),), {"dtype": like.dtype, "device": like.device, "pin_memory": False}

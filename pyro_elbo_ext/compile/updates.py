@@ -120,11 +120,11 @@ def _adam(of: Settings, decoupled: bool) -> Update:
         mean = torch.lerp(mean, g, 1 - beta1)
         square = (square * beta2).addcmul(g, g, value=1 - beta2)
         count = step.double()
-        size = -(lr / (1 - beta1**count))
-        root = torch.sqrt(1 - beta2**count)
+        size = _kept(-(lr / (1 - beta1**count)), p)
+        root = _kept(torch.sqrt(1 - beta2**count), p)
         if largest:
             largest = [torch.maximum(largest[0], square)]
-        denominator = (largest[0] if largest else square).sqrt() / root.to(p.dtype) + eps
+        denominator = (largest[0] if largest else square).sqrt() / root + eps
         return _addcdiv(p, mean, denominator, size), [step, mean, square, *largest]
 
     return update
@@ -157,7 +157,7 @@ def _clipped_adam(of: Settings) -> Update:
             g = g.add(p, alpha=decay)
         mean = (mean * beta1).add(g, alpha=1 - beta1)
         square = (square * beta2).addcmul(g, g, value=1 - beta2)
-        size = -(lr * torch.sqrt(1 - beta2**count) / (1 - beta1**count))
+        size = _kept(-(lr * torch.sqrt(1 - beta2**count) / (1 - beta1**count)), p)
         return _addcdiv(p, mean, square.sqrt() + eps, size), [mean, square, count]
 
     return update
@@ -165,7 +165,20 @@ def _clipped_adam(of: Settings) -> Update:
 
 def _addcdiv(p: Tensor, numerator: Tensor, denominator: Tensor, value: Tensor) -> Tensor:
     """``torch.addcdiv``, which takes no tensor for ``value``."""
-    return p + value.to(p.dtype) * numerator / denominator
+    return p + value * numerator / denominator
+
+
+_LARGE = 1024  # elements
+
+
+def _kept(scalar: Tensor, p: Tensor) -> Tensor:
+    """A scalar of the update in the dtype of ``p``, computed once where ``p`` is large.
+
+    Inductor would compute it, powers and all, again for every vector of elements of ``p``: a C++ compiler cannot take it out
+    of the loop, as it may depend on what the loop writes. A view by strides is what Inductor makes a buffer for.
+    """
+    scalar = scalar.to(p.dtype)
+    return scalar if p.numel() < _LARGE else torch.as_strided(scalar, scalar.shape, scalar.stride())
 
 
 def _clipped(update: Update, clip: Settings) -> Update:

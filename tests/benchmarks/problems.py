@@ -75,24 +75,32 @@ class Encoder(nn.Module):
         return self.loc(hidden), self.log_scale(hidden).exp()
 
 
-def vae() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
-    """A variational autoencoder 784-400-50 on a batch of 256 random binary images (Kingma and Welling, 2014)."""
-    encoder = Encoder()
-    decoder = nn.Sequential(nn.Linear(50, 400), nn.Softplus(), nn.Linear(400, 784))
-    x = torch.bernoulli(torch.full((256, 784), 0.3))
+def decoder() -> nn.Sequential:
+    """50 latents to the logits of 784 pixels."""
+    return nn.Sequential(nn.Linear(50, 400), nn.Softplus(), nn.Linear(400, 784))
+
+
+def images(batch: int) -> Tensor:
+    """Random binary images, shape ``(batch, 784)``."""
+    return torch.bernoulli(torch.full((batch, 784), 0.3))
+
+
+def vae(batch: int = 256) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
+    """A variational autoencoder 784-400-50 on a batch of random binary images (Kingma and Welling, 2014)."""
+    encode, decode = Encoder(), decoder()
 
     def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
+        pyro.module("decoder", decode)
         with pyro.plate("image", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 50), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
+        pyro.module("encoder", encode)
         with pyro.plate("image", len(x)):
-            pyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
+            pyro.sample("z", dist.Normal(*encode(x)).to_event(1))
 
-    return model, guide, (x,)
+    return model, guide, (images(batch),)
 
 
 PROBLEMS = {
