@@ -7,8 +7,11 @@ is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prio
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.evidence import evidence_bounds
+from pyro_elbo_ext.evidence_ledger import EvidenceBounds
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
+from pyro_elbo_ext.importance import ImportanceSample, psis_khat
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.multi_sample import (
     ChiUpperBound,
@@ -26,7 +29,9 @@ __all__ = [
     "Comparison",
     "CompiledSVI",
     "DecomposedELBO",
+    "EvidenceBounds",
     "History",
+    "ImportanceSample",
     "ImportanceWeightedELBO",
     "MultiSampleELBO",
     "RenyiELBO",
@@ -34,7 +39,9 @@ __all__ = [
     "Terms",
     "ThermodynamicELBO",
     "compare_to_mcmc",
+    "evidence_bounds",
     "from_pyro_mcmc",
     "from_pyro_svi",
+    "psis_khat",
     "run_nuts",
 ]

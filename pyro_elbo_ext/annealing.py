@@ -1,7 +1,7 @@
 r"""Annealed importance sampling from the guide to the posterior.
 
-The path is that of Neal (2001), :math:`\pi_b \propto q\, w^b` with :math:`w = p(x, z) / q(z)`, from the guide at b = 0 to the
-posterior at b = 1. It is walked in the space of the guide's own draws, mapped to unconstrained reals: an autoguide's
+The path is that of Neal (2001), :math:`\pi_b \propto q\, w^b` with :math:`w = p(x, z) / q(z)`, from the guide at b = 0 to
+the posterior at b = 1. It is walked in the space of the guide's own draws, mapped to unconstrained reals: an autoguide's
 auxiliary vector, or the latent sites themselves. One run of guide and model on all chains at once gives both densities
 at the same points, whatever the guide's way from its draws to the sites.
 """
@@ -76,10 +76,7 @@ class _State(NamedTuple):
 
     def where(self, chosen: Tensor, other: _State) -> _State:
         return _State(
-            *[
-                torch.where(chosen.reshape(-1, *(1,) * (a.dim() - 1)), a, b)
-                for a, b in zip(self, other, strict=True)
-            ]
+            *[torch.where(chosen.reshape(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in zip(self, other, strict=True)]
         )
 
     def take(self, index: Tensor) -> _State:
@@ -158,7 +155,11 @@ class _Path:
         again = trace_program(scorer.guide, scorer.args, scorer.kwargs)
         for site in self.sites:
             before, after = (
-                [end for end in vars(_innermost(trace.nodes[site.name]["fn"].support)).values() if isinstance(end, Tensor)]
+                [
+                    end
+                    for end in vars(_innermost(trace.nodes[site.name]["fn"].support)).values()
+                    if isinstance(end, Tensor)
+                ]
                 for trace in (scorer.reference[1], again)
             )
             if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
@@ -202,10 +203,10 @@ class _Path:
         except CannotBatch as error:
             raise CannotAnneal(f"model and guide cannot be run on all chains at once, since {error}") from error
         log_q, log_w = jacobian, u.new_zeros(count)
-        for site in read_sites(model_trace, guide_trace):
-            if site.p is not None:
-                log_w = log_w + _by_chain(log_prob(site.p, model_trace))
-            for node in site.q:
+        for pair in read_sites(model_trace, guide_trace):
+            if pair.p is not None:
+                log_w = log_w + _by_chain(log_prob(pair.p, model_trace))
+            for node in pair.q:
                 density = _by_chain(score_parts(node, guide_trace).log_prob)
                 log_w = log_w - density
                 if node["name"] in values:

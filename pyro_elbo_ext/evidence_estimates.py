@@ -1,7 +1,7 @@
 """Estimates of ``log p(x)``, and of bounds on it, from log weights at draws of the guide and of the posterior: plain NumPy.
 
-Each comes with the influence of every draw on it (Hampel 1974): to first order, the estimate is its expectation plus the means
-of the influences over the guide's and over the posterior's draws. Their spread gives the standard error, and the
+Each comes with the influence of every draw on it (Hampel 1974): to first order, the estimate is its expectation plus the
+means of the influences over the guide's and over the posterior's draws. Their spread gives the standard error, and the
 difference of two estimates' influences the standard error of the difference, though they share draws.
 """
 
@@ -58,9 +58,7 @@ def iwae(log_weights: Array, block: int) -> Estimate:
     """
     count = len(log_weights)
     if block == count:
-        return Estimate(
-            float(logsumexp(log_weights) - math.log(count)), count * softmax(log_weights) - 1, NONE
-        )
+        return Estimate(float(logsumexp(log_weights) - math.log(count)), count * softmax(log_weights) - 1, NONE)
     values = logsumexp(in_blocks(log_weights, block), axis=1) - math.log(block)
     value = float(values.mean())
     return Estimate(value, values - value if math.isfinite(value) else NONE, NONE, block)

@@ -102,8 +102,8 @@ def pareto_smoothed(log_weights: NDArray[np.float64], noise: float = 0.0) -> tup
     -------
     tuple of ndarray and float
         Smoothed log weights, whose weights sum to one, shape ``(S,)``, and k-hat. Where the tail that k-hat is fitted to is
-        flat, the weights are bounded: k-hat is -inf and nothing is smoothed. Where the tail has fewer than 5 draws, or weights
-        of zero, k-hat cannot be told: it is inf and nothing is smoothed.
+        flat, the weights are bounded: k-hat is -inf and nothing is smoothed. Where the tail has fewer than 5 draws, or
+        weights of zero, k-hat cannot be told: it is inf and nothing is smoothed.
 
     References
     ----------

@@ -99,9 +99,7 @@ def find_folds(model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
     return folds
 
 
-def unpack(
-    auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace, guide_trace: Trace
-) -> dict[str, Fold]:
+def unpack(auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
     """Cut the auxiliary vector into the sites' blocks; nothing is folded unless the whole vector is used up."""
     folds: dict[str, Fold] = {}
     start = 0

@@ -183,9 +183,7 @@ class Scorer:
         CannotBatch
             If they can only be run one by one.
         """
-        batched = run_batched(
-            self.model, self.guide, self.args, self.kwargs, count, self._batch.reference, draws=given
-        )
+        batched = run_batched(self.model, self.guide, self.args, self.kwargs, count, self._batch.reference, draws=given)
         return batched.model_trace, batched.guide_trace
 
     def guide_values(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,8 +209,8 @@ class Scorer:
             blocks = unpack(name, node["value"], _in_order(deltas, guide_trace), model_trace, guide_trace)
             if not blocks or node["value"].dim() != 1:
                 raise ValueError(
-                    f"guide site '{name}' cannot be computed from the latent sites of the model, so that the guide's density "
-                    "at draws from elsewhere is not known. Use a guide that draws each latent site, or one of Pyro's "
+                    f"guide site '{name}' cannot be computed from the latent sites of the model, so that the guide's "
+                    "density at draws from elsewhere is not known. Use a guide that draws each latent site, or one of Pyro's "
                     "autoguides with a joint or a factorized density in unconstrained space."
                 )
             parts = [transform_of(model_trace.nodes[site]).inv(draws[site]).reshape(count, -1) for site in blocks]
@@ -223,7 +221,9 @@ class Scorer:
         found: dict[str, Tensor] = {}
         for name in self.latents:
             if name not in draws:
-                raise ValueError(f"the posterior draws lack latent site '{name}'; they have {', '.join(draws) or 'none'}")
+                raise ValueError(
+                    f"the posterior draws lack latent site '{name}'; they have {', '.join(draws) or 'none'}"
+                )
             value = self.reference[0].nodes[name]["value"]
             tensor = torch.as_tensor(draws[name], device=value.device).to(value.dtype)
             if tensor.shape[1:] != value.shape:
@@ -265,7 +265,9 @@ class Scorer:
                 self.eps = max(self.eps, torch.finfo(density.dtype).eps)
                 if size is None:
                     density = density.unsqueeze(0)
-                total = to_numpy(density.flatten(1).sum(1, dtype=torch.float64) if density.dim() > 1 else density.double())
+                total = to_numpy(
+                    density.flatten(1).sum(1, dtype=torch.float64) if density.dim() > 1 else density.double()
+                )
                 _check_finite(total, site.name, "model" if sign > 0 else "guide", start, own)
                 if sign > 0:
                     log_p += total
@@ -336,8 +338,8 @@ def _check_density(model_trace: Trace, guide_trace: Trace) -> None:
     if there > wanted:
         extra = [repr(name) for name in drawn if name not in latents]
         raise ValueError(
-            f"the guide draws {there} dimensions for the {wanted} of the model: {', '.join(extra)} is an auxiliary draw that "
-            "the model has no density for, so that log p - log q is no importance weight. Integrate it out, or give the "
+            f"the guide draws {there} dimensions for the {wanted} of the model: {', '.join(extra)} is an auxiliary draw "
+            "that the model has no density for, so that log p - log q is no importance weight. Integrate it out, or give the "
             "model a site of that name."
         )
 
@@ -392,8 +394,8 @@ def _check_finite(total: Array, site: str, where: str, start: int, own: bool) ->
     if bad.any():
         index = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"the log density of site '{site}' in the {where} is {total[index]} at draw {start + index}, and not finite in "
-            f"{int(bad.sum())} of {len(total)}. Look for parameters of the guide or model, or data, that are NaN or infinite."
+            f"the log density of site '{site}' in the {where} is {total[index]} at draw {start + index}, and not finite "
+            f"in {int(bad.sum())} of {len(total)}. Look for parameters of the guide or model, or data, that are NaN or infinite."
         )
 
 
