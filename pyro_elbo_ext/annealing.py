@@ -152,7 +152,8 @@ class _Path:
     def _check_supports(self) -> None:
         """A support that moves with another draw would be cut off where it was in the reference run."""
         scorer = self.scorer
-        again = trace_program(scorer.guide, scorer.args, scorer.kwargs)
+        # the reference run used the random numbers that the first of these uses again
+        _, again = (trace_program(scorer.guide, scorer.args, scorer.kwargs) for _ in range(2))
         for site in self.sites:
             before, after = (
                 [

@@ -148,10 +148,13 @@ def evidence_bounds(
                 reason = f"Annealed importance sampling, the fallback for such weights, is not possible: {error}."
             else:
                 entries += _from_annealing(found.forward, found.reverse, sample.noise)
-        elbo = DecomposedELBO(num_particles=min(num_draws, batch_size), vectorize_particles="vmap", history=False)
-        elbo.loss(model, guide, *args, **kwargs)
-        assert elbo.last is not None
-        kl_prior = elbo.last.kl_prior
+        if sample.num_zero:  # which no ELBO accepts
+            kl_prior = float((sample.log_q - sample.log_prior).mean())
+        else:
+            elbo = DecomposedELBO(num_particles=min(num_draws, batch_size), vectorize_particles="vmap", history=False)
+            elbo.loss(model, guide, *args, **kwargs)
+            assert elbo.last is not None
+            kl_prior = elbo.last.kl_prior
     base = estimates.elbo(log_w)
     rows = [_row(entry, sample.noise) for entry in entries]
     log_evidence = _interval(entries, None, level, sample.noise)
@@ -167,7 +170,8 @@ def evidence_bounds(
 
 def read_posterior(posterior: Any) -> dict[str, Any]:
     """Draws by site, arrays or tensors that start with (chain, draw), or only draw in a mapping."""
-    if isinstance(posterior, Mapping) and not isinstance(posterior, xr.Dataset | xr.DataTree):
+    is_arviz = isinstance(posterior, xr.Dataset | xr.DataTree) or callable(getattr(posterior, "groups", None))
+    if isinstance(posterior, Mapping) and not is_arviz:  # both generations' data are mappings too
         return dict(posterior)
     data = dataset_of(posterior)
     for name, variable in data.data_vars.items():
@@ -352,7 +356,7 @@ def _interval(entries: Sequence[_Entry], base: Estimate | None, level: float, no
                 # one value of log mean w: where the mean is found too high, its logarithm's error is found too low
                 margin += 0.5 * (quantile * _error(entry, None, noise)) ** 2
             limits[side].append(value + sign * margin)
-    return Interval(max(limits["lower"], default=-math.inf), min(limits["upper"], default=math.inf))
+    return Interval(float(max(limits["lower"], default=-math.inf)), float(min(limits["upper"], default=math.inf)))
 
 
 def _check(num_draws: Any, ladder: Any, level: Any, fallback: Any, batch_size: Any) -> None:

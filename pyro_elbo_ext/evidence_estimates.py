@@ -17,6 +17,7 @@ from scipy.special import logsumexp, softmax
 from pyro_elbo_ext.scoring import Array
 
 OVERLAP = 50  # effective draws that the bridge needs on each side, for its standard error to be one
+PAIRS = 10**6  # of a posterior draw and a block computed at a time
 
 
 class Estimate(NamedTuple):
@@ -84,16 +85,21 @@ def multi_sample_upper(log_weights: Array, posterior: Array, block: int) -> Esti
     al. 2022). With all draws in one block, their influences are by the delta method.
     """
     count = len(log_weights)
-    own = posterior.reshape(-1, 1)
+    own = posterior.ravel()
     others = logsumexp(in_blocks(log_weights, block), axis=1)
-    table = np.logaddexp(own, others[None]) - math.log(block + 1)
-    value = float(table.mean())
+    by_draw, by_block = np.empty(len(own)), np.zeros(len(others))
+    rows = max(1, PAIRS // len(others))
+    for start in range(0, len(own), rows):
+        table = np.logaddexp(own[start : start + rows, None], others) - math.log(block + 1)
+        by_draw[start : start + rows] = table.mean(1)
+        by_block += table.sum(0) / len(own)
+    value = float(by_draw.mean())
     if not math.isfinite(value):
         return Estimate(value, NONE, NONE, block)
-    of_posterior = table.mean(1).reshape(posterior.shape) - value
+    of_posterior = by_draw.reshape(posterior.shape) - value
     if block < count:
-        return Estimate(value, table.mean(0) - value, of_posterior, block)
-    share = np.exp(others - np.logaddexp(own[:, 0], others)).mean()
+        return Estimate(value, by_block - value, of_posterior, block)
+    share = np.exp(others - np.logaddexp(own, others)).mean()
     return Estimate(value, share * (count * softmax(log_weights) - 1), of_posterior)
 
 

@@ -35,6 +35,8 @@ class ImportanceSample:
         ``pyro.deterministic`` sites of the model at these draws, same shape.
     log_p, log_q : ndarray
         ``log p(x, z_s)`` and ``log q(z_s)``, in nats, shape ``(S,)``, scaled and masked as in the ELBO.
+    log_prior : ndarray
+        The latent sites' share of ``log_p``, ``log p(z_s)``, shape ``(S,)``.
     local : dict of str to ndarray
         Plate to the log weights of each of its indices, shape ``(S, size)``, where the model factorizes: all latent
         sites of model and guide are in the plate, so that the weight is a constant times the product over the indices.
@@ -49,6 +51,7 @@ class ImportanceSample:
     draws: dict[str, Tensor]
     log_p: Array
     log_q: Array
+    log_prior: Array
     deterministics: dict[str, Tensor] = field(default_factory=dict)
     local: dict[str, Array] = field(default_factory=dict)
     not_local: dict[str, str] = field(default_factory=dict)
@@ -296,6 +299,7 @@ def importance_sample(scorer: Scorer, num_draws: int) -> ImportanceSample:
         draws={name: scores.values[name] for name in scorer.latents},
         log_p=scores.log_p,
         log_q=scores.log_q,
+        log_prior=scores.log_prior,
         deterministics={name: value for name, value in scores.values.items() if name not in latents},
         local=scores.local,
         not_local=dict(scorer.not_local),

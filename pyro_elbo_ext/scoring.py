@@ -41,6 +41,8 @@ class Scores(NamedTuple):
         Latent and deterministic sites of the model, shape ``(S, *plates, *event)``.
     log_p, log_q : ndarray
         ``log p(x, z)`` and ``log q(z)``, shape ``(S,)``, summed over sites in float64.
+    log_prior : ndarray
+        The latent sites' share of ``log_p``, shape ``(S,)``.
     local : dict of str to ndarray
         Plate to the log weights of each of its indices, shape ``(S, size)``; see `Scorer.not_local`.
     """
@@ -48,6 +50,7 @@ class Scores(NamedTuple):
     values: dict[str, Tensor]
     log_p: Array
     log_q: Array
+    log_prior: Array
     local: dict[str, Array]
 
 
@@ -210,8 +213,8 @@ class Scorer:
             if not blocks or node["value"].dim() != 1:
                 raise ValueError(
                     f"guide site '{name}' cannot be computed from the latent sites of the model, so that the guide's "
-                    "density at draws from elsewhere is not known. Use a guide that draws each latent site, or one of Pyro's "
-                    "autoguides with a joint or a factorized density in unconstrained space."
+                    "density at draws from elsewhere is not known. Use a guide that draws each latent site, or one of "
+                    "Pyro's autoguides with a joint or a factorized density in unconstrained space."
                 )
             parts = [transform_of(model_trace.nodes[site]).inv(draws[site]).reshape(count, -1) for site in blocks]
             found[name] = torch.cat(parts, -1)
@@ -254,7 +257,7 @@ class Scorer:
     def _read(self, model_trace: Trace, guide_trace: Trace, size: int | None, start: int, *, own: bool) -> Scores:
         """The scores of a batch of ``size`` draws, or of one ordinary run."""
         count = 1 if size is None else size
-        log_p, log_q = np.zeros(count), np.zeros(count)
+        log_p, log_q, log_prior = np.zeros(count), np.zeros(count), np.zeros(count)
         local = {plate: np.zeros((count, width)) for plate, (_, width, _) in self._plates.items()}
         sites = read_sites(model_trace, guide_trace, outline(model_trace, guide_trace))
         for site in sites:
@@ -271,6 +274,8 @@ class Scorer:
                 _check_finite(total, site.name, "model" if sign > 0 else "guide", start, own)
                 if sign > 0:
                     log_p += total
+                    if site.kind == "latent":
+                        log_prior += total
                 else:
                     log_q += total
                 for plate, (dim, width, inside) in self._plates.items():
@@ -285,7 +290,7 @@ class Scorer:
         for name in self.latents:  # imputed elements too, which are no values to report
             value = guide_trace.nodes[name]["value"]
             values.setdefault(name, value.detach().reshape(count, *self.reference[0].nodes[name]["value"].shape))
-        return Scores(values, log_p, log_q, local)
+        return Scores(values, log_p, log_q, log_prior, {plate: local[plate] for plate in self._plates})
 
     def _watch_outside(self, name: str, total: Array) -> None:
         """An observed site outside a plate is a constant factor, or else the model does not factorize over the plate."""
@@ -339,8 +344,8 @@ def _check_density(model_trace: Trace, guide_trace: Trace) -> None:
         extra = [repr(name) for name in drawn if name not in latents]
         raise ValueError(
             f"the guide draws {there} dimensions for the {wanted} of the model: {', '.join(extra)} is an auxiliary draw "
-            "that the model has no density for, so that log p - log q is no importance weight. Integrate it out, or give the "
-            "model a site of that name."
+            "that the model has no density for, so that log p - log q is no importance weight. Integrate it out, or give "
+            "the model a site of that name."
         )
 
 
@@ -395,7 +400,8 @@ def _check_finite(total: Array, site: str, where: str, start: int, own: bool) ->
         index = int(np.flatnonzero(bad)[0])
         raise ValueError(
             f"the log density of site '{site}' in the {where} is {total[index]} at draw {start + index}, and not finite "
-            f"in {int(bad.sum())} of {len(total)}. Look for parameters of the guide or model, or data, that are NaN or infinite."
+            f"in {int(bad.sum())} of {len(total)}. Look for parameters of the guide or model, or data, that are "
+            "NaN or infinite."
         )
 
 
@@ -410,5 +416,6 @@ def _joined(chunks: list[Scores]) -> Scores:
         {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in first.values},
         np.concatenate([chunk.log_p for chunk in chunks]),
         np.concatenate([chunk.log_q for chunk in chunks]),
+        np.concatenate([chunk.log_prior for chunk in chunks]),
         {plate: np.concatenate([chunk.local[plate] for chunk in chunks]) for plate in first.local if plate in plates},
     )
