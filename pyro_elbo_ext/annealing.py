@@ -29,7 +29,7 @@ LEAPFROG = 5  # steps of a trajectory
 ADAPTATION = 4  # trajectories per temperature of the pilot run, in which the step size is adapted
 ACCEPTANCE = 0.8  # that it is adapted to
 CONDITIONAL_ESS = 0.9  # of the chains, from one temperature of the pilot to the next
-VARIANCE = 0.3  # of the log weights, that the temperatures are made close enough for
+VARIANCE = 0.15  # of the log weights, that the temperatures are made close enough for
 PILOT_TEMPERATURES = 200
 TEMPERATURES = 600  # at most
 

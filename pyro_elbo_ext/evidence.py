@@ -28,7 +28,7 @@ from pyro_elbo_ext.scoring import Array, Scorer
 
 BLOCKS = 20  # fewer values of a bound have no standard error to rely on
 FINITE_VARIANCE = 0.5  # k-hat below which the weights have a variance
-CHAINS = 200  # of annealed importance sampling
+CHAINS = 500  # of annealed importance sampling
 LEAST_DRAWS = 25  # for k-hat, which needs five in the tail
 
 
@@ -93,8 +93,9 @@ def evidence_bounds(
     level
         Confidence level of the two intervals.
     fallback
-        Annealed importance sampling from the guide to the posterior: "auto", where there are no posterior draws and k-hat
-        is above its threshold; "ais", always, and in reverse from posterior draws too; None, never.
+        Annealed importance sampling from the guide to the posterior: "auto", where there are no posterior draws and the
+        weights may have no variance (k-hat not below 0.5 or its threshold), so that they give no upper bound; "ais",
+        always, and in reverse from posterior draws too; None, never.
     seed
         Same seed, same draws, and the caller's random number generators are left as they were. None: draw from these.
     batch_size
@@ -138,7 +139,8 @@ def evidence_bounds(
             of_posterior = (scores.log_p - scores.log_q).reshape(shape)
             entries += _from_posterior(sample, of_posterior, ladder)
         reason = ""
-        if fallback == "ais" or (fallback == "auto" and flat is None and sample.khat >= sample.threshold):
+        bad = flat is None and sample.khat >= min(sample.threshold, FINITE_VARIANCE)
+        if fallback == "ais" or (fallback == "auto" and bad):
             start = None if flat is None else _thinned(flat, CHAINS)
             try:
                 found = annealed(scorer, CHAINS, start, progress=progress)

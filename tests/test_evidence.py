@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from pyro_elbo_ext import evidence_bounds, run_nuts
 from pyro_elbo_ext import evidence_estimates as estimates
 from pyro_elbo_ext.demo import load_eight_schools, noncentered
 from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+from pyro_elbo_ext.export import dataset_of
 from tests.evidence_oracles import BETA, GAUSSIAN, PROBLEMS, REGRESSION, Conjugate
 
 CASES = [(problem, guide) for problem, conjugate in PROBLEMS.items() for guide in conjugate.guides]
@@ -165,6 +167,7 @@ def test_bad_weights_give_no_upper_bound_but_a_reason() -> None:
     assert "k-hat" in value_of(found, "CUBO")["note"]
 
 
+@pytest.mark.slow
 def test_annealing_where_the_weights_are_bad() -> None:
     without = ledger(GAUSSIAN, "far", fallback=None)
     found = ledger(GAUSSIAN, "far")
@@ -232,13 +235,15 @@ def test_posterior_of_other_data_contradicts_itself() -> None:
     assert "contradict" in repr(found)
 
 
-@pytest.mark.parametrize("form", ["arviz", "dataset", "by chain", "flat"])
-def test_posterior_draws_in_any_form(form: str) -> None:
-    from pyro_elbo_ext.export import dataset_of
-
-    nuts = run_nuts(
+@pytest.fixture(scope="module")
+def nuts() -> Any:
+    return run_nuts(
         REGRESSION.model, num_samples=100, warmup=100, chains=2, backend="pyro", compile=False, progress=False
     )
+
+
+@pytest.mark.parametrize("form", ["arviz", "dataset", "by chain", "flat"])
+def test_posterior_draws_in_any_form(nuts: Any, form: str) -> None:
     dataset = dataset_of(nuts)
     given = {
         "arviz": nuts,

@@ -180,6 +180,7 @@ def test_a_guides_own_draws_score_the_same_when_given(autoguide: type) -> None:
     np.testing.assert_allclose(scores.log_p, found.log_p, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_eight_schools_above_and_below_the_threshold() -> None:
     data = load_eight_schools()
     args = torch.tensor(data["sigma"]), torch.tensor(data["y"])
