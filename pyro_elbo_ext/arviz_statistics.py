@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 from pyro_elbo_ext.export import dataset_of
 
@@ -97,3 +98,45 @@ def leave_one_out(data: Any, name: str) -> tuple[xr.DataArray, xr.DataArray, str
             found = arviz.loo(data, pointwise=True, var_name=name)
     elpd = found.elpd_i if hasattr(found, "elpd_i") else found.loo_i
     return elpd, found.pareto_k, method
+
+
+def pareto_smoothed(log_weights: NDArray[np.float64], noise: float = 0.0) -> tuple[NDArray[np.float64], float]:
+    """ArviZ's Pareto-smoothed importance sampling, of either generation.
+
+    Parameters
+    ----------
+    log_weights
+        Log importance weights, shape ``(S,)``; -inf is a weight of zero.
+    noise
+        Differences of log weights up to this one, in nats, are rounding errors.
+
+    Returns
+    -------
+    tuple of ndarray and float
+        Smoothed log weights, whose weights sum to one, shape ``(S,)``, and k-hat. Where the tail that k-hat is fitted to is
+        flat, the weights are bounded: k-hat is -inf and nothing is smoothed. Where the tail has fewer than 5 draws, or
+        weights of zero, k-hat cannot be told: it is inf and nothing is smoothed.
+
+    References
+    ----------
+    Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling.
+    """
+    count = len(log_weights)
+    length = int(np.ceil(min(count / 5, 3 * count**0.5)))
+    tail = np.sort(log_weights)[-min(count, length + 1) :]
+    if length < 5 or tail[0] == -np.inf:
+        return log_weights - logsumexp(log_weights), np.inf
+    if tail[-1] - tail[0] <= noise:
+        return log_weights - logsumexp(log_weights), -np.inf
+    import arviz
+
+    if hasattr(arviz, "psislw"):
+        smoothed, khat = arviz.psislw(log_weights)
+    else:
+        from arviz_stats.base import array_stats
+
+        smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods, whose inverses are the weights
+    if np.isnan(khat):  # ArviZ 1.x, where the tail spans more than floating point: nothing could be heavier
+        return log_weights - logsumexp(log_weights), np.inf
+    smoothed = np.asarray(smoothed, dtype=np.float64)
+    return smoothed - logsumexp(smoothed), float(khat)

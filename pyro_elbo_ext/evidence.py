@@ -18,11 +18,12 @@ from torch import Tensor
 
 from pyro_elbo_ext import evidence_estimates as estimates
 from pyro_elbo_ext.annealing import CannotAnneal, annealed
+from pyro_elbo_ext.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.draws import untouched
 from pyro_elbo_ext.evidence_estimates import Estimate
 from pyro_elbo_ext.evidence_ledger import Bound, EvidenceBounds, Interval
-from pyro_elbo_ext.export import dataset_of, effective_size, pareto_smoothed
+from pyro_elbo_ext.export import dataset_of
 from pyro_elbo_ext.importance import BATCH_SIZE, ImportanceSample, check_count, importance_sample
 from pyro_elbo_ext.scoring import Array, Scorer
 

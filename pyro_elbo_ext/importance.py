@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_elbo_ext.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.draws import imputation, to_numpy, untouched
-from pyro_elbo_ext.export import attributes, pareto_smoothed, to_arviz
+from pyro_elbo_ext.export import attributes, to_arviz
 from pyro_elbo_ext.labels import Labels
 from pyro_elbo_ext.scoring import Array, Scorer, Scores
 from pyro_elbo_ext.terms import Node
