@@ -96,7 +96,7 @@ def train(
 
 def by_operator(*args: Any, **options: Any) -> CompiledSVI:
     """The graph without a compiler: the same operators as Pyro's, so the same numbers."""
-    return CompiledSVI(*args, backend="eager", **options)
+    return CompiledSVI(*args, backend="eager", steps_per_call=4, **options)
 
 
 def assert_equal(ours: Fit, theirs: Fit, tolerance: float = 0.0) -> None:

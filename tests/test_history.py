@@ -559,3 +559,30 @@ def test_html_escapes_names_and_shows_the_largest_of_many_sites() -> None:
     assert "&lt;z10&gt;" in html
     assert "&lt;z09&gt;" not in html
     assert "the 20 largest of 30 sites" in html
+
+
+@pytest.mark.parametrize("max_steps", [None, 8, 100])
+def test_many_steps_at_once_are_the_same_as_one_by_one(max_steps: int | None) -> None:
+    one, many = History(max_steps=max_steps), History(max_steps=max_steps)
+    rng = np.random.default_rng(0)
+    step = 0
+    for count in (3, 0, 1, 50, 260):
+        values = rng.normal(size=(count, *two_values(0.0).shape))
+        steps, objective, weight = np.arange(step, step + 2 * count, 2), rng.normal(size=count), rng.uniform(size=count)
+        for i in range(count):
+            one.append(int(steps[i]), TWO, values[i], objective=objective[i], kl_weight=weight[i])
+        many.extend(steps, TWO, values, objective=objective, kl_weight=weight)
+        step += 2 * count
+    assert one.num_recorded == many.num_recorded == 314
+    assert_same(one, many)
+
+
+def test_many_bad_steps_at_once_change_nothing() -> None:
+    history = History()
+    record(history, 0, 5)
+    before = history.to_dataframe()
+    values = np.stack([two_values(0.0)] * 3)
+    for steps, table in (([40, 50, 60], values), ([50, 70, 60], values), ([50, 60, 70], values[:2])):
+        with pytest.raises(ValueError, match="step"):
+            history.extend(np.array(steps), TWO, table, objective=np.zeros(3), kl_weight=np.ones(3))
+    assert history.to_dataframe().equals(before)

@@ -36,7 +36,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # of sums in another or
 
 
 class Taken:
-    """Steps as they are taken, to be read even after an interrupt."""
+    """Steps as they are taken, to be read even if one fails."""
 
     def __init__(self) -> None:
         self.losses = torch.zeros(0, dtype=torch.float64)
@@ -144,7 +144,7 @@ class NativeSteps:
         Parameters
         ----------
         taken
-            Takes the results, even if an interrupt follows.
+            Takes the results, even if a step fails.
         weights
             Of ``kl_prior``, float64, shape ``(count,)``.
         inputs

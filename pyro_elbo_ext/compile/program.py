@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ class Program:
         self.sites = loss.sites
         self.compile_time = time.perf_counter() - start
         logger.info("traced the step in %.1f s", self.compile_time)
+        self.step_seconds = math.inf  # the least that a graph of one step has taken
         self._compiled: dict[int | str, Compiled] = {}
         self._prefix: dict[int, tuple[list[Tensor], Tensor, list[float]]] = {}
         self._native: NativeSteps | NotNative | None = None
@@ -119,8 +121,12 @@ class Program:
             weights.copy_(torch.tensor(kl_weights, dtype=torch.float64))
             known[:] = kl_weights
         inputs = [*inputs, *arguments, *self._capture.captured]
+        compiled = self._compiled_steps(steps, inputs)
+        start = time.perf_counter()
         with torch.no_grad():
-            losses, tables = self._compiled_steps(steps, inputs)(*inputs)
+            losses, tables = compiled(*inputs)
+        if steps == 1:
+            self.step_seconds = min(self.step_seconds, time.perf_counter() - start)
         return losses, tables
 
     def repeat(self, native: NativeSteps, taken: Taken, kl_weights: list[float], arguments: Sequence[Tensor]) -> None:

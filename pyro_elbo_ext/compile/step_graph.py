@@ -143,7 +143,9 @@ _DRAWS = {
 }
 
 
-_MANY_DRAWS = 128  # elements; from there on a call of torch's generator, which draws vectors, is quicker on a CPU
+_MANY_DRAWS = (
+    512  # elements; beyond, torch's generator, which draws vectors, is quicker on a CPU even if Python calls it
+)
 
 
 def _fuse_draws(graph: GraphModule) -> None:

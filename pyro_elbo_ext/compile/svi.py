@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, take_apart
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
 from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MANY_PROGRAMS = 8
 _CALLS_PER_CHECK = 64  # of a run, between two looks at its losses
+_SHORT, _SHORT_STEPS = 5e-4, 4  # seconds that a step may take for so many to be put in a graph
 _SECONDS_IN_C, _MOST_IN_C = 0.1, 1 << 15  # of a run, between two looks at its losses and at the keyboard
 
 
@@ -77,9 +79,10 @@ class CompiledSVI(SVI):
         "inductor", machine code; "eager", the graph run operator by operator; or another of ``torch.compile``'s.
     same_draws : bool
         Draw random numbers with the operators that Pyro uses, so that under the same seed a compiled step equals Pyro's up
-        to rounding. Otherwise "inductor" draws its own, equal in distribution and reproducible from ``pyro.set_rng_seed``.
-    steps_per_call : int
-        Steps in one graph in :meth:`run`: more of them run faster and compile longer.
+        to rounding. Otherwise "inductor" may draw its own, equal in distribution and reproducible by ``pyro.set_rng_seed``.
+    steps_per_call : int, optional
+        Steps in one graph in :meth:`run` where they cannot be repeated in C: more of them run faster and compile longer. By
+        default 4 where a step is short, else 1.
     fallback : bool
         Whether to train as ``pyro.infer.SVI`` does, with a warning in the log, where a program cannot be compiled; see
         ``eager_reason``. Otherwise that is an error.
@@ -120,11 +123,11 @@ class CompiledSVI(SVI):
         *,
         backend: str = "inductor",
         same_draws: bool = False,
-        steps_per_call: int = 4,
+        steps_per_call: int | None = None,
         fallback: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if operator.index(steps_per_call) < 1:
+        if steps_per_call is not None and operator.index(steps_per_call) < 1:
             raise ValueError(f"steps_per_call must be at least 1, not {steps_per_call!r}")
         if isinstance(optim, torch.optim.Optimizer):
             optim = WholeOptimizer(optim)
@@ -189,7 +192,10 @@ class CompiledSVI(SVI):
         return value
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Tensor:
-        """Take many steps with the same arguments, several in each call of a graph.
+        """Take many steps with the same arguments.
+
+        On the CPU, with "inductor", a step that is nothing but kernels, small matrix products and triangular systems is
+        repeated in C, without Python in between; the results are those of :meth:`step`.
 
         Parameters
         ----------
@@ -235,14 +241,15 @@ class CompiledSVI(SVI):
         steps = min(self._in_one_go, num_steps)
         kl_weights = self._kl_weights(0, steps)
         taken = Taken()
-        try:
-            program.repeat(native, taken, kl_weights, tensors)
-        finally:  # an interrupt keeps what is done
-            losses, tables = taken.results()
-            assert program.binding is not None
-            program.binding.advance(len(losses))
-            if len(losses) and isinstance(self.objective, Objective):
-                self._record_many(program, losses, tables, kl_weights)
+        with interrupts_wait():
+            try:
+                program.repeat(native, taken, kl_weights, tensors)
+            finally:  # a kernel that fails keeps the steps before it
+                losses, tables = taken.results()
+                assert program.binding is not None
+                program.binding.advance(len(losses))
+                if len(losses) and isinstance(self.objective, Objective):
+                    self._record_many(program, losses, tables, kl_weights)
         seconds = time.perf_counter() - start
         if steps == self._in_one_go and not _SECONDS_IN_C / 4 < seconds < _SECONDS_IN_C:
             self._in_one_go = max(1, min(int(steps * _SECONDS_IN_C / (2 * seconds)), _MOST_IN_C))
@@ -251,8 +258,12 @@ class CompiledSVI(SVI):
     def _many_by_python(self, program: Program, num_steps: int, tensors: list[Tensor]) -> Tensor:
         binding = program.binding
         assert binding is not None
-        # the graph of several steps can leave out the update of a step, but not what a network does to its buffers
-        size = 1 if program.writes_buffers and num_steps < self.steps_per_call else self.steps_per_call
+        # Several steps in a graph save the overhead of a call, which is not worth their compilation where a step takes long.
+        size = self.steps_per_call or (_SHORT_STEPS if program.step_seconds < _SHORT else 1)
+        if (
+            program.writes_buffers and num_steps < size
+        ):  # such a graph can leave out an update, but not a write to a buffer
+            size = 1
         losses: list[Tensor] = []
         tables: list[Tensor] = []
         kl_weights: list[float] = []

@@ -1,0 +1,29 @@
+"""Ctrl-C at a moment that suits."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let an interrupt come at the end of the block, so that what belongs together is done together.
+
+    Only the main thread receives interrupts: elsewhere there is nothing to do.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:  # None: not set by Python
+        yield
+        return
+    received: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *of: received.append(of))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
