@@ -50,13 +50,31 @@ def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args:
         for name, parameter in module.named_parameters():
             if id(parameter) in missing:
                 names.setdefault(id(parameter), f"{path}.{name} ({type(module).__name__})")
+    hint = next(filter(None, (replaced(leaf, (tuple(programs), args)) for leaf in missing.values())), "")
     listed = ", ".join(names.get(key, f"an nn.Parameter of shape {tuple(leaf.shape)}") for key, leaf in missing.items())
     raise ValueError(
         f"the loss depends on parameters that are not registered with Pyro, so SVI would never train them: {listed}. "
         "Call pyro.module(name, module) in the model or guide (or make it a PyroModule with "
         "pyro.settings.set(module_local_params=False)), or train through elbo(model, guide).parameters() and a "
-        "torch optimizer; if they are meant to stay fixed, call module.requires_grad_(False)."
+        f"torch optimizer; if they are meant to stay fixed, call module.requires_grad_(False).{hint}"
     )
+
+
+def replaced(parameter: Tensor, programs: object) -> str:
+    """What to say if the param store holds another tensor in the place of a module's parameter; else ""."""
+    inner = {
+        name
+        for _, module in modules_of({"": programs})
+        for name, value in module.named_parameters()
+        if value is parameter
+    }
+    for name, value in pyro.get_param_store()._params.items():
+        if "$$$" in name and name.split("$$$")[1] in inner and value is not parameter:
+            return (
+                f" The param store holds another tensor by the name {name!r}, as after param_store.load(): then call "
+                "pyro.module(name, module, update_module_params=True) in the model or guide."
+            )
+    return ""
 
 
 def parameters_of(loss: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,9 +77,11 @@ def train(
     steps: int = STEPS,
     after: Callable[[Any], None] | None = None,
     run: bool = False,
+    keep: bool = False,
 ) -> Fit:
-    """Train from a fresh param store and a fixed seed."""
-    pyro.clear_param_store()
+    """Train from a fresh param store, unless it is to be kept, and a fixed seed."""
+    if not keep:
+        pyro.clear_param_store()
     pyro.set_rng_seed(1)
     optim = optim or pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
     svi = make(model, guide, optim, loss if loss is not None else Trace_ELBO())
@@ -783,6 +786,32 @@ def test_unregistered_parameters() -> None:
     compare(model, lambda: normal_guide, ())
 
 
+@pytest.mark.parametrize("make", [by_operator, SVI], ids=["compiled", "eager"])
+def test_parameters_that_loading_has_replaced(make: Any, tmp_path: Path) -> None:
+    network = nn.Linear(1, 2)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x: Tensor, update: bool = False) -> None:
+        pyro.module("network", network, update_module_params=update)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(network(x)[:, 0], network(x)[:, 1].exp()))
+
+    svi = train(make, model, guide, (Y[:, None],), loss=DecomposedELBO()).svi
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.get_param_store().load(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"another tensor by the name 'network\$\$\$\w+'.*update_module_params=True"):
+        train(make, model, guide, (Y[:, None],), loss=DecomposedELBO(), optim=svi.optim, keep=True)
+    updating = make(model, lambda x: guide(x, True), pyro.optim.Adam({"lr": 0.1}), DecomposedELBO())  # type: ignore[attr-defined]
+    before = network.bias.detach().clone()
+    for _ in range(3):
+        updating.step(Y[:, None])
+    assert not torch.equal(before, network.bias)
+
+
 @pytest.mark.parametrize(
     ("argument", "name"), [(np.zeros(2), "ndarray"), ([{1, 2}], "set"), (torch.eye(2).to_sparse(), "layout")]
 )
@@ -961,3 +990,36 @@ def test_machine_code_draws_its_own_numbers() -> None:
     eager = SVI(eight_schools, svi.guide, svi.optim, DecomposedELBO())
     theirs = np.array([eager.evaluate_loss(Y, SIGMA) for _ in range(400)])
     assert ks_2samp(ours, theirs).pvalue > 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_steps_on_a_gpu(optim: str, backend: str) -> None:
+    """Parameters, state, losses and tables stay on the device; the fit is Pyro's."""
+    args = Y.cuda(), SIGMA.cuda()
+    default = torch.get_default_device()
+    torch.set_default_device("cuda")
+    try:
+        theirs = train(
+            SVI, eight_schools, AutoNormal(eight_schools), args, optim=OPTIMIZERS[optim](), loss=DecomposedELBO()
+        )
+        for run in (False, True):
+            ours = train(
+                lambda *of: CompiledSVI(*of, backend=backend, same_draws=True),
+                eight_schools,
+                AutoNormal(eight_schools),
+                args,
+                optim=OPTIMIZERS[optim](),
+                loss=DecomposedELBO(),
+                run=run,
+            )
+            assert_equal(ours, theirs, 1e-4)
+            assert all(p.is_cuda for p in ours.parameters.values())
+    finally:
+        torch.set_default_device(default)

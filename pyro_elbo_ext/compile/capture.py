@@ -29,7 +29,7 @@ from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.losses import TracedLoss, Value
 from pyro_elbo_ext.compile.masks import MaskedAssignment, settle_sizes
 from pyro_elbo_ext.objective import Program
-from pyro_elbo_ext.registration import modules_of
+from pyro_elbo_ext.registration import modules_of, replaced
 
 _PACKAGE = str(Path(__file__).parents[1])
 _PYRO = str(Path(pyro.__file__).parent)
@@ -256,5 +256,5 @@ def _unregistered(tensor: Tensor, programs: tuple[Program, Program]) -> str:
     return (
         f"the loss depends on a {kind} that is not registered with Pyro, so SVI would never train it: {name}. Call "
         "pyro.module(name, module) in the model or guide; if it is meant to stay fixed, call requires_grad_(False) or "
-        "detach it."
+        f"detach it.{replaced(tensor, programs)}"
     )
