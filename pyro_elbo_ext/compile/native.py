@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.compile.kernel_calls import LINEAR_ALGEBRA, Calls, NotNative, record
+from pyro_elbo_ext.record import VALUES
 
 _SOURCE = """
 extern "C" long steps(long count, char** at, void** kernel, const long* seeds, const double* weights,
@@ -123,6 +124,7 @@ class NativeSteps:
         numbers, drawn = np.zeros(3 + self._width), torch.zeros(1, self._num_seeds, dtype=torch.int64)
         at_weight = numbers.ctypes.data
         self._single = numbers, (drawn.data_ptr(), at_weight, at_weight + 8, at_weight + 24, at_weight + 16), drawn
+        self._row = numbers[3:].reshape(-1, len(VALUES))
         self._check(
             compiled, inputs, [inputs[i] for i in written], max((_TOLERANCE[of] for of in calls.sums), default=0.0)
         )
@@ -158,13 +160,13 @@ class NativeSteps:
         self._run(count, inputs, *map(Tensor.data_ptr, tensors))
 
     def once(self, weight: float, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
-        """Take one step: its loss, and its table, shape ``(width,)``, in memory that the next step writes to."""
+        """Take one step: its loss, and its table, shape ``(sites, 6)``, in memory that the next step writes to."""
         numbers, addresses, seeds = self._single
         numbers[0] = weight
         if self._num_seeds:
             torch.randint(*self._bounds, seeds.shape, out=seeds)
         self._run(1, inputs, *addresses)
-        return float(numbers[1]), numbers[3:]
+        return float(numbers[1]), self._row
 
     def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> None:
         current = list(map(Tensor.data_ptr, inputs))

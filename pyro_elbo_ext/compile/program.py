@@ -23,6 +23,7 @@ from pyro_elbo_ext.compile.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
+from pyro_elbo_ext.record import VALUES
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +135,12 @@ class Program:
         native(taken, torch.tensor(kl_weights, dtype=torch.float64), self._inputs_of_one(arguments))
 
     def take_one(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
-        """Take one step: its loss, and its table, shape ``(sites * 6,)``, which the next step may overwrite."""
+        """Take one step: its loss, and its table, shape ``(sites, 6)``, which the next step may overwrite."""
         native = self.native(arguments)
         if native is not None:
             return native.once(kl_weight, self._inputs_of_one(arguments))
         losses, tables = self.take(1, [kl_weight], arguments)
-        return losses.item(), tables[0].cpu().numpy()
+        return losses.item(), tables[0].cpu().numpy().reshape(len(self.sites), len(VALUES))
 
     def _inputs_of_one(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         prefix = self._prefix.get(1) or self._prepare(1, [1.0])

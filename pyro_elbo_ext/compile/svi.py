@@ -401,7 +401,7 @@ class CompiledSVI(SVI):
         loss, table, gradients = program.gradients(kl_weights[0], tensors)
         value = loss.item()
         if isinstance(self.objective, Objective):
-            self._record(program, value, table.cpu().numpy(), kl_weights[0])
+            self._record(program, value, table.cpu().numpy().reshape(-1, len(VALUES)), kl_weights[0])
         else:
             warn_if_nan(value, "loss")
         parameters = [p for _, p in program.parameters]
@@ -419,20 +419,20 @@ class CompiledSVI(SVI):
     def _record(self, program: Program, loss: float, table: NDArray[np.float64], kl_weight: float) -> None:
         """Enter a compiled step into the objective's history; it is an error if its loss is not finite."""
         objective, sites = self.objective, program.sites
-        numbers = table.reshape(len(sites), len(VALUES))
         if not math.isfinite(loss):
             if program.binding is not None:
                 program.binding.good.fill_(True)
-            objective._raise_not_finite(sites, [tuple(row) for row in numbers.tolist()])
+            objective._raise_not_finite(sites, [tuple(row) for row in table.tolist()])
             raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
         if objective.history is not None:
             value = -loss if objective.maximized else loss
-            objective.history.append(objective.num_steps, sites, numbers, objective=value, kl_weight=kl_weight)
+            objective.history.append(objective.num_steps, sites, table, objective=value, kl_weight=kl_weight)
         objective.num_steps += 1
 
     def _record_many(self, program: Program, losses: Tensor, tables: Tensor, kl_weights: list[float]) -> None:
         """The same for many steps, up to the first whose loss is not finite."""
         objective, sites = self.objective, program.sites
+        rows = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
         finite = torch.isfinite(losses)
         count = len(losses) if bool(finite.all()) else int(finite.int().argmin())
         if objective.history is not None:
@@ -440,13 +440,13 @@ class CompiledSVI(SVI):
             objective.history.extend(
                 np.arange(objective.num_steps, objective.num_steps + count),
                 sites,
-                tables[:count].cpu().numpy().reshape(count, len(sites), len(VALUES)),
+                rows[:count],
                 objective=-values if objective.maximized else values,
                 kl_weight=np.array(kl_weights[:count]),
             )
         objective.num_steps += count
         if count < len(losses):
-            self._record(program, float(losses[count]), tables[count].cpu().numpy(), kl_weights[count])
+            self._record(program, float(losses[count]), rows[count], kl_weights[count])
 
 
 def _same_objects(args: Args, others: Args) -> bool:
