@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def test_own_linear_algebra_equals_torchs(dtype: torch.dtype) -> None:
     assert len(own) >= 8  # batches are taken apart
     steps = native_room.NativeSteps(compiled, inputs, 5, [])
     _, table = steps.once(1.0, inputs)
-    torch.testing.assert_close(torch.tensor(table), step(*inputs)[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(table.ravel()), step(*inputs)[1][0], rtol=1e-5, atol=1e-5)
 
 
 def test_what_needs_python_is_called_from_python(caplog: pytest.LogCaptureFixture) -> None:
@@ -176,6 +177,22 @@ def test_parameters_and_data_that_have_moved_are_found() -> None:
     assert svi.step(Y + 5, SIGMA) == pytest.approx(expected)
     assert all(p.data_ptr() == addresses[name] for name, p in store.items())
     assert all(not torch.equal(p, before[name]) for name, p in store.items())
+
+
+def test_a_tensor_from_outside_with_another_shape_is_an_error() -> None:
+    outside = torch.linspace(-1, 1, 8)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 8):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=outside)
+
+    svi = fit(model, AutoNormal(model), (), steps=3).svi
+    outside.data = torch.ones(8)
+    assert math.isfinite(svi.step())
+    outside.data = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"had shape \(8,\).* has now \(4,\)"):
+        svi.run(10, progress=False)
 
 
 def test_random_numbers_go_on_as_with_single_steps() -> None:

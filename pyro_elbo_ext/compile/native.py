@@ -82,6 +82,7 @@ class NativeSteps:
         self._num_seeds = sum(seeds.numel() for _, _, seeds in calls.seeds)
         self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
         self._addresses = [tensor.data_ptr() for tensor in inputs]
+        self._described = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs]
         self._places: list[
             tuple[int, int, int]
         ] = []  # of addresses in inputs: which one, of which input, how far into it
@@ -171,6 +172,13 @@ class NativeSteps:
     def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> None:
         current = list(map(Tensor.data_ptr, inputs))
         if current != self._addresses:
+            for tensor, old, new, described in zip(inputs, self._addresses, current, self._described, strict=True):
+                if old != new and (tensor.shape, tensor.stride(), tensor.dtype) != described:  # C would read elsewhere
+                    raise RuntimeError(
+                        f"a tensor that model or guide reads had shape {tuple(described[0])} and dtype {described[2]} when "
+                        f"the step was compiled and has now {tuple(tensor.shape)} and {tensor.dtype}. Make a new "
+                        "CompiledSVI, or pass it as an argument."
+                    )
             self._addresses = current
             for place, index, offset in self._places:
                 self._at[place] = current[index] + offset

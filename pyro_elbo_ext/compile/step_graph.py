@@ -132,8 +132,9 @@ def _compile(
         except _inductor.exc.CppCompileError:
             logger.info("the C++ compiler does not know this CPU; torch looks for what it knows")
     # On an ATen graph this is torch.compile without Dynamo, whose guards cost more than the call itself; shapes and
-    # dtypes have been compared before a step is run.
-    return _inductor.compile(graph, examples, {"fallback_random": same_draws, "size_asserts": False, **options})
+    # dtypes have been compared before a step is run. The number of threads is written into the code.
+    settings = {"fallback_random": same_draws, "size_asserts": False, "cpp.threads": torch.get_num_threads()}
+    return _inductor.compile(graph, examples, {**settings, **options})
 
 
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
