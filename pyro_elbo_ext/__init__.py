@@ -9,8 +9,11 @@ from pyro_elbo_ext.calibration import Calibration, simulate_calibration
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.evidence import evidence_bounds
+from pyro_elbo_ext.evidence_ledger import EvidenceBounds
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
+from pyro_elbo_ext.importance import ImportanceSample, psis_khat
 from pyro_elbo_ext.latent_units import ActiveUnits, active_units
 from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
@@ -38,7 +41,9 @@ __all__ = [
     "CompiledSVI",
     "DecomposedELBO",
     "ElboSurgery",
+    "EvidenceBounds",
     "History",
+    "ImportanceSample",
     "ImportanceWeightedELBO",
     "LogDensity",
     "MultiSampleELBO",
@@ -54,8 +59,10 @@ __all__ = [
     "compare_to_mcmc",
     "compiled_log_density",
     "elbo_surgery",
+    "evidence_bounds",
     "from_pyro_mcmc",
     "from_pyro_svi",
+    "psis_khat",
     "read_draws",
     "run_nuts",
     "simulate_calibration",

@@ -13,6 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from pyro.infer import MCMC
 from pyro.poutine import Trace
+from scipy.special import logsumexp
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,8 +51,8 @@ def to_arviz(groups: Mapping[str, xr.Dataset]) -> Any:
     import arviz  # takes seconds, so not before it is needed
 
     tree = xr.DataTree.from_dict(dict(groups))
-    attributes = _attributes()
-    created = {name: attributes[name] for name in ("created_at", "creation_library", "creation_library_version")}
+    made = attributes()
+    created = {name: made[name] for name in ("created_at", "creation_library", "creation_library_version")}
     tree.attrs = {**created, **(groups["posterior"].attrs if "posterior" in groups else {})}
     return arviz.from_datatree(tree) if hasattr(arviz, "from_datatree") else tree
 
@@ -85,6 +86,53 @@ def dataset_of(data: Any, group: str = "posterior") -> xr.Dataset:
         raise KeyError(f"there is no group '{group}' in the data; it has {', '.join(names) or 'none'}")
     found = data[group]
     return found.to_dataset() if isinstance(found, xr.DataTree) else found
+
+
+def pareto_smoothed(log_weights: NDArray[np.float64], noise: float = 0.0) -> tuple[NDArray[np.float64], float]:
+    """ArviZ's Pareto-smoothed importance sampling, of either generation.
+
+    Parameters
+    ----------
+    log_weights
+        Log importance weights, shape ``(S,)``; -inf is a weight of zero.
+    noise
+        Differences of log weights up to this one, in nats, are rounding errors.
+
+    Returns
+    -------
+    tuple of ndarray and float
+        Smoothed log weights, whose weights sum to one, shape ``(S,)``, and k-hat. Where the tail that k-hat is fitted to is
+        flat, the weights are bounded: k-hat is -inf and nothing is smoothed. Where the tail has fewer than 5 draws, or
+        weights of zero, k-hat cannot be told: it is inf and nothing is smoothed.
+
+    References
+    ----------
+    Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling.
+    """
+    count = len(log_weights)
+    length = int(np.ceil(min(count / 5, 3 * count**0.5)))
+    tail = np.sort(log_weights)[-min(count, length + 1) :]
+    if length < 5 or tail[0] == -np.inf:
+        return log_weights - logsumexp(log_weights), np.inf
+    if tail[-1] - tail[0] <= noise:
+        return log_weights - logsumexp(log_weights), -np.inf
+    import arviz
+
+    if hasattr(arviz, "psislw"):
+        smoothed, khat = arviz.psislw(log_weights)
+    else:
+        from arviz_stats.base import array_stats
+
+        smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods, whose inverses are the weights
+    smoothed = np.asarray(smoothed, dtype=np.float64)
+    return smoothed - logsumexp(smoothed), float(khat)
+
+
+def effective_size(draws: NDArray[np.float64]) -> float:
+    """ArviZ's effective sample size for the mean of draws of shape ``(chain, draw)``."""
+    import arviz
+
+    return float(arviz.ess(np.asarray(draws, dtype=np.float64), method="mean"))
 
 
 def from_pyro_svi(
@@ -185,7 +233,7 @@ def from_pyro_svi(
     rest = ModelRuns(model, args, kwargs, size, posterior_predictive, prior, log_likelihood)
     with untouched(seed):
         for index in tqdm(range(size), desc="draws", disable=not progress):
-            model_trace, guide_trace = _run_pair(model, guide, args, kwargs, index)
+            model_trace, guide_trace = run_named(model, guide, args, kwargs, index)
             if index == 0:
                 check_full(guide_trace)
                 check_full(model_trace)
@@ -198,7 +246,7 @@ def from_pyro_svi(
             rest.add(index, model_trace, latent_values(model_trace, guide_trace))
 
     labels = Labels(coords, dims)
-    attrs = _attributes()
+    attrs = attributes()
     groups = {
         "posterior": labels.dataset(posterior.by_chain(1), first.nodes, attrs=attrs),
         "sample_stats": labels.dataset(stats.by_chain(1), {}, attrs=attrs),
@@ -265,7 +313,7 @@ def from_pyro_mcmc(
                 raise RuntimeError("mcmc does not know its model's arguments: pass the model and its arguments")
             args, kwargs = run_args, run_kwargs
     chains, draws = next(iter(samples.values())).shape[:2]
-    attrs = _attributes()
+    attrs = attributes()
     posterior = {name: to_numpy(value) for name, value in samples.items()}
     for name, array in posterior.items():
         if np.isnan(array).any():
@@ -321,9 +369,10 @@ def from_pyro_mcmc(
     return to_arviz(groups)
 
 
-def _run_pair(
+def run_named(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], index: int
 ) -> tuple[Trace, Trace]:
+    """Run guide and model once; an error about NaN parameters names the site."""
     try:
         return run_pair(model, guide, args, kwargs)
     except ValueError as error:
@@ -384,7 +433,7 @@ def _diverging(mcmc: MCMC, chains: int, draws: int) -> dict[str, NDArray[Any]]:
     return {"diverging": diverging}
 
 
-def _attributes() -> dict[str, Any]:
+def attributes() -> dict[str, Any]:
     from pyro_elbo_ext import __version__  # the package imports this file
 
     return {

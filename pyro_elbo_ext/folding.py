@@ -95,13 +95,11 @@ def find_folds(model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
             if _agrees(node["value"], model_trace.nodes[partner], nodes[partner]):
                 folds[partner] = Fold(name, None, frozenset(), is_identity(transform_of(model_trace.nodes[partner])))
         elif node["fn"].event_dim == 1 and isinstance(_leaf(node["fn"]), Normal | MultivariateNormal):
-            folds.update(_unpack(name, node["value"], [d for d in deltas if d not in folds], model_trace, guide_trace))
+            folds.update(unpack(name, node["value"], [d for d in deltas if d not in folds], model_trace, guide_trace))
     return folds
 
 
-def _unpack(
-    auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace, guide_trace: Trace
-) -> dict[str, Fold]:
+def unpack(auxiliary: str, vector: Tensor, names: list[str], model_trace: Trace, guide_trace: Trace) -> dict[str, Fold]:
     """Cut the auxiliary vector into the sites' blocks; nothing is folded unless the whole vector is used up."""
     folds: dict[str, Fold] = {}
     start = 0
