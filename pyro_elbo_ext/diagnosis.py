@@ -47,7 +47,7 @@ class Diagnosis:
     findings : tuple of Finding
         The reasons, worst first.
     scalars : DataFrame
-        One row per scalar of the latent sites, indexed by its name: ``mean``, ``sd`` (of the guide), ``mean_shift`` (estimated
+        One row per scalar of the latent sites, by name: ``mean``, ``sd`` (the guide's), ``mean_shift`` (estimated
         difference of the posterior's mean, in posterior sds), ``log_sd_ratio`` (log of the guide's sd over the posterior's),
         each with its standard error (``mean_shift_se``, ``log_sd_ratio_se``), ``khat``, ``verdict``.
     evidence : EvidenceBounds
