@@ -252,7 +252,10 @@ class LogDensity:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                     return torch.vmap(graph, chunk_size=CHUNK)(x)
-            except (RuntimeError, ValueError) as error:  # an operation without batching, or no density at one point
+            except torch.linalg.LinAlgError:  # no density at some points, which halving finds
+                halves = [self._batch(half, graph, one) for half in x.tensor_split(2)]
+                return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
+            except (RuntimeError, ValueError) as error:  # an operation without batching
                 logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
         rows = [one(row) for row in x] or [one(x.new_zeros(self.dim))]
         return tuple(torch.stack(column)[: len(x)] for column in zip(*rows, strict=True))
