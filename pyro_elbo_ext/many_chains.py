@@ -182,13 +182,19 @@ class _Walk:
         acceptance = change.exp().clamp(max=1.0).nan_to_num(0.0)
         chosen = torch.rand(count, generator=self.generator, dtype=torch.float64) < acceptance
         return (
-            _State(*[torch.where(chosen.reshape(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in zip(new, state, strict=True)]),
+            _State(
+                *[torch.where(chosen.reshape(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in zip(new, state, strict=True)]
+            ),
             float(acceptance.mean()),
         )
 
 
 def _at(density: LogDensity, x: Tensor) -> _State:
-    value, gradient = density.value_and_grad(x)
+    if density.compiled:  # machine code takes one point at a time
+        pairs = [density.value_and_grad(row) for row in x]
+        value, gradient = (torch.stack(column) for column in zip(*pairs, strict=True))
+    else:
+        value, gradient = density.value_and_grad(x)
     value = value.nan_to_num(-math.inf, posinf=-math.inf)
     return _State(x, value, gradient.nan_to_num(0.0, posinf=0.0, neginf=0.0))
 
