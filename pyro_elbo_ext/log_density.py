@@ -139,8 +139,20 @@ class LogDensity:
 
     @property
     def traced(self) -> bool:
-        """Whether it is a graph, which many points can go through at once, and not the model run by Pyro."""
+        """Whether it is a graph, and not the model run by Pyro."""
         return isinstance(self._graph, torch.fx.GraphModule)
+
+    @property
+    def batched(self) -> bool:
+        """Whether many points go through that graph at once."""
+        if not isinstance(self._graph, torch.fx.GraphModule):
+            return False
+        try:
+            torch.vmap(self._graph)(torch.stack([self.program.points[0]] * 2))
+        except (RuntimeError, ValueError) as error:
+            logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
+            return False
+        return True
 
     @property
     def size(self) -> int:

@@ -82,11 +82,12 @@ def draw_posterior(
     try:
         with isolated(seed):
             density = LogDensity(model, args, kwargs, seed)
-            if density.traced and density.size > LARGE:
+            at_once = density.batched
+            if density.traced and (density.size > LARGE or not at_once):
                 density = LogDensity(model, args, kwargs, seed, compile=True)
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise CannotSample(str(error)) from error
-    if not density.traced:
+    if not (at_once or density.compiled):
         return _by_nuts(model, args, kwargs, seed, progress)
     start = _started(density, guide_draws)
     generator = torch.Generator().manual_seed(seed)
