@@ -1,0 +1,219 @@
+"""What a diagnosis says, in words and tables: shared by the text, the notebook and the HTML page."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from pyro_elbo_ext.evidence_ledger import Interval
+
+if TYPE_CHECKING:
+    from pyro_elbo_ext.diagnosis import Diagnosis, Finding
+    from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+
+WIDTH = 100  # columns of the text
+SHOWN = 10  # findings and scalars that the short forms show
+SEVERITY = {"do not use": 0, "means only": 1, "good": 2}
+MEANING = {
+    "good": "means and spreads of the guide can stand in for the posterior's.",
+    "means only": "the guide's means can be used; its standard deviations and intervals cannot.",
+    "do not use": "neither the guide's means nor its spreads can be relied on.",
+}
+SIGNED = ("mean_shift", "log_sd_ratio")
+
+
+def worst_first(scalars: pd.DataFrame) -> pd.DataFrame:
+    """The scalars by verdict, then by the larger of ``|mean_shift|`` and ``|log_sd_ratio|``; unknown ones before known."""
+    size = scalars[list(SIGNED)].abs().max(axis=1, skipna=False).fillna(np.inf)
+    severity = scalars["verdict"].map(SEVERITY).fillna(len(SEVERITY))
+    order = np.lexsort((-size.to_numpy(float), severity.to_numpy(float)))
+    return scalars.iloc[order]
+
+
+def number(value: float, error: float | None = None, signed: bool = False) -> str:
+    """A figure with its standard error, with two places where these say enough."""
+    if math.isnan(value):
+        return "unknown"
+    text = format(value, f"{'+' if signed else ''}{_places(value)}")
+    return text if error is None or math.isnan(error) else f"{text} ± {format(error, _places(error))}"
+
+
+def interval(limits: Interval) -> str:
+    """An interval in words where an end is open."""
+    if math.isinf(limits.lower):
+        return (
+            "infinite"
+            if limits.lower > 0
+            else f"at most {limits.upper:.2f}"
+            if math.isfinite(limits.upper)
+            else "unknown"
+        )
+    return str(limits) if math.isfinite(limits.upper) else f"at least {limits.lower:.4f}"
+
+
+def summary(evidence: EvidenceBounds) -> list[tuple[str, str, str]]:
+    """The terms of the identity: name, value in nats, what it is."""
+    percent = f"{100 * evidence.level:g}% interval"
+    weights = evidence.importance
+    return [
+        ("log p(x)", interval(evidence.log_evidence), f"{percent} of the evidence"),
+        ("ELBO", f"{evidence.elbo:.4f} ± {evidence.elbo_error:.4f}", "with its standard error"),
+        (
+            "KL(q || posterior)",
+            interval(evidence.kl_posterior),
+            f"{percent} of the gap, log p(x) - ELBO: how wrong the guide is",
+        ),
+        (
+            "KL(q || prior)",
+            f"{evidence.kl_prior:.4f}",
+            "a part of the ELBO, how far the guide is from the prior; no error",
+        ),
+        (
+            "k-hat",
+            f"{weights.khat:.2f}",
+            f"tail of the importance weights; reliable below {weights.threshold:.2f} with {weights.num_draws} draws",
+        ),
+        ("effective draws", f"{weights.ess:.0f} of {weights.num_draws}", "importance weights' effective sample size"),
+    ]
+
+
+def displayed(scalars: pd.DataFrame) -> pd.DataFrame:
+    """The scalars as text, each figure together with its standard error."""
+    columns: dict[str, Any] = {}
+    for column in map(str, scalars.columns):
+        values = scalars[column]
+        if column.endswith("_se") and column.removesuffix("_se") in scalars:
+            continue
+        if not pd.api.types.is_numeric_dtype(values):
+            columns[column] = [str(value) for value in values]
+            continue
+        errors = scalars.get(f"{column}_se")
+        columns[column] = [
+            f"{value:.4g}"
+            if column in ("mean", "sd")
+            else number(value, None if error is None else error, column in SIGNED)
+            for value, error in zip(values, [None] * len(values) if errors is None else errors, strict=True)
+        ]
+    return pd.DataFrame(columns, index=scalars.index)
+
+
+def counted(scalars: pd.DataFrame) -> str:
+    """How many scalars have which verdict."""
+    counts = scalars["verdict"].value_counts()
+    ordered = sorted(counts.items(), key=lambda item: SEVERITY.get(str(item[0]), len(SEVERITY)))
+    return ", ".join(f"{count} {verdict}" for verdict, count in ordered)
+
+
+def text(diagnosis: Diagnosis) -> str:
+    """The whole in plain text: verdict, reasons with remedies, worst scalars, the ledger's intervals."""
+    lines = [f"Verdict: {diagnosis.verdict.upper()}", *_wrapped(f"That is, {MEANING[diagnosis.verdict]}"), ""]
+    if diagnosis.findings:
+        lines.append("Reasons, worst first")
+        for finding in diagnosis.findings[:SHOWN]:
+            lines += _finding(finding)
+        if len(diagnosis.findings) > SHOWN:
+            lines.append(f"... and {len(diagnosis.findings) - SHOWN} more, in .findings")
+        lines.append("")
+    scalars = worst_first(diagnosis.scalars)
+    if len(scalars):
+        shown = displayed(scalars.iloc[:SHOWN])
+        lines.append(f"Scalars: {counted(scalars)}" + (f"; the worst {SHOWN}:" if len(scalars) > SHOWN else ""))
+        lines += shown.to_string(max_colwidth=None).splitlines()
+        lines += [*_wrapped(f"{LEGEND} Estimated by: {diagnosis.method}."), ""]
+    lines.append("Evidence: log p(x) = ELBO + KL(q || posterior), in nats")
+    lines += [f"  {name:<19} {value:<26} {what}" for name, value, what in summary(diagnosis.evidence)]
+    for note in diagnosis.evidence.notes:
+        lines += _wrapped(f"- {note}", "  ")
+    return "\n".join(lines)
+
+
+LEGEND = (
+    "mean_shift: difference between the means of guide and posterior, in posterior sds; log_sd_ratio: log of the guide's sd "
+    "over the posterior's; each ± standard error."
+)
+
+
+def fragment(diagnosis: Diagnosis) -> str:
+    """The short form as HTML, for notebooks."""
+    scalars = worst_first(diagnosis.scalars)
+    more = f", the worst {SHOWN} below" if len(scalars) > SHOWN else ""
+    parts = [
+        f"<p><strong>Verdict: {html.escape(diagnosis.verdict)}</strong> – {html.escape(MEANING[diagnosis.verdict])}</p>",
+        findings_list(diagnosis.findings[:SHOWN]),
+        f"<p>Scalars: {html.escape(counted(scalars))}{more}</p>" if len(scalars) else "",
+        table(displayed(scalars.iloc[:SHOWN])) if len(scalars) else "",
+        f"<p>{html.escape(LEGEND)} Estimated by: {html.escape(diagnosis.method)}.</p>",
+        summary_table(diagnosis.evidence),
+        *(f"<p>{html.escape(note)}</p>" for note in diagnosis.evidence.notes),
+    ]
+    left_out = len(diagnosis.findings) - SHOWN
+    if left_out > 0:
+        parts.insert(2, f"<p>... and {left_out} more, in <code>.findings</code></p>")
+    return "".join(parts)
+
+
+def findings_list(findings: tuple[Finding, ...]) -> str:
+    """Findings as an ordered list, all text escaped."""
+    items = []
+    for finding in findings:
+        subject = f"<code>{html.escape(finding.subject)}</code>: " if finding.subject else ""
+        remedy = f'<p class="remedy"><b>What to do:</b> {html.escape(finding.remedy)}</p>' if finding.remedy else ""
+        items.append(
+            f"<li>{badge(finding.verdict)} {subject}<span>{html.escape(finding.statement)}</span>{remedy}</li>"
+        )
+    return f'<ol class="findings">{"".join(items)}</ol>' if items else ""
+
+
+def badge(verdict: str) -> str:
+    """A verdict with a class for its colour."""
+    name = verdict.replace(" ", "-") if verdict in SEVERITY else "other"
+    return f'<span class="badge {name}">{html.escape(verdict)}</span>'
+
+
+def summary_table(evidence: EvidenceBounds) -> str:
+    """`summary` as a table."""
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td>'
+        f'<td class="what">{html.escape(what)}</td></tr>'
+        for name, value, what in summary(evidence)
+    )
+    return f'<div class="scroll"><table class="summary"><tbody>{rows}</tbody></table></div>'
+
+
+def table(frame: pd.DataFrame, label: str = "") -> str:
+    """A frame of texts as a table, nothing shortened, all text escaped."""
+    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in (label, *frame.columns))
+    rows = []
+    for name, row in zip(frame.index, frame.itertuples(index=False), strict=True):
+        cells = "".join(_cell(str(column), str(value)) for column, value in zip(frame.columns, row, strict=True))
+        rows.append(f'<tr><th scope="row">{html.escape(str(name))}</th>{cells}</tr>')
+    body = "".join(rows)
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _places(value: float) -> str:
+    return ".2f" if abs(value) < 1000 else ".3g"
+
+
+def _cell(column: str, value: str) -> str:
+    if column == "verdict":
+        return f"<td>{badge(value)}</td>"
+    return f'<td class="text">{html.escape(value)}</td>' if column == "note" else f"<td>{html.escape(value)}</td>"
+
+
+def _finding(finding: Finding) -> list[str]:
+    subject = f"{finding.subject}: " if finding.subject else ""
+    lines = _wrapped(f"[{finding.verdict}] {subject}{finding.statement}", "  ", "    ")
+    return lines + (_wrapped(f"-> {finding.remedy}", "    ", "       ") if finding.remedy else [])
+
+
+def _wrapped(line: str, first: str = "", later: str | None = None) -> list[str]:
+    indent = first + "  " if later is None and first else later or ""
+    return textwrap.wrap(
+        line, WIDTH, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
