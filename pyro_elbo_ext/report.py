@@ -71,7 +71,7 @@ def summary(evidence: EvidenceBounds) -> list[tuple[str, str, str]]:
         (
             "KL(q || prior)",
             f"{evidence.kl_prior:.4f}",
-            "a part of the ELBO, how far the guide is from the prior; no error",
+            "a part of the ELBO, how far the guide is from the prior; not the gap",
         ),
         (
             "k-hat",
@@ -193,7 +193,7 @@ def table(frame: pd.DataFrame, label: str = "") -> str:
         cells = "".join(_cell(str(column), str(value)) for column, value in zip(frame.columns, row, strict=True))
         rows.append(f'<tr><th scope="row">{html.escape(str(name))}</th>{cells}</tr>')
     body = "".join(rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll long" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _places(value: float) -> str:

@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pyro_elbo_ext import report
+from pyro_elbo_ext.plots import COLOURS
 
 if TYPE_CHECKING:
     from pyro_elbo_ext.diagnosis import Diagnosis
 
 MAX_ROWS = 1000  # of scalars: more would make the page slow
 WIDTH = 4.6  # inches of a picture, near to a phone's width, so that its letters stay readable there
-THEMES = {"light": "#1d2330", "dark": "#e4e7ee"}  # ink
+THEMES: dict[str, tuple[str, dict[str, str]]] = {  # ink, and colours that would be faint on the background
+    "light": ("#1d2330", {}),
+    "dark": ("#e4e7ee", {COLOURS[0].lower(): COLOURS[4].lower()}),
+}
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #1d2330; --muted: #5a6372; --line: #d9dde5;
@@ -46,7 +50,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .remedy { margin: 0.2rem 0 0; padding-left: 0.7rem; border-left: 3px solid var(--line); }
 .note, .what, figcaption, footer { color: var(--muted); font-size: 0.9rem; }
 code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.92em; }
-.scroll { overflow: auto; max-height: 32rem; max-width: 100%; }
+.scroll { overflow: auto; max-width: 100%; } .long { max-height: 32rem; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th[scope=row] { text-align: left; font-weight: 600; }
@@ -164,7 +168,7 @@ def _figures(diagnosis: Diagnosis, history: Any) -> str:
 
     cards = []
     for title, height, paint in panels(diagnosis, history):
-        light, dark = (_svg(paint, height, ink) for ink in THEMES.values())
+        light, dark = (_svg(paint, height, *theme) for theme in THEMES.values())
         cards.append(
             _section(
                 title,
@@ -176,7 +180,7 @@ def _figures(diagnosis: Diagnosis, history: Any) -> str:
     return f'<div class="{layout}">{"".join(cards)}</div>'
 
 
-def _svg(paint: Any, height: float, ink: str) -> str:
+def _svg(paint: Any, height: float, ink: str, instead: dict[str, str]) -> str:
     """A picture as a data address, on no background, with letters as outlines, so that no font is needed."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -191,7 +195,10 @@ def _svg(paint: Any, height: float, ink: str) -> str:
             # a name in a script that the font lacks becomes boxes; it is spelt out in the tables
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    picture = buffer.getvalue().decode("utf-8")
+    for faint, colour in instead.items():
+        picture = picture.replace(faint, colour)
+    return f"data:image/svg+xml;base64,{base64.b64encode(picture.encode('utf-8')).decode('ascii')}"
 
 
 def _section(title: str, content: str) -> str:
