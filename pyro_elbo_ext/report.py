@@ -45,15 +45,12 @@ def number(value: float, error: float | None = None, signed: bool = False) -> st
 
 def interval(limits: Interval) -> str:
     """An interval in words where an end is open."""
-    if math.isinf(limits.lower):
-        return (
-            "infinite"
-            if limits.lower > 0
-            else f"at most {limits.upper:.2f}"
-            if math.isfinite(limits.upper)
-            else "unknown"
-        )
-    return str(limits) if math.isfinite(limits.upper) else f"at least {limits.lower:.4f}"
+    lower, upper = limits
+    if math.isfinite(lower):
+        return str(limits) if math.isfinite(upper) else f"at least {lower:.4f}"
+    if math.isfinite(upper):
+        return f"at most {upper:.4f}"
+    return "infinite" if lower > 0 else "unknown"
 
 
 def summary(evidence: EvidenceBounds) -> list[tuple[str, str, str]]:
