@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN = COLOURS[0], COLOURS[1], COLOURS[2]
 MAX_SCALARS = 25  # of the forest, whose names would not fit otherwise
 EDGE = 2.0  # posterior sds, log sds: what is further out is marked at the edge, with its figure
-FIGURES = {"mean_shift": "mean shift, posterior sds", "log_sd_ratio": "log sd ratio"}
+FIGURES = {"mean_shift": "mean shift (sds)", "log_sd_ratio": "log sd ratio"}
 MARKERS = {"lower": (">", BLUE), "upper": ("<", ORANGE), "estimate": ("D", GREEN)}
 
 
@@ -147,7 +147,7 @@ def plot_weights(importance: ImportanceSample, ax: Axes, max_points: int = 300) 
         loc="left",
         fontsize="medium",
     )
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
     ax.spines[["right", "top"]].set_visible(False)
     return ax
 

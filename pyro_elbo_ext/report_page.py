@@ -112,7 +112,7 @@ def page(diagnosis: Diagnosis, *, history: Any = None, title: str = "Did the fit
         parts.append(_scalars(diagnosis))
     parts.append(_section("The ledger of the evidence", _ledger(diagnosis)))
     weights = repr(evidence.importance).splitlines()
-    parts.append(_section("Importance weights", "".join(_note(line) for line in weights)))
+    parts.append(_section("k-hat, of the whole and by plate", "".join(_note(line) for line in weights)))
     if diagnosis.mcmc is not None:
         compared = diagnosis.mcmc
         parts.append(
