@@ -80,7 +80,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "draws.npz", mu=rng.normal(2.0, 0.25, (4, 1000)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     yield tmp_path
     for name in ("fitted_model", "stops", "lacks", "raises"):
         sys.modules.pop(name, None)
