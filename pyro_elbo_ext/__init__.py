@@ -9,6 +9,7 @@ from pyro_elbo_ext.calibration import Calibration, simulate_calibration
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.diagnosis import Diagnosis
 from pyro_elbo_ext.evidence import evidence_bounds
 from pyro_elbo_ext.evidence_ledger import EvidenceBounds
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
@@ -29,6 +30,7 @@ from pyro_elbo_ext.recipes import TrainGuide
 from pyro_elbo_ext.reference_draws import read_draws
 from pyro_elbo_ext.surgery import ElboSurgery, elbo_surgery
 from pyro_elbo_ext.terms import Term, Terms
+from pyro_elbo_ext.verdict import diagnose
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,7 @@ __all__ = [
     "Comparison",
     "CompiledSVI",
     "DecomposedELBO",
+    "Diagnosis",
     "ElboSurgery",
     "EvidenceBounds",
     "History",
@@ -58,6 +61,7 @@ __all__ = [
     "compare_predictive",
     "compare_to_mcmc",
     "compiled_log_density",
+    "diagnose",
     "elbo_surgery",
     "evidence_bounds",
     "from_pyro_mcmc",

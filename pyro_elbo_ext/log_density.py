@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_elbo_ext.density_graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
 from pyro_elbo_ext.native_density import NativeDensity, NotNative
@@ -136,6 +137,19 @@ class LogDensity:
                     self.native = _native(machine_code, points)
         self.compile_time = time.perf_counter() - began
 
+    @property
+    def traced(self) -> bool:
+        """Whether it is a graph, which many points can go through at once, and not the model run by Pyro."""
+        return isinstance(self._graph, torch.fx.GraphModule)
+
+    @property
+    def size(self) -> int:
+        """Numbers that are computed on the way to one density and its gradient; 0 where it is not a graph."""
+        if not isinstance(self._graph, torch.fx.GraphModule):
+            return 0
+        values = tree_leaves([node.meta.get("val") for node in self._graph.graph.nodes])
+        return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
+
     def log_density(self, u: Any) -> Any:
         """Log density at ``u``.
 
@@ -252,7 +266,10 @@ class LogDensity:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                     return torch.vmap(graph, chunk_size=CHUNK)(x)
-            except (RuntimeError, ValueError) as error:  # an operation without batching, or no density at one point
+            except torch.linalg.LinAlgError:  # no density at some points, which halving finds
+                halves = [self._batch(half, graph, one) for half in x.tensor_split(2)]
+                return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
+            except (RuntimeError, ValueError) as error:  # an operation without batching
                 logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
         rows = [one(row) for row in x] or [one(x.new_zeros(self.dim))]
         return tuple(torch.stack(column)[: len(x)] for column in zip(*rows, strict=True))
