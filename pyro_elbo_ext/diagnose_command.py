@@ -100,12 +100,23 @@ def command(**options: Any) -> int:
     try:
         return run_diagnose(**options)
     except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1].filename
-        told = isinstance(error, ValueError | TypeError | ImportError | OSError)
-        if not (told and Path(last).is_relative_to(Path(__file__).parent)):  # not one that this package explains
+        explained = isinstance(error, ValueError | TypeError | ImportError | OSError)
+        if not explained or _in_own_code(error):
             traceback.print_exc()
         print(f"python -m pyro_elbo_ext diagnose: error: {error}", file=sys.stderr)
         return FAILED
+
+
+def _in_own_code(error: BaseException | None) -> bool:
+    """Whether it, or what caused it, passed through a file of the working directory: then its line is worth knowing."""
+    here, package = Path.cwd(), Path(__file__).parent
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__):
+            file = Path(frame.filename)
+            if file.is_relative_to(here) and not file.is_relative_to(package) and "site-packages" not in file.parts:
+                return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def read_data(path: str) -> dict[str, Any]:

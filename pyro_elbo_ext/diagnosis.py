@@ -63,6 +63,8 @@ class Diagnosis:
         The comparison with MCMC draws, where there are any.
     method : str
         What the scalars' figures rest on: "mcmc", "importance weights", "annealed importance sampling" ...
+    history : History or None
+        The fit's record, where there is one.
     """
 
     verdict: Verdict
@@ -71,6 +73,7 @@ class Diagnosis:
     evidence: EvidenceBounds
     mcmc: Comparison | None
     method: str
+    history: History | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of ``scalars``; the verdict on the whole is ``attrs["verdict"]``."""
@@ -92,8 +95,8 @@ class Diagnosis:
         path
             File to write, in a folder that exists; one that is there is replaced.
         history
-            The fit's record, ``DecomposedELBO(...).history``, or the ELBO of each step, shape (n,), in nats, which
-            ``SVI.step`` returns the negative of: adds its picture.
+            In place of the record that `diagnose` was given: another one, or the ELBO of each step, shape (n,), in nats,
+            which ``SVI.step`` returns the negative of.
         title
             Heading of the page.
 

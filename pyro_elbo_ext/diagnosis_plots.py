@@ -215,6 +215,8 @@ def panels(diagnosis: Diagnosis, history: Any = None) -> list[tuple[str, float, 
         ),
         ("Importance weights", 2.9, lambda figure: plot_weights(diagnosis.evidence.importance, figure.subplots())),
     ]
+    if history is None and diagnosis.history is not None and len(diagnosis.history):
+        history = diagnosis.history
     if history is not None:
         found.append(
             ("ELBO over the fit", 2.9, lambda figure: plot_elbo(history, diagnosis.evidence, figure.subplots()))

@@ -84,7 +84,11 @@ def displayed(scalars: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for column in map(str, scalars.columns):
         values = scalars[column]
-        if column.endswith("_se") and column.removesuffix("_se") in scalars:
+        if column == "site" or (column.endswith("_se") and column.removesuffix("_se") in scalars):
+            continue
+        if pd.api.types.is_bool_dtype(values):
+            if values.any():
+                columns[column] = ["yes" if value else "" for value in values]
             continue
         if not pd.api.types.is_numeric_dtype(values):
             columns[column] = [str(value) for value in values]
@@ -130,7 +134,7 @@ def text(diagnosis: Diagnosis) -> str:
 
 
 LEGEND = (
-    "mean_shift: difference between the means of guide and posterior, in posterior sds; log_sd_ratio: log of the guide's sd "
+    "mean_shift: the posterior's mean less the guide's, in posterior sds; log_sd_ratio: log of the guide's sd "
     "over the posterior's; each ± standard error."
 )
 
@@ -203,9 +207,14 @@ def _cell(column: str, value: str) -> str:
     return f'<td class="text">{html.escape(value)}</td>' if column == "note" else f"<td>{html.escape(value)}</td>"
 
 
+def _weight(finding: Finding) -> str:
+    """What a finding means for the fit: one that leaves it good by itself is worth knowing, no praise."""
+    return "note" if finding.verdict == "good" else finding.verdict
+
+
 def _finding(finding: Finding) -> list[str]:
     subject = f"{finding.subject}: " if finding.subject else ""
-    lines = _wrapped(f"[{finding.verdict}] {subject}{finding.statement}", "  ", "    ")
+    lines = _wrapped(f"[{_weight(finding)}] {subject}{finding.statement}", "  ", "    ")
     return lines + (_wrapped(f"-> {finding.remedy}", "    ", "       ") if finding.remedy else [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
+import pyro_elbo_ext
 from pyro_elbo_ext.__main__ import main
 from pyro_elbo_ext.diagnose_command import load_params, read_data
 
@@ -71,7 +73,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "stops.py").write_text("raise SystemExit(0)\n")
     (tmp_path / "lacks.py").write_text("import no_such_module_at_all\n")
     (tmp_path / "raises.py").write_text(
-        "def model(y):\n    raise ZeroDivisionError('mine')\n\n\ndef guide(y):\n    pass\n"
+        "def model(y, scale):\n    raise RuntimeError('mine')\n\n\ndef guide(y, scale):\n    pass\n"
     )
     y = 2 + np.tile([-1.0, 1.0], 8)
     np.savez(tmp_path / "data.npz", y=y, scale=np.float64(1.0))
@@ -98,6 +100,7 @@ def test_exit_status_is_the_verdict(folder: Path, guide: str, status: int) -> No
             *("-m", "pyro_elbo_ext", "diagnose", "fitted_model:model", "--guide", f"fitted_model:{guide}"),
             *("--data", "data.npz", "--seed", "1", "--output", "new/page.html"),
         ],
+        env={**os.environ, "PYTHONPATH": str(Path(pyro_elbo_ext.__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,
