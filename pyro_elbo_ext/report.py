@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from pyro_elbo_ext.evidence_ledger import EvidenceBounds
 
 WIDTH = 100  # columns of the text
-SHOWN = 10  # findings and scalars that the short forms show
+SHOWN = 10  # scalars that the short forms show
+SINGLES = 3  # findings on single scalars that they show
 SEVERITY = {"do not use": 0, "means only": 1, "good": 2}
 MEANING = {
     "good": "means and spreads of the guide can stand in for the posterior's.",
@@ -100,7 +102,27 @@ def displayed(scalars: pd.DataFrame) -> pd.DataFrame:
             else number(value, None if error is None else error, column in SIGNED)
             for value, error in zip(values, [None] * len(values) if errors is None else errors, strict=True)
         ]
-    return pd.DataFrame(columns, index=scalars.index)
+    return pd.DataFrame(columns, index=scalars.index.rename(None))
+
+
+def ordered(diagnosis: Diagnosis) -> list[Finding]:
+    """Findings by verdict, those on the whole or on a site before those on one scalar: these often say the same."""
+    single = set(diagnosis.scalars.index)
+    return sorted(
+        diagnosis.findings, key=lambda each: (SEVERITY.get(each.verdict, len(SEVERITY)), each.subject in single)
+    )
+
+
+def few(diagnosis: Diagnosis) -> tuple[list[Finding], str]:
+    """The findings that the short forms show, and a word on those that are left out."""
+    shown: list[Finding] = []
+    singles = 0
+    for finding in ordered(diagnosis):
+        singles += finding.subject in diagnosis.scalars.index
+        if finding.subject not in diagnosis.scalars.index or singles <= SINGLES:
+            shown.append(finding)
+    left_out = len(diagnosis.findings) - len(shown)
+    return shown, f"... and {left_out} more on single scalars, in .findings" if left_out else ""
 
 
 def counted(scalars: pd.DataFrame) -> str:
@@ -113,18 +135,16 @@ def counted(scalars: pd.DataFrame) -> str:
 def text(diagnosis: Diagnosis) -> str:
     """The whole in plain text: verdict, reasons with remedies, worst scalars, the ledger's intervals."""
     lines = [f"Verdict: {diagnosis.verdict.upper()}", *_wrapped(f"That is, {MEANING[diagnosis.verdict]}"), ""]
-    if diagnosis.findings:
+    shown, more = few(diagnosis)
+    if shown:
         lines.append("Reasons, worst first")
-        for finding in diagnosis.findings[:SHOWN]:
+        for finding in shown:
             lines += _finding(finding)
-        if len(diagnosis.findings) > SHOWN:
-            lines.append(f"... and {len(diagnosis.findings) - SHOWN} more, in .findings")
-        lines.append("")
+        lines += [more, ""] if more else [""]
     scalars = worst_first(diagnosis.scalars)
     if len(scalars):
-        shown = displayed(scalars.iloc[:SHOWN])
         lines.append(f"Scalars: {counted(scalars)}" + (f"; the worst {SHOWN}:" if len(scalars) > SHOWN else ""))
-        lines += shown.to_string(max_colwidth=None).splitlines()
+        lines += displayed(scalars.iloc[:SHOWN]).to_string(max_colwidth=None).splitlines()
         lines += [*_wrapped(f"{LEGEND} Estimated by: {diagnosis.method}."), ""]
     lines.append("Evidence: log p(x) = ELBO + KL(q || posterior), in nats")
     lines += [f"  {name:<19} {value:<26} {what}" for name, value, what in summary(diagnosis.evidence)]
@@ -142,23 +162,22 @@ LEGEND = (
 def fragment(diagnosis: Diagnosis) -> str:
     """The short form as HTML, for notebooks."""
     scalars = worst_first(diagnosis.scalars)
-    more = f", the worst {SHOWN} below" if len(scalars) > SHOWN else ""
+    shown, more = few(diagnosis)
+    cut = f", the worst {SHOWN} below" if len(scalars) > SHOWN else ""
     parts = [
         f"<p><strong>Verdict: {html.escape(diagnosis.verdict)}</strong> – {html.escape(MEANING[diagnosis.verdict])}</p>",
-        findings_list(diagnosis.findings[:SHOWN]),
-        f"<p>Scalars: {html.escape(counted(scalars))}{more}</p>" if len(scalars) else "",
+        findings_list(shown),
+        f"<p>{more}</p>" if more else "",
+        f"<p>Scalars: {html.escape(counted(scalars))}{cut}</p>" if len(scalars) else "",
         table(displayed(scalars.iloc[:SHOWN])) if len(scalars) else "",
         f"<p>{html.escape(LEGEND)} Estimated by: {html.escape(diagnosis.method)}.</p>",
         summary_table(diagnosis.evidence),
         *(f"<p>{html.escape(note)}</p>" for note in diagnosis.evidence.notes),
     ]
-    left_out = len(diagnosis.findings) - SHOWN
-    if left_out > 0:
-        parts.insert(2, f"<p>... and {left_out} more, in <code>.findings</code></p>")
     return "".join(parts)
 
 
-def findings_list(findings: tuple[Finding, ...]) -> str:
+def findings_list(findings: Sequence[Finding]) -> str:
     """Findings as an ordered list, all text escaped."""
     items = []
     for finding in findings:

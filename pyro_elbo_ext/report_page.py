@@ -104,7 +104,7 @@ def page(diagnosis: Diagnosis, *, history: Any = None, title: str = "Did the fit
     evidence = diagnosis.evidence
     parts = [_verdict(diagnosis)]
     if diagnosis.findings:
-        parts.append(_section("Reasons, and what to do", report.findings_list(diagnosis.findings)))
+        parts.append(_section("Reasons, and what to do", report.findings_list(report.ordered(diagnosis))))
     notes = "".join(_note(note) for note in evidence.notes)
     parts.append(_section("log p(x) = ELBO + KL(q || posterior), in nats", report.summary_table(evidence) + notes))
     parts.append(_figures(diagnosis, history))

@@ -364,3 +364,18 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert HOSTILE in page.text
     with pytest.raises(ImportError, match=r"pyro_elbo_ext\[plots\]"):
         found.plot()
+
+
+def test_findings_on_the_whole_come_before_those_on_scalars() -> None:
+    table = scalars(**{f"w[{i}]": (1.0, 0.0, "do not use") for i in range(6)})
+    findings = (
+        *(Finding(f"w[{i}]", "do not use", f"w[{i}] is off", "Richer guide.") for i in range(6)),
+        Finding("w", "do not use", "A funnel", "Non-centre it."),
+        Finding("", "good", "The weights are heavy.", "Do not reweight."),
+    )
+    text = str(replace(diagnosis(table), findings=findings))
+    assert text.index("[do not use] w: A funnel") < text.index("[do not use] w[0]: w[0] is off")
+    assert "w[2] is off" in text
+    assert "w[3] is off" not in text
+    assert "... and 3 more on single scalars, in .findings" in text
+    assert "[note] The weights are heavy." in text
