@@ -23,8 +23,8 @@ SINGLES = 3  # findings on single scalars that they show
 SEVERITY = {"do not use": 0, "means only": 1, "good": 2}
 MEANING = {
     "good": "means and spreads of the guide can stand in for the posterior's.",
-    "means only": "the guide's means can be used; its standard deviations and intervals cannot.",
-    "do not use": "neither the guide's means nor its spreads can be relied on.",
+    "means only": "the guide's means can be used, to within half a posterior sd; its standard deviations and intervals cannot.",
+    "do not use": "neither means nor spreads of the guide can be relied on.",
 }
 SIGNED = ("mean_shift", "log_sd_ratio")
 
