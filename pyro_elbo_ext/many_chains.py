@@ -25,9 +25,11 @@ Array = NDArray[np.float64]
 ACCEPTANCE = 0.8  # mean probability that the step size is adapted to
 WARMUP = (10, 10, 10, 20, 20, 40)  # iterations between changes of the metric
 SHORT = 8  # leapfrog steps in the first rounds, before the metric is known
-LONGEST = 64  # leapfrog steps at most, doubled with every further attempt
-ATTEMPTS = 3
-THIN = 2  # iterations per draw kept, doubled with every further attempt
+LONGEST = 32  # leapfrog steps at most, twice as many in the second attempt
+ATTEMPTS = 2
+THIN = 2  # iterations per draw kept, doubled in the second attempt
+GRADIENTS = (2_000, 30_000)  # least and most batches of gradients computed, the warmup's included
+NUMBERS = 12_000_000_000  # computed for these, from which on there are fewer than the most: about a minute
 PER_COORDINATE = 10  # draws per coordinate that a full covariance needs
 SMALLER, SMALLEST = 0.25, 0.03  # share of the steps that are smaller, and the smallest factor
 CONVERGED = 1.05  # R-hat of all coordinates, below
@@ -94,15 +96,21 @@ def run_chains(
     state = _at(density, start)
     if not torch.isfinite(state.value).any():
         raise ValueError("the model's log density is not finite at any of the starting points")
-    walk = _Walk(density, generator)
+    least, most = GRADIENTS
+    budget = min(max(NUMBERS // max(density.size * len(start), 1), least), most)
+    walk = _Walk(density, generator, budget)
     with tqdm(total=sum(WARMUP) + THIN * num_draws, desc="chains", disable=not progress) as bar:
         walk.learn(state.x[torch.isfinite(state.value)])
         for number, length in enumerate(WARMUP):
             state = _rescued(state, generator)
-            state, kept, _ = walk.go(state, length, bar, adapt=True, fixed=SHORT if number < 2 else None)
+            state, kept, _ = walk.go(
+                state, length, bar, share=0.2 * length / sum(WARMUP), adapt=True, fixed=SHORT if number < 2 else None
+            )
             walk.learn(kept[:, length // 2 :].flatten(0, 1))
         for attempt in range(ATTEMPTS):
-            state, kept, acceptance = walk.go(state, num_draws, bar, adapt=False, thin=THIN * 2**attempt)
+            state, kept, acceptance = walk.go(
+                state, num_draws, bar, share=0.25 * (1 + attempt), adapt=False, thin=THIN * 2**attempt
+            )
             found = Chains(kept, split_rhat(kept.numpy()), acceptance)
             if found.converged or attempt == ATTEMPTS - 1:
                 return found
@@ -110,15 +118,15 @@ def run_chains(
             bar.total += num_draws * THIN * 2 ** (attempt + 1) + WARMUP[-1]
             walk.stretch *= 2
             walk.learn(kept.flatten(0, 1))
-            state, _, _ = walk.go(state, WARMUP[-1], bar, adapt=True)
+            state, _, _ = walk.go(state, WARMUP[-1], bar, share=0.05, adapt=True)
     raise AssertionError("not reached")
 
 
 class _Walk:
     """The chains' common metric and step size."""
 
-    def __init__(self, density: LogDensity, generator: torch.Generator) -> None:
-        self.density, self.generator = density, generator
+    def __init__(self, density: LogDensity, generator: torch.Generator, budget: int) -> None:
+        self.density, self.generator, self.budget = density, generator, budget
         self.step, self.stretch = 0.5, 1.0
         self.factor: Tensor = torch.ones(density.dim, dtype=torch.float64)
 
@@ -136,16 +144,28 @@ class _Walk:
                 self.factor = sd[:, None] * factor
 
     def go(
-        self, state: _State, length: int, bar: Any, *, adapt: bool, fixed: int | None = None, thin: int = 1
+        self,
+        state: _State,
+        length: int,
+        bar: Any,
+        *,
+        share: float,
+        adapt: bool,
+        fixed: int | None = None,
+        thin: int = 1,
     ) -> tuple[_State, Tensor, float]:
-        """``length * thin`` iterations: the last state, draws of shape ``(chain, length, dim)``, mean acceptance."""
+        """``length * thin`` iterations: the last state, draws of shape ``(chain, length, dim)``, mean acceptance.
+
+        They take a ``share`` of the gradients that are to be computed, at most.
+        """
+        longest = max(2.0, min(LONGEST * self.stretch, share * self.budget / (length * thin)))
         kept, acceptances = [], []
         for iteration in range(length * thin):
             jitter = 0.5 + float(torch.rand((), generator=self.generator, dtype=torch.float64))
             # a quarter of a period in the metric's coordinates makes the next draw independent of the last, where
             # the density is Gaussian
-            steps = math.ceil(self.stretch * 0.5 * math.pi * jitter / self.step)
-            steps = min(max(steps, 2), int(LONGEST * self.stretch)) if fixed is None else fixed
+            quarter = min(self.stretch * 0.5 * math.pi / self.step, longest)
+            steps = max(2, round(quarter * jitter)) if fixed is None else fixed
             state, acceptance = self._move(state, steps)
             if adapt:
                 gain = 2.0 if fixed is not None else 1.0 / math.sqrt(1 + iteration)

@@ -105,8 +105,8 @@ def by_weights(guide: Scalars, log_weights: Array) -> pd.DataFrame:
 def by_chains(guide: Scalars, posterior: Array, khat: float) -> pd.DataFrame:
     """Figures by draws of the posterior.
 
-    Where a scalar's tails are too heavy for a variance, on either side, median and half the width of the central 68% take the
-    places of mean and sd, which do not exist; column ``robust`` says so.
+    Where a scalar's tails are too heavy for a variance, on either side, median and half the width of the central 68% take
+    the places of mean and sd, which do not exist; column ``robust`` says so.
 
     Parameters
     ----------

@@ -20,8 +20,12 @@ CHAINS = 128
 KEPT = 100  # draws of each chain
 FEWEST = 16  # chains that make sense
 LARGE = 40_000  # numbers computed for one density, from which on compiling it takes less time than it saves
-NUMBERS = 30_000_000  # kept, of all sites
-NUTS = {"num_samples": 500, "warmup": 500, "chains": 4}  # where the model cannot be run at many points at once
+NUMBERS = 15_000_000  # kept, of all sites
+NUTS: dict[str, Any] = {
+    "num_samples": 500,
+    "warmup": 500,
+    "chains": 4,
+}  # where the model cannot be run at many points at once
 
 
 class CannotSample(Exception):

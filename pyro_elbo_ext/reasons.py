@@ -25,6 +25,7 @@ NAMED = 10  # scalars that are told of one by one
 COLLAPSED = 4.0  # times too small, from which on an sd has collapsed
 RUNAWAY = 100.0  # posterior sds, or times the posterior's sd
 MISSED = 0.25  # difference of a correlation
+NARROW = 0.2  # sd of the log spread below which there is no funnel
 FUNNEL = 0.5  # correlation of a scale with the log spread of what it scales
 UNEVEN = 100.0  # ratio of the largest to the smallest sd, from which on one step size suits no parameter
 TAILED = 2.0  # excess kurtosis that a Gaussian guide cannot have
@@ -51,12 +52,20 @@ def findings_of(
         Bounds and importance weights.
     """
     pairs = {} if posterior is None else _pairs(scalars, guide, posterior)
-    findings = _on_scalars(scalars, guide, posterior, pairs)
+    funnels = {} if posterior is None else _funnels(posterior, sample)
+    findings = _on_scalars(scalars, guide, posterior, pairs, funnels)
     if posterior is not None:
-        findings += _on_funnels(scalars, posterior, sample)
+        findings += _on_funnels(scalars, funnels)
         findings += _on_joint(scalars, pairs)
         findings += _on_scales(scalars, posterior, sample)
     return findings + _on_precision(scalars) + _on_weights(evidence, sample)
+
+
+class _Funnel(NamedTuple):
+    """The scalar site that a site's spread goes with, and their rank correlation."""
+
+    scale: str
+    correlation: float
 
 
 class _Pair(NamedTuple):
@@ -73,7 +82,9 @@ def _pairs(scalars: pd.DataFrame, guide: Scalars, posterior: Scalars) -> dict[st
     chosen = np.sort(np.argsort(-np.nan_to_num(size, nan=np.inf), kind="stable")[:MOST])
     if len(chosen) < 2:
         return {}
-    ours, theirs = (np.nan_to_num(np.corrcoef(_ranks(side.draws[:, chosen]).T)) for side in (guide, posterior))
+    ours, theirs = (
+        np.nan_to_num(np.asarray(np.corrcoef(_ranks(side.draws[:, chosen]).T))) for side in (guide, posterior)
+    )
     gap = np.abs(theirs) - np.abs(ours)
     np.fill_diagonal(gap, -np.inf)
     found = {}
@@ -91,7 +102,11 @@ def _ranks(draws: Array) -> Array:
 
 
 def _on_scalars(
-    scalars: pd.DataFrame, guide: Scalars, posterior: Scalars | None, pairs: Mapping[str, _Pair]
+    scalars: pd.DataFrame,
+    guide: Scalars,
+    posterior: Scalars | None,
+    pairs: Mapping[str, _Pair],
+    funnels: Mapping[str, _Funnel],
 ) -> list[Finding]:
     bad = scalars[(scalars["verdict"] != "good") & scalars["mean_shift"].notna()]
     size = bad[["mean_shift", "log_sd_ratio"]].abs().max(axis=1)
@@ -141,10 +156,10 @@ def _statement(row: pd.Series) -> str:
 
 def _remedy(row: pd.Series, pair: _Pair | None, tails: tuple[Array, Array] | None) -> str:
     shift, ratio = row["mean_shift"], row["log_sd_ratio"]
-    if max(abs(shift), math.exp(min(abs(ratio), 700.0))) > RUNAWAY:
+    if abs(shift) > RUNAWAY or ratio > math.log(RUNAWAY):
         return (
-            "The parameters ran away or never arrived: train again from the mode (init_loc_fn, or AutoLaplaceApproximation), "
-            "with a smaller step size, and standardize predictors whose scales differ."
+            "The parameters ran away or never arrived: train again from the mode (init_loc_fn, or "
+            "AutoLaplaceApproximation), with a smaller step size, and standardize predictors whose scales differ."
         )
     if ratio < -GOOD and pair is not None:
         return (
@@ -178,38 +193,52 @@ def _excess(draws: Array) -> float:
     return float(stats.kurtosis(draws)) + float(stats.skew(draws)) ** 2
 
 
-def _on_funnels(scalars: pd.DataFrame, posterior: Scalars, sample: ImportanceSample) -> list[Finding]:
-    """Sites whose spread goes with a scalar site: what non-centring is for."""
+def _funnels(posterior: Scalars, sample: ImportanceSample) -> dict[str, _Funnel]:
+    """Latent sites whose spread goes with a scalar latent site, and that site."""
     columns: dict[str, list[int]] = {}
     for i, site in enumerate(posterior.sites):
         if site in sample.draws:
             columns.setdefault(site, []).append(i)
+    found: dict[str, _Funnel] = {}
+    for child, indices in columns.items():
+        if len(indices) < 3:
+            continue
+        z = posterior.draws[:, indices]
+        spread = np.log(np.abs(z - z.mean(1, keepdims=True)).mean(1) + np.finfo(float).tiny)
+        if spread.std() < NARROW:
+            continue
+        for scale, (index, *others) in columns.items():
+            if others or scale == child:
+                continue
+            correlation = float(stats.spearmanr(posterior.draws[:, index], spread).statistic)
+            if abs(correlation) > max(FUNNEL, abs(found[child].correlation) if child in found else 0.0):
+                found[child] = _Funnel(scale, correlation)
+    return found
+
+
+def _on_funnels(scalars: pd.DataFrame, funnels: Mapping[str, _Funnel]) -> list[Finding]:
     verdicts = scalars.groupby("site")["verdict"].agg(lambda column: max(column, key=VERDICTS.index))
     findings = []
-    for scale, (index, *others) in columns.items():
-        if others:
-            continue
-        x = posterior.draws[:, index]
-        x = np.log(x) if (x > 0).all() else x
-        for child, indices in columns.items():
-            if child == scale or len(indices) < 3:
-                continue
-            z = posterior.draws[:, indices]
-            spread = np.log(np.abs(z - z.mean(1, keepdims=True)).mean(1) + np.finfo(float).tiny)
-            correlation = float(np.corrcoef(stats.rankdata(x), stats.rankdata(spread))[0, 1])
-            worst: Verdict = max(verdicts[scale], verdicts[child], key=VERDICTS.index)
-            if abs(correlation) > FUNNEL and spread.std() > 0.2 and worst != "good":
-                findings.append(
-                    Finding(
-                        child,
-                        worst,
-                        f"A funnel: the spread of '{child}' goes with '{scale}' (rank correlation {correlation:+.2f}), which "
-                        "no Gaussian guide can follow.",
-                        f"Non-centre it: poutine.reparam(model, config={{'{child}': LocScaleReparam(0)}}), then train the "
-                        "guide of the reparametrized model.",
-                    )
+    for child, (scale, correlation) in funnels.items():
+        worst: Verdict = max(verdicts[scale], verdicts[child], key=VERDICTS.index)
+        if worst != "good":
+            findings.append(
+                Finding(
+                    child,
+                    worst,
+                    f"A funnel: the spread of '{child}' goes with '{scale}' (rank correlation {correlation:+.2f}), "
+                    "which no Gaussian guide can follow.",
+                    _non_centre(child),
                 )
+            )
     return findings
+
+
+def _non_centre(child: str) -> str:
+    return (
+        f"Non-centre '{child}': poutine.reparam(model, config={{'{child}': LocScaleReparam(0)}}), then train a guide of "
+        "the reparametrized model."
+    )
 
 
 def _on_joint(scalars: pd.DataFrame, pairs: Mapping[str, _Pair]) -> list[Finding]:
@@ -245,8 +274,8 @@ def _on_scales(scalars: pd.DataFrame, posterior: Scalars, sample: ImportanceSamp
         Finding(
             posterior.names[high],
             worst,
-            f"Scales are uneven: its posterior sd is {sd[high]:.3g}, that of {posterior.names[low]} {sd[low]:.3g}. One step size "
-            "does not suit both.",
+            f"Scales are uneven: its posterior sd is {sd[high]:.3g}, that of {posterior.names[low]} {sd[low]:.3g}. One step "
+            "size does not suit both.",
             "Standardize the predictors and outcomes behind them, or reparametrize.",
         )
     ]
@@ -267,8 +296,8 @@ def _on_precision(scalars: pd.DataFrame) -> list[Finding]:
         Finding(
             name,
             "good",
-            f"Near a threshold: {figure} {value:+.3f} ± {error:.3f}, as of {len(close)} figures in all, which chance may put "
-            "on the other side.",
+            f"Near a threshold: {figure} {value:+.3f} ± {error:.3f}, one of {len(close)} figures that chance may put on "
+            "the other side.",
             "More draws, if it matters: num_draws, or longer chains as mcmc.",
         )
     ]
@@ -292,7 +321,7 @@ def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Find
             Finding(
                 "",
                 "good",
-                f"{sample.num_zero} of {count} draws of the guide are outside the model's support, so that the ELBO is -inf.",
+                f"{sample.num_zero} of {count} draws of the guide are outside the model's support: the ELBO is -inf.",
                 "Give the guide the support of the model's sites.",
             )
         )
@@ -302,8 +331,8 @@ def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Find
             Finding(
                 "",
                 "good",
-                f"The importance weights can be relied on: k-hat {sample.khat:.2f}, below {sample.threshold:.2f} for {count} "
-                f"draws{reliable}.",
+                f"The importance weights can be relied on: k-hat {sample.khat:.2f}, below {sample.threshold:.2f} for "
+                f"{count} draws{reliable}.",
             )
         )
     else:
@@ -312,8 +341,8 @@ def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Find
                 "",
                 "good",
                 f"As a joint distribution the guide is far from the posterior: k-hat {sample.khat:.2f}, not below "
-                f"{sample.threshold:.2f} for {count} draws; the importance weights have no variance, and leave {sample.ess:.1f} "
-                "effective draws.",
+                f"{sample.threshold:.2f} for {count} draws; the importance weights have no variance, and leave "
+                f"{sample.ess:.1f} effective draws.",
                 "Do not reweight its draws. A richer guide, or one with heavier tails, brings k-hat down.",
             )
         )
@@ -340,8 +369,8 @@ def on_chains(drawn: PosteriorDraws) -> list[Finding]:
             Finding(
                 "",
                 "good",
-                f"The figures rest on {drawn.method}, whose chains agree: largest R-hat {drawn.rhat:.3f}, at {drawn.worst}. Modes "
-                "that the guide has no draws near are not seen.",
+                f"The figures rest on {drawn.method}, whose chains agree: largest R-hat {drawn.rhat:.3f}, at "
+                f"{drawn.worst}. Modes that the guide has no draws near are not seen.",
             )
         ]
     site = drawn.worst.split("[", maxsplit=1)[0]
@@ -350,10 +379,10 @@ def on_chains(drawn: PosteriorDraws) -> list[Finding]:
             site,
             "do not use",
             f"Chains started at draws of the guide do not come to agree: R-hat {drawn.rhat:.2f} at {drawn.worst} on "
-            f"unconstrained space, {CONVERGED} at most is wanted. Either the guide is too far off, or the posterior has several "
-            "modes or a funnel; the figures are a rough guess.",
-            "Run NUTS and pass its draws as mcmc. If it has divergences or does not converge either, reparametrize the model: "
-            "non-centre its hierarchical sites, order what is exchangeable.",
+            f"unconstrained space, {CONVERGED} at most is wanted. Either the guide is too far off, or the posterior has "
+            "several modes or a funnel; the figures are a rough guess.",
+            "Run NUTS and pass its draws as mcmc. If it has divergences or does not converge either, reparametrize the "
+            "model: non-centre its hierarchical sites, order what is exchangeable.",
         )
     ]
 
@@ -368,8 +397,8 @@ def on_comparison(scalars: pd.DataFrame, rhat: Mapping[str, float], absent: Sequ
             Finding(
                 worst,
                 "good",
-                f"The MCMC chains do not agree themselves: R-hat {bad[worst]:.2f}, and not below {CONVERGED} for {len(bad)} of "
-                f"{len(scalars)} scalars. The verdict is no better than they are.",
+                f"The MCMC chains do not agree themselves: R-hat {bad[worst]:.2f}, and not below {CONVERGED} for {len(bad)} "
+                f"of {len(scalars)} scalars. The verdict is no better than they are.",
                 "Longer chains, or a reparametrized model.",
             )
         )

@@ -60,9 +60,9 @@ def diagnose(
     the log of the guide's sd over the posterior's. The verdict is "good" where the largest of both is below 0.1, "do not
     use" where one is above 0.5, or where the posterior could not be found, else "means only".
 
-    The posterior is taken from ``mcmc``, if given. If not, and if the guide is a good importance sampler (k-hat below 0.5, and
-    standard errors small beside 0.1), from its own draws with Pareto-smoothed importance weights. Otherwise from 128 chains
-    of Hamiltonian Monte Carlo that start at draws of the guide, if R-hat says that they have come to agree.
+    The posterior is taken from ``mcmc``, if given. If not, and if the guide is a good importance sampler (k-hat below 0.5,
+    and standard errors small beside 0.1), from its own draws with Pareto-smoothed importance weights. Otherwise from 128
+    chains of Hamiltonian Monte Carlo that start at draws of the guide, if R-hat says that they have come to agree.
 
     A mode of the posterior that neither the guide nor ``mcmc`` has draws in is not seen by any of it: the verdict is then on
     the mode that is seen. Where there may be several, pass draws of chains that started in different places.
@@ -81,8 +81,8 @@ def diagnose(
     num_draws
         Draws of the guide, at least 25.
     seed
-        Same seed, same answer. The caller's random number generators and parameters are left as they were; without a seed one
-        is drawn from torch's.
+        Same seed, same answer. The caller's random number generators and parameters are left as they were; without a
+        seed one is drawn from torch's.
     progress
         Show progress bars.
 
@@ -102,8 +102,8 @@ def diagnose(
 
     References
     ----------
-    Yao, Vehtari, Simpson, Gelman (2018), Yes, but Did It Work?: Evaluating Variational Inference. Dhaka, Catalina, Welandawe,
-    Andersen, Huggins, Vehtari (2021), Challenges and opportunities in high dimensional variational inference.
+    Yao, Vehtari, Simpson, Gelman (2018), Yes, but Did It Work?: Evaluating Variational Inference. Dhaka, Catalina,
+    Welandawe, Andersen, Huggins, Vehtari (2021), Challenges and opportunities in high dimensional variational inference.
     """
     check_count("num_draws", num_draws, LEAST_DRAWS)
     record = _record_of(history)
@@ -120,10 +120,8 @@ def diagnose(
             )
     run = _Run(model, guide, args, kwargs, num_draws, seed, progress)
     sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
-    if mcmc is not None:
-        found = run.with_mcmc(mcmc, sample)
-    else:
-        found = run.with_weights(sample) or run.with_chains(sample, scorer)
+    found = None if mcmc is None else run.with_mcmc(mcmc, sample)
+    found = found or run.with_weights(sample) or run.with_chains(sample, scorer)
     findings = findings_of(found.scalars, found.guide, found.posterior, found.evidence, sample)
     findings += [*found.findings, *on_history(record)]
     findings.sort(key=lambda finding: -VERDICTS.index(finding.verdict))
@@ -160,7 +158,7 @@ class _Run(NamedTuple):
             {name: value.cpu().numpy()[None] for name, value in _values(sample).items()}, sample.nodes
         )
         draws = draws_of(mcmc, "mcmc")
-        shared = [name for name in draws.data_vars if name in approx]
+        shared = [str(name) for name in draws.data_vars if name in approx]
         if not shared:
             raise ValueError(
                 f"mcmc has none of the model's sites {list(approx.data_vars)}; it has {list(draws.data_vars)}"

@@ -101,7 +101,11 @@ def whitened(density: LogDensity) -> GaussianGuide:
         schedule.step()
         if step >= steps // 2:
             for average, value in zip(averages, (loc, factor), strict=True):
-                average += value.detach().clone().tril() / (steps - steps // 2) if value.dim() > 1 else value.detach() / (steps - steps // 2)
+                average += (
+                    value.detach().clone().tril() / (steps - steps // 2)
+                    if value.dim() > 1
+                    else value.detach() / (steps - steps // 2)
+                )
     mean, lower = averages
     both = start.factor @ lower
     return GaussianGuide(density, start.loc + start.factor @ mean, torch.linalg.cholesky(both @ both.T))
