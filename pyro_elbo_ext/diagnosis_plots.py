@@ -112,7 +112,7 @@ def plot_evidence(evidence: EvidenceBounds, ax: Axes) -> Axes:
     ax.set_yticks(range(len(rows)), [_row_name(bound) for bound in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(left, right)
-    ax.locator_params(axis="x", nbins=5)
+    ax.locator_params(axis="x", nbins=3)  # long numbers would run into each other
     ax.ticklabel_format(axis="x", useOffset=False)
     ax.set_xlabel(f"nats; band: {100 * evidence.level:g}% interval of log p(x)")
     ax.spines[["left", "right", "top"]].set_visible(False)
