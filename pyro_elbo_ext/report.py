@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # columns of the text
 SHOWN = 10  # scalars that the short forms show
-SINGLES = 3  # findings on single scalars that they show
+SINGLES = 3  # findings on single scalars with one remedy that they show
 SEVERITY = {"do not use": 0, "means only": 1, "good": 2}
 MEANING = {
     "good": "means and spreads of the guide can stand in for the posterior's.",
-    "means only": "the guide's means can be used, to within half a posterior sd; its standard deviations and intervals cannot.",
+    "means only": "the guide's means can be used, to half a posterior sd; its standard deviations and intervals cannot.",
     "do not use": "neither means nor spreads of the guide can be relied on.",
 }
 SIGNED = ("mean_shift", "log_sd_ratio")
@@ -113,16 +115,17 @@ def ordered(diagnosis: Diagnosis) -> list[Finding]:
     )
 
 
-def few(diagnosis: Diagnosis) -> tuple[list[Finding], str]:
-    """The findings that the short forms show, and a word on those that are left out."""
+def few(diagnosis: Diagnosis) -> tuple[list[Finding], list[Finding]]:
+    """The findings for the short forms, and the rest: those on further scalars that call for what was said already."""
     shown: list[Finding] = []
-    singles = 0
+    rest: list[Finding] = []
+    said: Counter[str] = Counter()
     for finding in ordered(diagnosis):
-        singles += finding.subject in diagnosis.scalars.index
-        if finding.subject not in diagnosis.scalars.index or singles <= SINGLES:
-            shown.append(finding)
-    left_out = len(diagnosis.findings) - len(shown)
-    return shown, f"... and {left_out} more on single scalars, in .findings" if left_out else ""
+        remedy = re.split("[:.]", finding.remedy)[0]
+        said[remedy] += finding.subject in diagnosis.scalars.index
+        repeats = finding.subject in diagnosis.scalars.index and said[remedy] > SINGLES
+        (rest if repeats else shown).append(finding)
+    return shown, rest
 
 
 def counted(scalars: pd.DataFrame) -> str:
@@ -135,12 +138,12 @@ def counted(scalars: pd.DataFrame) -> str:
 def text(diagnosis: Diagnosis) -> str:
     """The whole in plain text: verdict, reasons with remedies, worst scalars, the ledger's intervals."""
     lines = [f"Verdict: {diagnosis.verdict.upper()}", *_wrapped(f"That is, {MEANING[diagnosis.verdict]}"), ""]
-    shown, more = few(diagnosis)
+    shown, rest = few(diagnosis)
     if shown:
         lines.append("Reasons, worst first")
         for finding in shown:
             lines += _finding(finding)
-        lines += [more, ""] if more else [""]
+        lines += [f"... and {len(rest)} more on single scalars, in .findings", ""] if rest else [""]
     scalars = worst_first(diagnosis.scalars)
     if len(scalars):
         lines.append(f"Scalars: {counted(scalars)}" + (f"; the worst {SHOWN}:" if len(scalars) > SHOWN else ""))
@@ -162,12 +165,10 @@ LEGEND = (
 def fragment(diagnosis: Diagnosis) -> str:
     """The short form as HTML, for notebooks."""
     scalars = worst_first(diagnosis.scalars)
-    shown, more = few(diagnosis)
     cut = f", the worst {SHOWN} below" if len(scalars) > SHOWN else ""
     parts = [
         f"<p><strong>Verdict: {html.escape(diagnosis.verdict)}</strong> – {html.escape(MEANING[diagnosis.verdict])}</p>",
-        findings_list(shown),
-        f"<p>{more}</p>" if more else "",
+        findings(diagnosis),
         f"<p>Scalars: {html.escape(counted(scalars))}{cut}</p>" if len(scalars) else "",
         table(displayed(scalars.iloc[:SHOWN])) if len(scalars) else "",
         f"<p>{html.escape(LEGEND)} Estimated by: {html.escape(diagnosis.method)}.</p>",
@@ -177,14 +178,20 @@ def fragment(diagnosis: Diagnosis) -> str:
     return "".join(parts)
 
 
-def findings_list(findings: Sequence[Finding]) -> str:
-    """Findings as an ordered list, all text escaped."""
+def findings(diagnosis: Diagnosis) -> str:
+    """Findings as lists, those that repeat what was said folded away."""
+    shown, rest = few(diagnosis)
+    folded = f"<details><summary>{len(rest)} more on single scalars</summary>{_items(rest)}</details>" if rest else ""
+    return _items(shown) + folded
+
+
+def _items(findings: Sequence[Finding]) -> str:
     items = []
     for finding in findings:
         subject = f"<code>{html.escape(finding.subject)}</code>: " if finding.subject else ""
         remedy = f'<p class="remedy"><b>What to do:</b> {html.escape(finding.remedy)}</p>' if finding.remedy else ""
         items.append(
-            f"<li>{badge(finding.verdict)} {subject}<span>{html.escape(finding.statement)}</span>{remedy}</li>"
+            f"<li>{badge(_weight(finding))} {subject}<span>{html.escape(finding.statement)}</span>{remedy}</li>"
         )
     return f'<ol class="findings">{"".join(items)}</ol>' if items else ""
 
@@ -192,7 +199,7 @@ def findings_list(findings: Sequence[Finding]) -> str:
 def badge(verdict: str) -> str:
     """A verdict with a class for its colour."""
     name = verdict.replace(" ", "-") if verdict in SEVERITY else "other"
-    return f'<span class="badge {name}">{html.escape(verdict)}</span>'
+    return f'<strong class="badge {name}">{html.escape(verdict)}</strong>'
 
 
 def summary_table(evidence: EvidenceBounds) -> str:

@@ -40,13 +40,14 @@ h2 { font-size: 1.1rem; margin: 0 0 0.6rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem; padding: 1rem; margin: 0 0 1rem;
   min-width: 0; }
 .verdict { border-left: 0.5rem solid var(--c); }
-.verdict strong { font-size: 1.6rem; color: var(--c); display: block; }
+.verdict > strong { font-size: 1.6rem; color: var(--c); display: block; }
 .verdict p, .note { margin: 0.2rem 0; }
 .good { --c: var(--good); } .means-only { --c: var(--means); } .do-not-use { --c: var(--bad); } .other { --c: var(--muted); }
 .badge { background: var(--c); color: var(--on); border-radius: 0.3rem; padding: 0.05rem 0.4rem; font-size: 0.8rem;
   font-weight: 600; white-space: nowrap; }
 .findings { padding-left: 1.4rem; margin: 0; } .findings li { margin-bottom: 0.7rem; }
-.findings li:last-child { margin-bottom: 0; }
+.findings li:last-child { margin-bottom: 0; } details { margin-top: 0.7rem; } summary { cursor: pointer; }
+.findings + details .findings { margin-top: 0.7rem; }
 .remedy { margin: 0.2rem 0 0; padding-left: 0.7rem; border-left: 3px solid var(--line); }
 .note, .what, figcaption, footer { color: var(--muted); font-size: 0.9rem; }
 code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.92em; }
@@ -104,7 +105,7 @@ def page(diagnosis: Diagnosis, *, history: Any = None, title: str = "Did the fit
     evidence = diagnosis.evidence
     parts = [_verdict(diagnosis)]
     if diagnosis.findings:
-        parts.append(_section("Reasons, and what to do", report.findings_list(report.ordered(diagnosis))))
+        parts.append(_section("Reasons, and what to do", report.findings(diagnosis)))
     notes = "".join(_note(note) for note in evidence.notes)
     parts.append(_section("log p(x) = ELBO + KL(q || posterior), in nats", report.summary_table(evidence) + notes))
     parts.append(_figures(diagnosis, history))

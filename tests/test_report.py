@@ -366,16 +366,23 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found.plot()
 
 
-def test_findings_on_the_whole_come_before_those_on_scalars() -> None:
+def test_findings_on_the_whole_come_before_those_on_scalars(tmp_path: Path) -> None:
     table = scalars(**{f"w[{i}]": (1.0, 0.0, "do not use") for i in range(6)})
     findings = (
-        *(Finding(f"w[{i}]", "do not use", f"w[{i}] is off", "Richer guide.") for i in range(6)),
+        *(Finding(f"w[{i}]", "do not use", f"w[{i}] is off", f"Richer guide: for {i}.") for i in range(6)),
+        Finding("w[0]", "do not use", "The chains disagree", "Run NUTS."),
         Finding("w", "do not use", "A funnel", "Non-centre it."),
         Finding("", "good", "The weights are heavy.", "Do not reweight."),
     )
-    text = str(replace(diagnosis(table), findings=findings))
+    found = replace(diagnosis(table), findings=findings)
+    text = str(found)
     assert text.index("[do not use] w: A funnel") < text.index("[do not use] w[0]: w[0] is off")
     assert "w[2] is off" in text
     assert "w[3] is off" not in text
+    assert "The chains disagree" in text
     assert "... and 3 more on single scalars, in .findings" in text
     assert "[note] The weights are heavy." in text
+    for page in (Page(found._repr_html_()), written(found, tmp_path)):
+        assert "3 more on single scalars" in page.text
+        assert all(finding.statement in page.text for finding in findings)
+        assert "note The weights are heavy." in page.text
