@@ -115,7 +115,7 @@ def run_chains(
             if found.converged or attempt == ATTEMPTS - 1:
                 return found
             logger.info("chains disagree, R-hat %.2f: longer trajectories", np.nanmax(found.rhat))
-            bar.total += num_draws * THIN * 2 ** (attempt + 1) + WARMUP[-1]
+            bar.total += num_draws * THIN * (2 + attempt) + WARMUP[-1]
             walk.stretch *= 2
             walk.learn(kept.flatten(0, 1))
             state, _, _ = walk.go(state, WARMUP[-1], bar, share=0.05, adapt=True)

@@ -116,7 +116,9 @@ def _on_scalars(
     for name, row in bad.head(NAMED).iterrows():
         i = place[str(name)]
         tails = None if posterior is None else (guide.draws[:, i], posterior.draws[:, i])
-        findings.append(Finding(str(name), row["verdict"], _statement(row), _remedy(row, pairs.get(str(name)), tails)))
+        children = [child for child, funnel in funnels.items() if row["site"] in (child, funnel.scale)]
+        remedy = _non_centre(children[0]) if children else _remedy(row, pairs.get(str(name)), tails)
+        findings.append(Finding(str(name), row["verdict"], _statement(row), remedy))
     rest = bad.iloc[NAMED:]
     for site, rows in rest.groupby("site", sort=False):
         worst: Verdict = max(rows["verdict"], key=VERDICTS.index)

@@ -100,12 +100,8 @@ def whitened(density: LogDensity) -> GaussianGuide:
         optimizer.step()
         schedule.step()
         if step >= steps // 2:
-            for average, value in zip(averages, (loc, factor), strict=True):
-                average += (
-                    value.detach().clone().tril() / (steps - steps // 2)
-                    if value.dim() > 1
-                    else value.detach() / (steps - steps // 2)
-                )
+            averages[0].add_(loc.detach() / (steps - steps // 2))
+            averages[1].add_(factor.detach().tril() / (steps - steps // 2))
     mean, lower = averages
     both = start.factor @ lower
     return GaussianGuide(density, start.loc + start.factor @ mean, torch.linalg.cholesky(both @ both.T))

@@ -1,0 +1,386 @@
+"""The verdict on guides at known distances of known posteriors, by all three ways."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import evidence_oracles as oracles
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from scipy.stats import norm
+
+from pyro_elbo_ext import DecomposedELBO, diagnose
+from pyro_elbo_ext.diagnosis import Diagnosis
+from pyro_elbo_ext.log_density import compiled_log_density
+from pyro_elbo_ext.many_chains import run_chains, split_rhat
+from pyro_elbo_ext.marginals import Scalars, by_chains
+
+ERRORS = 4.5  # standard errors that a figure may be off
+
+MEAN, SD = 8.0, math.sqrt(0.2)  # of the posterior of oracles.GAUSSIAN
+
+
+def gaussian_draws(chains: int = 4, draws: int = 2000) -> dict[str, np.ndarray]:
+    return {"z": np.random.default_rng(0).normal(MEAN, SD, (chains, draws))}
+
+
+def normal_guide(mean: float, sd: float) -> Callable[[], None]:
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(mean, sd))
+
+    return guide
+
+
+def text(found: Diagnosis) -> str:
+    return "\n".join(f"{f.subject} {f.statement} {f.remedy}" for f in found.findings)
+
+
+@pytest.mark.parametrize("mcmc", [False, True], ids=["alone", "mcmc"])
+@pytest.mark.parametrize(
+    ("shift", "ratio", "verdict"),
+    [
+        (0.0, 0.0, "good"),
+        (0.05, -0.05, "good"),
+        (0.3, 0.0, "means only"),
+        (0.0, -0.3, "means only"),
+        (0.0, 0.3, "means only"),
+        (-0.7, 0.0, "do not use"),
+        (0.0, -0.7, "do not use"),
+        (0.0, -3.0, "do not use"),
+        (30.0, -1.0, "do not use"),
+    ],
+)
+def test_exact_posterior(shift: float, ratio: float, verdict: str, mcmc: bool) -> None:
+    guide = normal_guide(MEAN - shift * SD, SD * math.exp(ratio))
+    draws = gaussian_draws() if mcmc else None
+    found = diagnose(oracles.GAUSSIAN.model, guide, seed=0, mcmc=draws)
+    row = found.scalars.loc["z"]
+    assert found.verdict == row["verdict"] == verdict
+    # the shift is in estimated posterior sds, which adds to its error where it is large
+    assert abs(row["mean_shift"] - shift) < ERRORS * (row["mean_shift_se"] + 0.02 * abs(shift)) + 1e-3
+    assert abs(row["log_sd_ratio"] - ratio) < ERRORS * row["log_sd_ratio_se"] + 1e-3
+    assert row["mean_shift_se"] < 0.04
+    assert row["log_sd_ratio_se"] < 0.04
+    assert (found.mcmc is not None) == mcmc == (found.method == "mcmc")
+    lower, upper = found.evidence.kl_posterior
+    exact = -ratio + (math.exp(2 * ratio) + shift**2 - 1) / 2
+    assert lower - 1e-2 <= exact <= upper + 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "worst"),
+    [("exact", "good"), ("mean_field", "means only"), ("shifted", "do not use"), ("prior", "do not use")],
+)
+def test_regression(name: str, worst: str) -> None:
+    """Two correlated weights: the mean-field optimum has the right means, and sds too small by sqrt(1 - r^2)."""
+    guide = oracles.REGRESSION.guides[name][0]
+    draws = {"w": oracles.REGRESSION.posterior(4000)["w"].numpy().reshape(4, 1000, 2)}
+    alone = diagnose(oracles.REGRESSION.model, guide, seed=0)
+    checked = diagnose(oracles.REGRESSION.model, guide, seed=0, mcmc=draws)
+    covariance = np.cov(draws["w"].reshape(-1, 2).T)
+    if name == "mean_field":
+        r = covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])
+        assert np.allclose(alone.scalars["log_sd_ratio"], 0.5 * math.log(1 - r**2), atol=0.06)
+        size = float(np.abs(alone.scalars["log_sd_ratio"]).max())
+        worst = "do not use" if size > 0.5 else "means only"
+        assert "full covariance" in text(alone)
+        assert "w[0]" in text(alone)
+        assert "w[1]" in text(alone)
+    assert alone.verdict == checked.verdict == worst
+
+
+def test_weights_are_used_only_where_they_can_be_relied_on() -> None:
+    close = diagnose(oracles.GAUSSIAN.model, normal_guide(MEAN, 1.05 * SD), seed=0)
+    narrow = diagnose(oracles.GAUSSIAN.model, normal_guide(MEAN, 0.2 * SD), seed=0)
+    assert close.method == "importance weights"
+    assert close.evidence.importance.khat < 0.5
+    assert narrow.method.startswith("Hamiltonian")
+    assert narrow.evidence.importance.khat > 0.5
+    assert "collapsed" in text(narrow)
+
+
+def test_seed_and_isolation() -> None:
+    guide = normal_guide(MEAN, 0.3 * SD)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = (diagnose(oracles.GAUSSIAN.model, guide, seed=3) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert first.scalars.equals(second.scalars)
+    assert not first.scalars.equals(diagnose(oracles.GAUSSIAN.model, guide, seed=4).scalars)
+
+
+def funnel() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("child", 6):
+        pyro.sample("x", dist.Normal(0.0, scale))
+
+
+def test_funnel_is_to_be_non_centred() -> None:
+    def guide() -> None:
+        pyro.sample("scale", dist.LogNormal(-0.5, 0.3))
+        with pyro.plate("child", 6):
+            pyro.sample("x", dist.Normal(0.0, 0.5))
+
+    found = diagnose(funnel, guide, seed=0)
+    assert found.verdict == "do not use"
+    by_site = [finding for finding in found.findings if finding.subject == "x"]
+    assert any("scale" in finding.statement and "Non-centre" in finding.remedy for finding in by_site)
+
+
+def test_correlated_gaussian_in_fifty_dimensions() -> None:
+    """Under the mean-field optimum, whose sds are 1 / sqrt(precision): the figure of every scalar is known."""
+    a = torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = a @ a.T / 50 + 0.05 * torch.eye(50)
+    sd = covariance.inverse().diagonal().rsqrt()
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(50, dtype=torch.float64), covariance))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(50, dtype=torch.float64), sd).to_event(1))
+
+    found = diagnose(model, guide, seed=0)
+    exact = (sd / covariance.diagonal().sqrt()).log().numpy()
+    scalars = found.scalars
+    assert (np.abs(scalars["log_sd_ratio"] - exact) < ERRORS * scalars["log_sd_ratio_se"]).all()
+    assert (np.abs(scalars["mean_shift"]) < ERRORS * scalars["mean_shift_se"]).all()
+    assert found.verdict == "do not use"
+    listed = [finding for finding in found.findings if finding.subject.startswith("z")]
+    assert len(listed) < 20  # the worst by name, the rest in one
+    assert "correlates it with z[" in text(found)
+
+
+def two_modes() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 100.0))
+    pyro.factor("modes", torch.logaddexp(dist.Normal(-5.0, 1.0).log_prob(z), dist.Normal(5.0, 1.0).log_prob(z)))
+
+
+def test_two_modes() -> None:
+    """A guide on both at once is right in the first two moments; from one in between chains end in different places."""
+    wide = diagnose(two_modes, normal_guide(0.0, math.sqrt(26)), seed=0, num_draws=4000)
+    between = diagnose(two_modes, normal_guide(0.0, 2.0), seed=0)
+    assert wide.verdict == "good"
+    assert between.verdict == "do not use"
+    assert any("do not come to agree" in finding.statement for finding in between.findings)
+
+
+def test_pyro_module_and_autoguide() -> None:
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> None:
+            slope = self.slope
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
+
+    x = torch.linspace(-1, 1, 20)
+    y = 0.7 * x
+    model = Model()
+    guide = AutoNormal(model)
+    elbo = DecomposedELBO(num_particles=4)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.993}), elbo)
+    early = diagnose(model, guide_started(guide, x, y), x, y, seed=0)
+    for _ in range(600):
+        svi.step(x, y)
+    late = diagnose(model, guide, x, y, seed=0, history=elbo)
+    assert early.verdict == "do not use"
+    assert late.verdict == "good"
+    assert list(late.scalars.index) == ["slope"]
+
+
+def guide_started(guide: AutoNormal, x: torch.Tensor, y: torch.Tensor) -> AutoNormal:
+    guide(x, y)
+    return guide
+
+
+def test_deterministic_sites_are_judged() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.deterministic("constant", torch.tensor(3.0))
+        pyro.deterministic("exp", z.exp())
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(2))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(torch.full((2,), 0.5), torch.tensor([0.5**0.5, 0.4])).to_event(1))
+
+    found = diagnose(model, guide, seed=0)
+    assert list(found.scalars.index) == ["z[0]", "z[1]", "exp[0]", "exp[1]"]
+    assert list(found.scalars["verdict"] == "good") == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("slope", "word"), [(0.05, "still rising"), (-0.05, "still falling"), (0.0, "level")])
+def test_trend_of_the_elbo(slope: float, word: str) -> None:
+    elbo = DecomposedELBO(history=True)
+    level = torch.tensor(0.0)
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("trend", level + 0.1 * torch.randn(()))
+
+    guide = normal_guide(0.0, 1.0)
+    for step in range(400):
+        level = torch.tensor(slope * step)
+        elbo.loss_and_grads(model, guide)
+    found = diagnose(oracles.GAUSSIAN.model, normal_guide(MEAN, SD), seed=0, history=elbo)
+    assert word in text(found)
+    assert found.verdict == "good"  # a trend is told, and the figures decide
+    assert text(diagnose(oracles.GAUSSIAN.model, normal_guide(MEAN, SD), seed=0, history=elbo.history)) == text(found)
+
+
+def test_run_away_and_uneven_scales() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1000.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1000.0))
+        pyro.sample("x", dist.Normal(a, 100.0), obs=torch.tensor(0.0))
+        pyro.sample("y", dist.Normal(b, 0.01), obs=torch.tensor(0.0))
+
+    def guide() -> None:
+        pyro.sample("a", dist.Normal(0.0, 99.5))
+        pyro.sample("b", dist.Normal(50.0, 0.1))
+
+    found = diagnose(model, guide, seed=0)
+    assert found.verdict == "do not use"
+    assert found.findings[0].subject == "b"
+    assert "ran away" in found.findings[0].remedy
+    assert any(finding.subject == "a" and "Standardize" in finding.remedy for finding in found.findings)
+
+
+def test_heavy_tails_are_judged_by_quantiles() -> None:
+    """A Cauchy distribution has no variance, so that a ratio of sds would say nothing; a Gaussian has one."""
+    rng = np.random.default_rng(0)
+    posterior = np.stack([rng.standard_cauchy((128, 100)), rng.normal(size=(128, 100))], -1)
+    guide = Scalars(["heavy", "light"], ["heavy", "light"], rng.normal(0.0, 0.5, (10_000, 2)))
+    found = by_chains(guide, posterior, 0.0)
+    # the central 68% of a Cauchy distribution
+    exact = np.log([0.5 / math.tan(math.pi * (norm.cdf(1.0) - 0.5)), 0.5])
+    assert found["robust"].tolist() == [True, False]
+    assert (np.abs(found["log_sd_ratio"] - exact) < ERRORS * found["log_sd_ratio_se"]).all()
+    assert (np.abs(found["mean_shift"]) < ERRORS * found["mean_shift_se"]).all()
+
+
+def test_mcmc_of_fewer_sites_and_bad_chains() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    rng = np.random.default_rng(0)
+    found = diagnose(model, guide, seed=0, mcmc={"z": rng.normal(size=(4, 500)), "unknown": rng.normal(size=(4, 500))})
+    assert list(found.scalars.index) == ["z"]
+    assert "no draws of other" in text(found)
+    apart = rng.normal(size=(4, 500)) + np.array([[0.0], [0.0], [3.0], [3.0]])
+    assert "do not agree themselves" in text(diagnose(model, guide, seed=0, mcmc={"z": apart, "other": apart}))
+    with pytest.raises(ValueError, match="none of the model's sites"):
+        diagnose(model, guide, mcmc={"unknown": rng.normal(size=(4, 500))})
+
+
+def discrete() -> None:
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    pyro.sample("k", dist.Bernoulli(p))
+
+
+def discrete_guide() -> None:
+    pyro.sample("p", dist.Beta(1.0, 1.0))
+    pyro.sample("k", dist.Bernoulli(0.5))
+
+
+def subsampled() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=3):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "options", "error", "match"),
+    [
+        (discrete, discrete_guide, {}, ValueError, "latent site 'k' is discrete.*Sum it out"),
+        (subsampled, normal_guide(0.0, 1.0), {}, ValueError, "plate 'data' subsamples 3 of 10"),
+        (oracles.GAUSSIAN.model, normal_guide(math.nan, 1.0), {}, ValueError, "z"),
+        (oracles.GAUSSIAN.model, lambda: None, {}, ValueError, "z"),
+        (oracles.GAUSSIAN.model, normal_guide(0.0, 1.0), {"num_draws": 0}, ValueError, "num_draws must be at least 25"),
+        (oracles.GAUSSIAN.model, normal_guide(0.0, 1.0), {"num_draws": 1.5}, TypeError, "num_draws"),
+        (oracles.GAUSSIAN.model, normal_guide(0.0, 1.0), {"history": Trace_ELBO()}, TypeError, "history"),
+        (3, normal_guide(0.0, 1.0), {}, TypeError, "model must be callable"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Found vars")
+def test_bad_input(
+    model: object, guide: object, options: dict[str, object], error: type[Exception], match: str
+) -> None:
+    with pyro.validation_enabled(False), pytest.raises(error, match=match):
+        diagnose(model, guide, **options)  # type: ignore[arg-type]
+
+
+def test_many_chains_forget_where_they_start() -> None:
+    """From far away and too close together, the moments of a Gaussian of scales 100 and 0.01, correlated."""
+    covariance = torch.tensor([[1e4, 0.9], [0.9, 1e-4]], dtype=torch.float64)
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(torch.tensor([3.0, -2.0], dtype=torch.float64), covariance))
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.tensor([1.0, 5.0]) + 0.1 * torch.randn(64, 2, dtype=torch.float64, generator=generator)
+    found = run_chains(compiled_log_density(model), start, 100, generator)
+    assert found.converged
+    means = found.points.mean(1)
+    error = means.std(0) / 8
+    assert ((means.mean(0) - torch.tensor([3.0, -2.0])).abs() < ERRORS * error).all()
+    assert (error < 0.05 * covariance.diagonal().sqrt()).all()
+    assert torch.allclose(torch.cov(found.points.flatten(0, 1).T), covariance, rtol=0.1)
+
+
+def test_split_rhat() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(50, 100, 4))
+    draws[:25, :, 1] += 1.0  # in other places
+    draws[:25, :, 2] *= 3.0  # of other spread
+    draws[:, 50:, 3] += 1.0  # drifting
+    rhat = split_rhat(draws)
+    assert rhat[0] < 1.02
+    assert (rhat[1:] > 1.05).all()
+
+
+@pytest.mark.slow
+def test_a_thousand_latents() -> None:
+    """Within 60 s and 2 GiB, which is looked at in a process of its own."""
+    import subprocess
+    import sys
+    import textwrap
+
+    program = textwrap.dedent("""
+        import resource, time, torch, pyro, pyro.distributions as dist
+        from pyro_elbo_ext import diagnose
+        torch.set_num_threads(1)
+        y = torch.randn(998, generator=torch.Generator().manual_seed(0))
+        def model():
+            m, t = pyro.sample("m", dist.Normal(0.0, 1.0)), pyro.sample("t", dist.LogNormal(0.0, 0.5))
+            with pyro.plate("n", 998):
+                z = pyro.sample("z", dist.Normal(m, t))
+                pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+        def guide():
+            pyro.sample("m", dist.Normal(0.0, 0.03)), pyro.sample("t", dist.LogNormal(-0.2, 0.03))
+            with pyro.plate("n", 998):
+                pyro.sample("z", dist.Normal(0.8 * y, 0.45))
+        began = time.perf_counter()
+        found = diagnose(model, guide, seed=0)
+        print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, found.method)
+        assert len(found.scalars) == 1000
+    """)
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    print(output)
+    seconds, gibibytes, *method = output.split()
+    assert method[0] == "Hamiltonian"
+    assert float(seconds) < 60
+    assert float(gibibytes) < 2
