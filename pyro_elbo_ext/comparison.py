@@ -129,7 +129,8 @@ class Comparison:
 
         return plot_comparison(self)
 
-    def _display(self) -> pd.DataFrame:
+    def displayed(self) -> pd.DataFrame:
+        """The table as text: figure ± standard error (noise floor)."""
         columns = {
             name: [
                 f"{value:.3f} ± {error:.3f} ({floor:.3f})"
@@ -142,11 +143,11 @@ class Comparison:
         return pd.DataFrame({**columns, "verdict": self.table["verdict"]}, index=self.table.index)
 
     def __repr__(self) -> str:
-        return f"{self._display().to_string()}\nfigure ± standard error (noise floor)\n{self.verdict}"
+        return f"{self.displayed().to_string()}\nfigure ± standard error (noise floor)\n{self.verdict}"
 
     def _repr_html_(self) -> str:
         caption = "figure ± standard error (noise floor)"
-        return f"<p>{self.verdict}</p>{self._display().to_html()}<p>{caption}</p>"
+        return f"<p>{self.verdict}</p>{self.displayed().to_html()}<p>{caption}</p>"
 
 
 def compare_to_mcmc(

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
 from pyro_elbo_ext.comparison import Comparison
 from pyro_elbo_ext.evidence import EvidenceBounds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+    from pyro_elbo_ext.history import History
 
 Verdict = Literal["good", "means only", "do not use"]
 VERDICTS: tuple[Verdict, ...] = ("good", "means only", "do not use")
@@ -36,7 +43,7 @@ class Finding:
     remedy: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Diagnosis:
     """How far a guide is from the posterior, and what to do about it.
 
@@ -56,6 +63,8 @@ class Diagnosis:
         The comparison with MCMC draws, where there are any.
     method : str
         What the scalars' figures rest on: "mcmc", "importance weights", "annealed importance sampling" ...
+    history : History or None
+        The fit's record, where there is one.
     """
 
     verdict: Verdict
@@ -64,3 +73,82 @@ class Diagnosis:
     evidence: EvidenceBounds
     mcmc: Comparison | None
     method: str
+    history: History | None = None
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A copy of ``scalars``; the verdict on the whole is ``attrs["verdict"]``."""
+        table = self.scalars.copy()
+        table.attrs["verdict"] = self.verdict
+        return table
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        history: History | ArrayLike | None = None,
+        title: str = "Did the fit work?",
+    ) -> Path:
+        """Write the whole as one HTML file: no scripts, nothing loaded, light or dark as the reader's system is.
+
+        Parameters
+        ----------
+        path
+            File to write, in a folder that exists; one that is there is replaced.
+        history
+            In place of the record that `diagnose` was given: another one, or the ELBO of each step, shape (n,), in nats,
+            which ``SVI.step`` returns the negative of.
+        title
+            Heading of the page.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        ValueError
+            For a history without steps.
+        OSError
+            If the file cannot be written.
+
+        Notes
+        -----
+        Without matplotlib the page has no pictures, and says so.
+        """
+        from pyro_elbo_ext.report_page import write_page
+
+        return write_page(self, path, history=history, title=title)
+
+    def plot(self, *, history: History | ArrayLike | None = None) -> Figure:
+        """Mean shift and log sd ratio of the scalars, bounds on ``log p(x)``, importance weights, the fit's ELBO.
+
+        Parameters
+        ----------
+        history
+            As in `to_html`.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ValueError
+            For a history without steps.
+        ImportError
+            Without matplotlib.
+        """
+        from pyro_elbo_ext.diagnosis_plots import plot_diagnosis
+
+        return plot_diagnosis(self, history)
+
+    def __repr__(self) -> str:
+        from pyro_elbo_ext.report import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from pyro_elbo_ext.report import fragment
+
+        return fragment(self)

@@ -126,7 +126,7 @@ def diagnose(
     findings += [*found.findings, *on_history(record)]
     findings.sort(key=lambda finding: -VERDICTS.index(finding.verdict))
     verdict = findings[0].verdict if findings else "good"
-    return Diagnosis(verdict, tuple(findings), found.scalars, found.evidence, found.comparison, found.method)
+    return Diagnosis(verdict, tuple(findings), found.scalars, found.evidence, found.comparison, found.method, record)
 
 
 class _Run(NamedTuple):
