@@ -107,7 +107,7 @@ class EvidenceBounds:
         if math.isinf(self.log_evidence.upper):
             notes.append(
                 "No upper bound: without posterior draws it needs weights with a variance (k-hat below 0.5, here "
-                f"{khat:.2f}). Pass posterior=run_nuts(...)."
+                f"{khat:.2f}). Pass draws of run_nuts(...)."
                 if not any(bound.method == "EUBO" for bound in self.bounds)
                 else "No upper bound: the guide has no density at some of the posterior draws."
             )
