@@ -23,7 +23,7 @@ COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling save
 
 
 def run_nuts(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | LogDensity,
     *args: Any,
     num_samples: int = 1000,
     warmup: int = 1000,
@@ -57,7 +57,9 @@ def run_nuts(
     ----------
     model
         Pyro model, called as ``model(*args, **kwargs)``. Model keywords with the name of a parameter below need
-        ``functools.partial``.
+        ``functools.partial``. Or what `compiled_log_density` made of a model and its arguments: then nothing is traced and
+        compiled again, which takes longer than to sample from a small model. Data and parameters are those of that moment,
+        and a chain runs in as many threads as torch was set to.
     num_samples, warmup
         Draws per chain kept, and draws before them used for adaptation and dropped.
     chains
@@ -109,7 +111,10 @@ def run_nuts(
     Hoffman, Gelman (2014), The No-U-Turn Sampler. Betancourt (2017), A Conceptual Introduction to Hamiltonian Monte
     Carlo.
     """
-    if not callable(model):
+    if isinstance(model, LogDensity):
+        if args or kwargs:
+            raise TypeError("the log density has been made for the model's arguments: pass no others")
+    elif not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -146,7 +151,9 @@ def run_nuts(
         # the code of a chain runs in one thread, beside the others; by the number of chains, not of cores, so that the
         # draws do not depend on the machine
         one_thread = library == "nutpie" and chains > 1
-        density = LogDensity(model, args, kwargs, seed, bool(compile), one_thread)
+        density = (
+            model if isinstance(model, LogDensity) else LogDensity(model, args, kwargs, seed, bool(compile), one_thread)
+        )
         began = time.perf_counter()
         sample = sample_nutpie if library == "nutpie" else sample_pyro
         drawn = sample(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -18,7 +19,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_elbo_ext import samplers
-from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.samplers import starting_point
 
@@ -383,3 +384,24 @@ def test_chains_that_keep_most_draws() -> None:
 
     assert drawn(10, 10, 2, 0) == ([0, 1], (2, 10, 3))
     assert drawn(10, 8, 9) == ([0, 1, 2], (3, 8, 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_log_density_is_sampled_without_being_made_again(backend: Any) -> None:
+    data = torch.tensor([0.5, 1.5, 2.5])
+
+    def model(x: torch.Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    density = compiled_log_density(model, data)
+    options = {"num_samples": 200, "warmup": 200, "chains": 2, "seed": 4, "progress": False, "backend": backend}
+    one, other = run_nuts(density, **options), run_nuts(density, **options)
+    np.testing.assert_array_equal(one.posterior["mean"], other.posterior["mean"])
+    np.testing.assert_array_equal(one.observed_data["x"], data)
+    # the posterior is N(4.5 / 4, 1/4); 4 standard errors
+    size = float(az.ess(one, var_names=["mean"])["mean"])
+    assert abs(float(one.posterior["mean"].mean()) - 4.5 / 4) < 4 * 0.5 / size**0.5
+    with pytest.raises(TypeError, match="pass no others"):
+        run_nuts(density, data)

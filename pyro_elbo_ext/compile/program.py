@@ -112,6 +112,12 @@ class Program:
             except NotNative as reason:
                 logger.info("the step is called from Python each time: %s", reason)
                 self._native = reason
+            # what Inductor generates is no public interface: whatever differs in another release is no reason to fail
+            except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+                logger.warning(
+                    "the step is called from Python each time, unexpectedly: %s", str(error).splitlines()[:1]
+                )
+                self._native = NotNative(str(error))
             self.compile_time += time.perf_counter() - start
         return self._native if isinstance(self._native, NativeSteps) else None
 
