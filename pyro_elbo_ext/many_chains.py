@@ -28,8 +28,8 @@ SHORT = 8  # leapfrog steps in the first rounds, before the metric is known
 LONGEST = 32  # leapfrog steps at most, twice as many in the second attempt
 ATTEMPTS = 2
 THIN = 2  # iterations per draw kept, doubled in the second attempt
-GRADIENTS = (2_000, 30_000)  # least and most batches of gradients computed, the warmup's included
-NUMBERS = 12_000_000_000  # computed for these, from which on there are fewer than the most: about a minute
+GRADIENTS = (2_000, 15_000)  # least and most batches of gradients computed, the warmup's included
+NUMBERS = 5_000_000_000  # computed for these, from which on there are fewer than the most: half a minute or so
 PER_COORDINATE = 10  # draws per coordinate that a full covariance needs
 SMALLER, SMALLEST = 0.25, 0.03  # share of the steps that are smaller, and the smallest factor
 CONVERGED = 1.05  # R-hat of all coordinates, below
@@ -190,13 +190,15 @@ class _Walk:
         step = self.step * torch.where(chance < SMALLER, SMALLEST**smaller, 1.0)
         energy = state.value - 0.5 * momentum.square().sum(1)
         new, lost = state, torch.zeros(count, dtype=torch.bool)
+        force = self._back(state.gradient)
         for _ in range(steps):
-            momentum = momentum + 0.5 * step * self._back(new.gradient)
+            momentum = momentum + 0.5 * step * force
             # what has left the domain will not be accepted: no need to follow it
             x = torch.where(lost[:, None], state.x, new.x + step * self._out(momentum))
             new = _at(self.density, x)
             lost = lost | ~torch.isfinite(new.value)
-            momentum = momentum + 0.5 * step * self._back(new.gradient)
+            force = self._back(new.gradient)
+            momentum = momentum + 0.5 * step * force
         change = new.value - 0.5 * momentum.square().sum(1) - energy
         change = torch.where(lost, -math.inf, change)
         acceptance = change.exp().clamp(max=1.0).nan_to_num(0.0)
