@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bounds
 	$(BIN)/python -m tests.benchmarks.compiled
 	$(BIN)/python -m tests.benchmarks.nuts
+	$(BIN)/python -m tests.benchmarks.diagnosis
 	$(BIN)/python -m tests.benchmarks.autoencoder
 	$(BIN)/python -m tests.benchmarks.peers # says so and stops if PEERS_PYTHON is not set
 
