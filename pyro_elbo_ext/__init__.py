@@ -4,18 +4,23 @@
 is called ``kl_posterior`` throughout; the second, a part of the ELBO, ``kl_prior``.
 """
 
-from pyro_elbo_ext.amortization import AmortizationGap, amortization_gap
-from pyro_elbo_ext.calibration import Calibration, simulate_calibration
-from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.amortized.gap import AmortizationGap, amortization_gap
+from pyro_elbo_ext.amortized.latent_units import ActiveUnits, active_units
+from pyro_elbo_ext.amortized.surgery import ElboSurgery, elbo_surgery
+from pyro_elbo_ext.calibration.calibrate import Calibration, simulate_calibration
+from pyro_elbo_ext.calibration.recipes import TrainGuide
+from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
+from pyro_elbo_ext.comparison.predictive import PredictiveComparison, compare_predictive
+from pyro_elbo_ext.comparison.reference_draws import read_draws
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.diagnosis import Diagnosis
-from pyro_elbo_ext.evidence import evidence_bounds
-from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.verdict import diagnose
+from pyro_elbo_ext.evidence.importance import ImportanceSample, psis_khat
+from pyro_elbo_ext.evidence.intervals import evidence_bounds
+from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.export import from_pyro_mcmc, from_pyro_svi
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.importance import ImportanceSample, psis_khat
-from pyro_elbo_ext.latent_units import ActiveUnits, active_units
 from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.multi_sample import (
@@ -25,12 +30,7 @@ from pyro_elbo_ext.multi_sample import (
     RenyiELBO,
     ThermodynamicELBO,
 )
-from pyro_elbo_ext.predictive_comparison import PredictiveComparison, compare_predictive
-from pyro_elbo_ext.recipes import TrainGuide
-from pyro_elbo_ext.reference_draws import read_draws
-from pyro_elbo_ext.surgery import ElboSurgery, elbo_surgery
 from pyro_elbo_ext.terms import Term, Terms
-from pyro_elbo_ext.verdict import diagnose
 
 __version__ = "0.1.0"
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pyro_elbo_ext import __version__
-from pyro_elbo_ext.diagnose_command import FAILED as DIAGNOSE_FAILED
-from pyro_elbo_ext.diagnose_command import HELP as DIAGNOSE_HELP
-from pyro_elbo_ext.diagnose_command import command as diagnose_command
+from pyro_elbo_ext.diagnosis.command import FAILED as DIAGNOSE_FAILED
+from pyro_elbo_ext.diagnosis.command import HELP as DIAGNOSE_HELP
+from pyro_elbo_ext.diagnosis.command import command as diagnose_command
 
 
 def _positive(text: str) -> int:

@@ -29,7 +29,7 @@ from pyro.util import get_rng_state, set_rng_state
 from scipy import integrate, stats
 from torch import Tensor
 
-from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.export import dataset_of, from_pyro_svi, to_arviz
 from pyro_elbo_ext.history import History

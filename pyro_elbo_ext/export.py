@@ -1,4 +1,4 @@
-"""Pyro runs as ArviZ data.  With `arviz_statistics` the only importer of ArviZ."""
+"""Pyro runs as ArviZ data.  Beside `arviz_statistics` the only importer of ArviZ."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 from scipy.special import logsumexp
 
-from pyro_elbo_ext.annealing import CannotAnneal, _Path, annealed
-from pyro_elbo_ext.scoring import Scorer
+from pyro_elbo_ext.evidence.annealing import CannotAnneal, _Path, annealed
+from pyro_elbo_ext.evidence.scoring import Scorer
 from tests.evidence_oracles import BETA, GAUSSIAN, REGRESSION, Conjugate
 
 CHAINS = 200

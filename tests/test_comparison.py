@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from pyro_elbo_ext.comparison import FIGURES, compare_to_mcmc
+from pyro_elbo_ext.comparison.marginal import FIGURES, compare_to_mcmc
 
 
 def normal(loc: float = 0.0, scale: float = 1.0, seed: int = 0, shape: tuple[int, ...] = (4, 1000)) -> np.ndarray:

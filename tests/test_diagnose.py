@@ -20,10 +20,10 @@ from pyro.nn import PyroModule, PyroSample
 from scipy.stats import norm
 
 from pyro_elbo_ext import DecomposedELBO, diagnose
-from pyro_elbo_ext.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.many_chains import run_chains, split_rhat
+from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
 from pyro_elbo_ext.log_density import compiled_log_density
-from pyro_elbo_ext.many_chains import run_chains, split_rhat
-from pyro_elbo_ext.marginals import Scalars, by_chains
 
 ERRORS = 4.5  # standard errors that a figure may be off
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import pyro_elbo_ext
 from pyro_elbo_ext.__main__ import main
-from pyro_elbo_ext.diagnose_command import load_params, read_data
+from pyro_elbo_ext.diagnosis.command import load_params, read_data
 
 SOURCE = """
 import pyro

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyro_elbo_ext.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
+from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
 
 
 def normal(n: int, d: int, seed: int = 0) -> np.ndarray:

@@ -14,9 +14,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoStructu
 from torch import Tensor
 
 from pyro_elbo_ext import evidence_bounds, run_nuts
-from pyro_elbo_ext import evidence_estimates as estimates
 from pyro_elbo_ext.demo import load_eight_schools, noncentered
-from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+from pyro_elbo_ext.evidence import estimates
+from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.export import dataset_of
 from tests.evidence_oracles import BETA, GAUSSIAN, PROBLEMS, REGRESSION, Conjugate
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pyro_elbo_ext import psis_khat
 from pyro_elbo_ext.demo import centered, load_eight_schools, noncentered
+from pyro_elbo_ext.evidence.importance import ImportanceSample
+from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.export import dataset_of
-from pyro_elbo_ext.importance import ImportanceSample
-from pyro_elbo_ext.scoring import Scorer
 from tests.evidence_oracles import GAUSSIAN
 
 

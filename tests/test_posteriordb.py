@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pyro_elbo_ext import diagnose
-from pyro_elbo_ext.diagnosis import VERDICTS
+from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS
 from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
 

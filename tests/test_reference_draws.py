@@ -12,9 +12,9 @@ import posteriordb_models as db
 import pytest
 import xarray as xr
 
-from pyro_elbo_ext.comparison import FIGURES, compare_to_mcmc
+from pyro_elbo_ext.comparison.marginal import FIGURES, compare_to_mcmc
+from pyro_elbo_ext.comparison.reference_draws import read_draws, stan_dataset
 from pyro_elbo_ext.export import to_arviz
-from pyro_elbo_ext.reference_draws import read_draws, stan_dataset
 
 COLUMNS = {
     name: np.random.default_rng(i).normal(size=(2, 5))

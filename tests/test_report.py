@@ -21,11 +21,11 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_elbo_ext import DecomposedELBO, compare_to_mcmc, evidence_bounds
-from pyro_elbo_ext.diagnosis import Diagnosis, Finding
-from pyro_elbo_ext.diagnosis_plots import MAX_SCALARS, plot_elbo, plot_evidence, plot_forest, plot_weights
-from pyro_elbo_ext.evidence_ledger import Interval
-from pyro_elbo_ext.report import interval, number, worst_first
-from pyro_elbo_ext.report_page import MAX_ROWS
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis, Finding
+from pyro_elbo_ext.diagnosis.page import MAX_ROWS
+from pyro_elbo_ext.diagnosis.plots import MAX_SCALARS, plot_elbo, plot_evidence, plot_forest, plot_weights
+from pyro_elbo_ext.diagnosis.report import interval, number, worst_first
+from pyro_elbo_ext.evidence.ledger import Interval
 
 HOSTILE = '<script>alert("z")</script>&amp;$\\frac$</td>'
 Y = torch.tensor([1.0, 2.0])

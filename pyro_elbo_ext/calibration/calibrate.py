@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from pyro import poutine
 from tqdm import tqdm
 
-from pyro_elbo_ext.calibration_files import Folder
+from pyro_elbo_ext.calibration.files import Folder
+from pyro_elbo_ext.calibration.rank_tests import holm, symmetric_ks, uniform_chi2, uniform_ks
+from pyro_elbo_ext.calibration.simulation import Failed, Job, Ranked, data_of_simulation, prior_run, run_simulation
 from pyro_elbo_ext.draws import data_of, to_numpy, untouched
 from pyro_elbo_ext.export import to_arviz
 from pyro_elbo_ext.labels import Labels, scalar_label
 from pyro_elbo_ext.model_runs import check_callable
-from pyro_elbo_ext.rank_tests import holm, symmetric_ks, uniform_chi2, uniform_ks
-from pyro_elbo_ext.simulation import Failed, Job, Ranked, data_of_simulation, prior_run, run_simulation
 
 DIM = "simulation"
 ALPHA = 0.05
@@ -167,7 +167,7 @@ class Calibration:
 
     def plot(self, max_parameters: int = 6) -> Any:
         """Rank ECDFs with simultaneous bands, and histograms of p; returns the matplotlib figure."""
-        from pyro_elbo_ext.calibration_plots import plot_calibration
+        from pyro_elbo_ext.calibration.plots import plot_calibration
 
         return plot_calibration(self, max_parameters)
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, run_chains, split_rhat
 from pyro_elbo_ext.export import dataset_of
 from pyro_elbo_ext.log_density import LogDensity
-from pyro_elbo_ext.many_chains import CONVERGED, run_chains, split_rhat
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.unconstrained import isolated
 

@@ -9,20 +9,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyro_elbo_ext.alignment import aligned, draws_of
-from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
-from pyro_elbo_ext.diagnosis import VERDICTS, Diagnosis, Finding
+from pyro_elbo_ext.comparison.alignment import aligned, draws_of
+from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
+from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS, Diagnosis, Finding
+from pyro_elbo_ext.diagnosis.many_chains import split_rhat
+from pyro_elbo_ext.diagnosis.marginals import GOOD, Scalars, by_chains, by_comparison, by_weights, scalars_of, varying
+from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
+from pyro_elbo_ext.diagnosis.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
 from pyro_elbo_ext.draws import imputation, untouched
-from pyro_elbo_ext.evidence import LEAST_DRAWS, evidence_bounds
-from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, psis_khat
+from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS, evidence_bounds
+from pyro_elbo_ext.evidence.ledger import EvidenceBounds
+from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.importance import BATCH_SIZE, ImportanceSample, check_count, psis_khat
 from pyro_elbo_ext.labels import Labels
-from pyro_elbo_ext.many_chains import split_rhat
-from pyro_elbo_ext.marginals import GOOD, Scalars, by_chains, by_comparison, by_weights, scalars_of, varying
-from pyro_elbo_ext.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
-from pyro_elbo_ext.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
-from pyro_elbo_ext.scoring import Scorer
 
 FINITE_VARIANCE = 0.5  # k-hat of the weights below which they are relied on
 PRECISE = GOOD / 3  # standard error of a figure with which it can be told from the threshold

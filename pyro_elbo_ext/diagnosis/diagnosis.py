@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from pyro_elbo_ext.comparison import Comparison
-from pyro_elbo_ext.evidence import EvidenceBounds
+from pyro_elbo_ext.comparison.marginal import Comparison
+from pyro_elbo_ext.evidence.intervals import EvidenceBounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ class Diagnosis:
         -----
         Without matplotlib the page has no pictures, and says so.
         """
-        from pyro_elbo_ext.report_page import write_page
+        from pyro_elbo_ext.diagnosis.page import write_page
 
         return write_page(self, path, history=history, title=title)
 
@@ -139,16 +139,16 @@ class Diagnosis:
         ImportError
             Without matplotlib.
         """
-        from pyro_elbo_ext.diagnosis_plots import plot_diagnosis
+        from pyro_elbo_ext.diagnosis.plots import plot_diagnosis
 
         return plot_diagnosis(self, history)
 
     def __repr__(self) -> str:
-        from pyro_elbo_ext.report import text
+        from pyro_elbo_ext.diagnosis.report import text
 
         return text(self)
 
     def _repr_html_(self) -> str:
-        from pyro_elbo_ext.report import fragment
+        from pyro_elbo_ext.diagnosis.report import fragment
 
         return fragment(self)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pyro_elbo_ext.comparison import Comparison
+    from pyro_elbo_ext.comparison.marginal import Comparison
 
 
 def plot_marginal(comparison: Comparison, parameter: str, ax: Axes) -> Axes:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyro_elbo_ext.reference_draws import read_draws
+from pyro_elbo_ext.comparison.reference_draws import read_draws
 
 SIDES = ("approx", "mcmc")
 Transformed = Mapping[str, Callable[[xr.Dataset], Any]]
@@ -22,7 +22,7 @@ def draws_of(data: Any, side: str) -> xr.Dataset:
     ----------
     data
         ArviZ data with a group ``posterior``, a Dataset, a mapping from name to array of shape (chain, draw, ...), or the
-        path of a file, see :func:`pyro_elbo_ext.reference_draws.read_draws`.
+        path of a file, see :func:`pyro_elbo_ext.comparison.reference_draws.read_draws`.
     side
         Name of the argument, for errors.
     """

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyro_elbo_ext.evidence_ledger import Interval
+from pyro_elbo_ext.evidence.ledger import Interval
 
 if TYPE_CHECKING:
-    from pyro_elbo_ext.diagnosis import Diagnosis, Finding
-    from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+    from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis, Finding
+    from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 
 WIDTH = 100  # columns of the text
 SHOWN = 10  # scalars that the short forms show

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pyro_elbo_ext.calibration import Calibration
+    from pyro_elbo_ext.calibration.calibrate import Calibration
 
 
 def plot_rank_ecdf(calibration: Calibration, parameter: str, ax: Axes, prob: float = 0.95) -> Axes:

@@ -11,13 +11,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pyro_elbo_ext.diagnosis import VERDICTS, Finding, Verdict
-from pyro_elbo_ext.evidence_ledger import EvidenceBounds
+from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS, Finding, Verdict
+from pyro_elbo_ext.diagnosis.many_chains import CONVERGED
+from pyro_elbo_ext.diagnosis.marginals import BAD, GOOD, Scalars, corrected
+from pyro_elbo_ext.diagnosis.posterior_draws import PosteriorDraws
+from pyro_elbo_ext.evidence.importance import ImportanceSample
+from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.importance import ImportanceSample
-from pyro_elbo_ext.many_chains import CONVERGED
-from pyro_elbo_ext.marginals import BAD, GOOD, Scalars, corrected
-from pyro_elbo_ext.posterior_draws import PosteriorDraws
 
 Array = NDArray[np.float64]
 

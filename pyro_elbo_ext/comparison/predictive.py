@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_elbo_ext.arviz_statistics import leave_one_out
-from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
 from pyro_elbo_ext.export import dataset_of
 
 

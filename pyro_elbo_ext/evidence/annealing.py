@@ -20,8 +20,8 @@ from torch.distributions.constraints import Constraint, independent
 from tqdm import tqdm
 
 from pyro_elbo_ext.draws import to_numpy
+from pyro_elbo_ext.evidence.scoring import Array, Scorer, is_random
 from pyro_elbo_ext.folding import transform_of
-from pyro_elbo_ext.scoring import Array, Scorer, is_random
 from pyro_elbo_ext.supply import CannotBatch
 from pyro_elbo_ext.terms import log_prob, read_sites, score_parts, trace_program
 

@@ -11,9 +11,9 @@ from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_elbo_ext.amortization import AmortizationGap
-    from pyro_elbo_ext.latent_units import ActiveUnits
-    from pyro_elbo_ext.surgery import ElboSurgery
+    from pyro_elbo_ext.amortized.gap import AmortizationGap
+    from pyro_elbo_ext.amortized.latent_units import ActiveUnits
+    from pyro_elbo_ext.amortized.surgery import ElboSurgery
 
 MAX_LABELS = 30  # units, beyond which their names would not fit under the bars
 

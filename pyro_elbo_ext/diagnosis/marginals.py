@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.arviz_statistics import effective_size, pareto_smoothed
-from pyro_elbo_ext.diagnosis import Verdict
+from pyro_elbo_ext.diagnosis.diagnosis import Verdict
 from pyro_elbo_ext.draws import to_numpy
 from pyro_elbo_ext.labels import Labels, scalar_label
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_elbo_ext.simulation import QUANTITIES, Ranked
+from pyro_elbo_ext.calibration.simulation import QUANTITIES, Ranked
 
 SETTINGS = "settings.json"
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_elbo_ext.alignment import Transformed, aligned, draws_of, with_transformed
 from pyro_elbo_ext.arviz_statistics import effective_size
-from pyro_elbo_ext.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
+from pyro_elbo_ext.comparison.alignment import Transformed, aligned, draws_of, with_transformed
+from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
 from pyro_elbo_ext.labels import scalar_label
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
@@ -74,7 +74,7 @@ class Comparison:
         max_draws
             Draws per side, at most. More find smaller differences.
         num_projections, num_permutations, classifier, seed
-            As in `pyro_elbo_ext.distances`.
+            As in `pyro_elbo_ext.comparison.distances`.
 
         Returns
         -------
@@ -125,7 +125,7 @@ class Comparison:
 
     def plot(self) -> Any:
         """Marginals overlaid, then a forest of all parameters; returns the matplotlib figure."""
-        from pyro_elbo_ext.comparison_plots import plot_comparison
+        from pyro_elbo_ext.comparison.plots import plot_comparison
 
         return plot_comparison(self)
 

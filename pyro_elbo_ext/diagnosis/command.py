@@ -16,7 +16,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 
-from pyro_elbo_ext.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 
 STATUS = {"good": 0, "means only": 1, "do not use": 2}
 FAILED = 3

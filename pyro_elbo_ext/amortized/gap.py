@@ -14,10 +14,17 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_elbo_ext.amortized.free_distribution import FreeDistribution
+from pyro_elbo_ext.amortized.local_sites import (
+    LocalRun,
+    check_all_data,
+    check_draws,
+    check_finite,
+    distribution,
+    run_local,
+)
+from pyro_elbo_ext.amortized.surgery import standard_error
 from pyro_elbo_ext.draws import run_given, to_numpy, untouched
-from pyro_elbo_ext.free_distribution import FreeDistribution
-from pyro_elbo_ext.local_sites import LocalRun, check_all_data, check_draws, check_finite, distribution, run_local
-from pyro_elbo_ext.surgery import standard_error
 from pyro_elbo_ext.terms import latent_values, log_prob, trace_program
 
 if TYPE_CHECKING:
@@ -116,7 +123,7 @@ class AmortizationGap:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Histogram of the gaps of the data; returns the axes."""
-        from pyro_elbo_ext.amortized_plots import plot_amortization_gap
+        from pyro_elbo_ext.amortized.plots import plot_amortization_gap
 
         return plot_amortization_gap(self, ax)
 

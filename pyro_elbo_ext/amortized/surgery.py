@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_elbo_ext import closed_forms
-from pyro_elbo_ext.closed_forms import Weight
-from pyro_elbo_ext.draws import to_numpy, untouched
-from pyro_elbo_ext.local_sites import (
+from pyro_elbo_ext.amortized.local_sites import (
     LocalRun,
     as_batches,
     check_cover,
@@ -26,6 +24,8 @@ from pyro_elbo_ext.local_sites import (
     run_again,
     run_local,
 )
+from pyro_elbo_ext.closed_forms import Weight
+from pyro_elbo_ext.draws import to_numpy, untouched
 from pyro_elbo_ext.terms import log_prob
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class ElboSurgery:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """``kl_prior`` split into its two parts, beside log N; returns the axes."""
-        from pyro_elbo_ext.amortized_plots import plot_surgery
+        from pyro_elbo_ext.amortized.plots import plot_surgery
 
         return plot_surgery(self, ax)
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyro_elbo_ext.comparison import BAD, GOOD
+from pyro_elbo_ext.comparison.marginal import BAD, GOOD
+from pyro_elbo_ext.diagnosis.report import worst_first
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.plots import COLOURS, OTHER, running_mean
-from pyro_elbo_ext.report import worst_first
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pyro_elbo_ext.diagnosis import Diagnosis
-    from pyro_elbo_ext.evidence_ledger import Bound, EvidenceBounds
-    from pyro_elbo_ext.importance import ImportanceSample
+    from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+    from pyro_elbo_ext.evidence.importance import ImportanceSample
+    from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds
 
 BLUE, ORANGE, GREEN = COLOURS[0], COLOURS[1], COLOURS[2]
 MAX_SCALARS = 25  # of the forest, whose names would not fit otherwise

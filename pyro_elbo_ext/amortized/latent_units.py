@@ -14,9 +14,16 @@ from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
 from pyro_elbo_ext import closed_forms
+from pyro_elbo_ext.amortized.local_sites import (
+    as_batches,
+    check_cover,
+    check_draws,
+    check_finite,
+    distribution,
+    run_local,
+)
 from pyro_elbo_ext.closed_forms import Weight
 from pyro_elbo_ext.draws import to_numpy, untouched
-from pyro_elbo_ext.local_sites import as_batches, check_cover, check_draws, check_finite, distribution, run_local
 from pyro_elbo_ext.terms import Site
 
 if TYPE_CHECKING:
@@ -98,7 +105,7 @@ class ActiveUnits:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Variance of the mean per unit, largest first, with the threshold; returns the axes."""
-        from pyro_elbo_ext.amortized_plots import plot_active_units
+        from pyro_elbo_ext.amortized.plots import plot_active_units
 
         return plot_active_units(self, ax)
 

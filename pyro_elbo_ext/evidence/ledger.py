@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 
-from pyro_elbo_ext.importance import ImportanceSample
+from pyro_elbo_ext.evidence.importance import ImportanceSample
 
 
 class Interval(NamedTuple):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pyro_elbo_ext import report
+from pyro_elbo_ext.diagnosis import report
 from pyro_elbo_ext.plots import COLOURS
 
 if TYPE_CHECKING:
-    from pyro_elbo_ext.diagnosis import Diagnosis
+    from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 
 MAX_ROWS = 1000  # of scalars: more would make the page slow
 WIDTH = 4.6  # inches of a picture, near to a phone's width, so that its letters stay readable there
@@ -165,7 +165,7 @@ def _ledger(diagnosis: Diagnosis) -> str:
 def _figures(diagnosis: Diagnosis, history: Any) -> str:
     if importlib.util.find_spec("matplotlib") is None:
         return _section("Pictures", _note('They need matplotlib: pip install "pyro_elbo_ext[plots]"'))
-    from pyro_elbo_ext.diagnosis_plots import panels
+    from pyro_elbo_ext.diagnosis.plots import panels
 
     cards = []
     for title, height, paint in panels(diagnosis, history):

@@ -1,0 +1,7 @@
+"""A guide beside reference draws."""
+
+from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
+from pyro_elbo_ext.comparison.predictive import PredictiveComparison, compare_predictive
+from pyro_elbo_ext.comparison.reference_draws import read_draws
+
+__all__ = ["Comparison", "PredictiveComparison", "compare_predictive", "compare_to_mcmc", "read_draws"]
