@@ -915,6 +915,18 @@ def test_run_takes_any_number_of_steps() -> None:
         assert_equal(many, theirs)
 
 
+def test_run_shows_that_it_compiles(capsys: pytest.CaptureFixture[str]) -> None:
+    pyro.clear_param_store()
+    svi = by_operator(eight_schools, AutoNormal(eight_schools), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())  # type: ignore[attr-defined]
+    svi.run(9, Y, SIGMA)
+    shown = capsys.readouterr().err.split("\r")
+    assert any("compiling" in line and "0/9" in line for line in shown)
+    assert "compiling" not in shown[-1]
+    assert "9/9" in shown[-1]
+    svi.run(8, Y, SIGMA)
+    assert "compiling" not in capsys.readouterr().err
+
+
 def test_interrupted_run_keeps_what_is_done() -> None:
     loss = DecomposedELBO()
     svi = train(by_operator, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=loss, run=True).svi

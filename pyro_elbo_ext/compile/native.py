@@ -83,9 +83,7 @@ class NativeSteps:
         self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
         self._addresses = [tensor.data_ptr() for tensor in inputs]
         self._described = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs]
-        self._places: list[
-            tuple[int, int, int]
-        ] = []  # of addresses in inputs: which one, of which input, how far into it
+        self._places: list[tuple[int, int, int]] = []  # of addresses in inputs: their slot, the input, how far into it
         spans = [(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in inputs]
         slots: dict[int, int] = {}
 

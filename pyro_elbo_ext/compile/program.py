@@ -80,6 +80,11 @@ class Program:
         self._written = [i - len(inputs) for i in written_inputs(self._capture.graph) if i >= len(inputs)]
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether there is a graph to run."""
+        return bool(self._compiled)
+
+    @property
     def writes_buffers(self) -> bool:
         """Whether a step writes to other tensors than parameters and the optimizer's state, as batch normalization does."""
         return bool(self._written)

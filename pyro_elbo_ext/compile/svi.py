@@ -215,8 +215,11 @@ class CompiledSVI(SVI):
             raise ValueError(f"num_steps must be at least 0, not {num_steps!r}")
         losses: list[Tensor] = []
         with tqdm(total=num_steps, disable=not progress, unit="step") as bar:
-            taken = 0
+            taken, compiling = 0, progress
             while taken < num_steps:
+                if compiling:
+                    compiling = self.eager_reason is None and not self._is_compiled(args, kwargs)
+                    bar.set_description("compiling" if compiling else None)
                 many = self._many(num_steps - taken, args, kwargs)
                 if many is None:  # Pyro's first step, or all of them where something is not compiled
                     many = torch.tensor([self.step(*args, **kwargs)], dtype=torch.float64)
@@ -225,6 +228,7 @@ class CompiledSVI(SVI):
                 bar.update(len(many))
                 if progress:
                     bar.set_postfix(loss=f"{float(many[-1]):.5g}", refresh=False)
+            bar.set_description(None)
         device = losses[-1].device if losses else None
         return torch.cat([of.to(device) for of in losses]) if losses else torch.zeros(0, dtype=torch.float64)
 
@@ -328,6 +332,10 @@ class CompiledSVI(SVI):
         except CannotCompile:  # the step that follows says so
             return None
         return found if isinstance(found, Program) and found.has_same_parameters() else None
+
+    def _is_compiled(self, args: Args, kwargs: Kwargs) -> bool:
+        program = self._known(args, kwargs)
+        return program is not None and program.is_compiled
 
     def _forget(self) -> None:
         """Begin anew: the param store was cleared or loaded, or a parameter replaced."""
