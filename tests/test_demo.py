@@ -135,6 +135,7 @@ class TestStory:
 
 @pytest.mark.usefixtures("tiny")
 def test_without_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("arviz")  # ArviZ 0.x imports matplotlib itself
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "nutpie", None)
     find_spec = importlib.util.find_spec
