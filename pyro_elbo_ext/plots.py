@@ -20,6 +20,21 @@ OTHER = "#8F8F8F"
 TOTAL = "#222222"
 
 
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, imported only where there is something to draw.
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib, saying how to install it.
+    """
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
+    return plt
+
+
 def plot_history(
     steps: NDArray[Any],
     elbo: Floats,
@@ -149,10 +164,7 @@ def running_mean(steps: Floats, values: Floats, width: float) -> Floats:
 
 
 def _new_panels() -> Sequence[Axes]:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
+    plt = pyplot()
     figure = plt.figure(figsize=(8.5, 8.0), layout="constrained")
     return cast("Sequence[Axes]", figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.25)))
 

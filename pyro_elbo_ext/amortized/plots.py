@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL
+from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,8 +102,5 @@ def plot_amortization_gap(gap: AmortizationGap, ax: Axes | None = None) -> Axes:
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     if ax is not None:
         return ax
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
+    plt = pyplot()
     return plt.subplots(figsize=size, layout="constrained")[1]

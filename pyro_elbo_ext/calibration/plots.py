@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_elbo_ext.arviz_statistics import ecdf_band
+from pyro_elbo_ext.plots import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,11 +68,7 @@ def plot_calibration(calibration: Calibration, max_parameters: int = 6) -> Figur
     ImportError
         Without matplotlib.
     """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
-
+    plt = pyplot()
     table = calibration.to_dataframe()
     worst = table[["sbc_p_value", "symmetry_p_value"]].min(axis=1).sort_values(kind="stable").index[:max_parameters]
     names = [name for name in calibration.parameters if name in set(worst)]

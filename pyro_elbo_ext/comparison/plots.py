@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_elbo_ext.plots import pyplot
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -64,11 +66,7 @@ def plot_comparison(comparison: Comparison, max_marginals: int = 12) -> Figure:
     ImportError
         Without matplotlib.
     """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
-
+    plt = pyplot()
     order = _worst(comparison, max_marginals)
     columns = min(3, len(order))
     rows = -(-len(order) // columns)

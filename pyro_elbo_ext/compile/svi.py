@@ -264,9 +264,8 @@ class CompiledSVI(SVI):
         assert binding is not None
         # Several steps in a graph save the overhead of a call, which is not worth their compilation where a step takes long.
         size = self.steps_per_call or (_SHORT_STEPS if program.step_seconds < _SHORT else 1)
-        if (
-            program.writes_buffers and num_steps < size
-        ):  # such a graph can leave out an update, but not a write to a buffer
+        # Such a graph can leave out the update of a step, but not what a network does to its buffers.
+        if program.writes_buffers and num_steps < size:
             size = 1
         losses: list[Tensor] = []
         tables: list[Tensor] = []

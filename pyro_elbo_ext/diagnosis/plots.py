@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from pyro_elbo_ext.comparison.marginal import BAD, GOOD
 from pyro_elbo_ext.diagnosis.report import worst_first
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.plots import COLOURS, OTHER, running_mean
+from pyro_elbo_ext.plots import COLOURS, OTHER, pyplot, running_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -232,10 +232,7 @@ def plot_diagnosis(diagnosis: Diagnosis, history: Any = None) -> Figure:
     ImportError
         Without matplotlib.
     """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
+    plt = pyplot()
     found = panels(diagnosis, history)
     rows = [found[i : i + 2] for i in range(0, len(found), 2)]
     heights = [max(height for _, height, _ in row) + 0.3 for row in rows]
