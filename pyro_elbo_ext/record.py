@@ -287,6 +287,34 @@ class Record:
         totals = self._totals()
         return totals["reconstruction"] - totals["kl_prior"]
 
+    def recent(self, rows: int) -> dict[str, float]:
+        """Means over the last ``rows`` kept steps, cheap enough to be read while training.
+
+        Returns
+        -------
+        dict
+            ``elbo``, ``objective``, ``reconstruction``, ``kl_prior``, ``kl_weight``, and by site ``log_p/SITE`` and, but for
+            observed sites, ``kl_prior/SITE``. Empty if there are no steps.
+        """
+        rows = min(rows, self._rows)
+        if rows < 1:
+            return {}
+        means = {"reconstruction": 0.0, "kl_prior": 0.0}
+        for sites, _, values in self._groups(self._rows - rows):
+            sums = values.sum(0) / rows
+            for info, of_site in zip(sites, sums, strict=True):
+                observed = info.kind == "observed"
+                means["reconstruction" if observed else "kl_prior"] += of_site[0 if observed else 2]
+                columns = [("log_p", 0)] * (info.kind != "auxiliary") + [("kl_prior", 2)] * (not observed)
+                for name, column in columns:
+                    key = f"{name}/{info.site}"
+                    means[key] = means.get(key, 0.0) + of_site[column]
+        by_step = {
+            name: getattr(self, f"_{name}")[self._rows - rows : self._rows] for name in ("objective", "kl_weight")
+        }
+        totals = {"elbo": means["reconstruction"] - means["kl_prior"], **{n: v.mean() for n, v in by_step.items()}}
+        return {name: float(value) for name, value in {**totals, **means}.items()}
+
     def _groups(self, first: int = 0) -> Iterator[tuple[tuple[SiteInfo, ...], NDArray[np.int64], Floats]]:
         """Per layout: its sites, its row numbers counted from ``first``, and its values (rows, sites, 6)."""
         layout = self._layout[: self._rows]

@@ -104,6 +104,11 @@ class Binding:
             self.rate_tensor.copy_(torch.tensor(self.rates, dtype=torch.float64))
         return True
 
+    def reload(self) -> None:
+        """Read the numbers that optimizers keep in Python again; the reverse of :meth:`advance`."""
+        for rule in self._counting:
+            rule.tensors[-1].fill_(float(rule.optimizer.state[rule.parameter]["step"]))
+
     def advance(self, steps: int) -> None:
         """Make the numbers that optimizers keep in Python what the graph has made its copies of them."""
         for rule in self._counting:

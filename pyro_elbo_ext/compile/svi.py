@@ -290,6 +290,18 @@ class CompiledSVI(SVI):
                 self._record_many(program, torch.cat(losses), torch.cat(tables), kl_weights)
         return torch.cat(losses)
 
+    # What a training loop asks
+
+    def is_traced(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether there is a graph for these arguments, so that the next step is compiled and not Pyro's."""
+        return self._known(args, kwargs) is not None
+
+    def take_over_optimizer_state(self) -> None:
+        """Read anew what optimizers keep in Python, after their state has been set in place."""
+        for program in self._programs.values():
+            if isinstance(program, Program) and program.binding is not None:
+                program.binding.reload()
+
     # Finding the program of a call
 
     def _find(self, args: Args, kwargs: Kwargs, pyro_call: Callable[..., Any]) -> _Found:

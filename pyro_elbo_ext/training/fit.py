@@ -1,0 +1,190 @@
+"""`fit`: the training loop that everyone who uses SVI rewrites."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pyro
+import torch
+from pyro.infer import SVI
+from pyro.optim import ClippedAdam, PyroOptim
+from torch.utils.data import DataLoader
+
+from pyro_elbo_ext.compile import CompiledSVI
+from pyro_elbo_ext.compile.binding import WholeOptimizer
+from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.model_runs import check_callable
+from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.terms import trace_pair
+from pyro_elbo_ext.training.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
+from pyro_elbo_ext.training.result import FitResult
+from pyro_elbo_ext.training.safety import explain
+from pyro_elbo_ext.training.scaling import check_scale
+from pyro_elbo_ext.training.state import parameters_of_programs, random_state, set_random_state
+from pyro_elbo_ext.training.validation import Validation, true_objective
+
+_RATE = 0.01
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | str = "auto",
+    *args: Any,
+    loss: Any = None,
+    optim: PyroOptim | torch.optim.Optimizer | None = None,
+    num_steps: int | Literal["auto"] = "auto",
+    num_epochs: int | None = None,
+    max_steps: int = 100_000,
+    batches: Iterable[Any] | None = None,
+    dataset_size: int | None = None,
+    validation: Any = None,
+    validate_every: int | None = None,
+    stopping: Any = None,
+    callbacks: Sequence[Any] = (),
+    log_every: int = LOOK_EVERY,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    compiled: bool = True,
+    max_rollbacks: int = 5,
+    progress: bool = True,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> FitResult:
+    began = time.monotonic()
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    data, args = _data(args, kwargs, batches)
+    check_callable(guide, "guide", *data.first())
+    check_callable(model, "model", *data.first())
+    loss = DecomposedELBO() if loss is None else loss
+    optim = ClippedAdam({"lr": _RATE}) if optim is None else optim
+    call = data.first()
+    parameters = _look_at(model, guide, loss, call)
+    size = data.dataset_size if dataset_size is None else dataset_size
+    if size is not None and isinstance(data, Batches):
+        _check_scale(model, guide, call, size)
+    loop = Loop(
+        _stepper(model, guide, optim, loss, compiled),
+        loss,
+        parameters,
+        data,
+        max_steps=_steps(num_steps, num_epochs, max_steps, data),
+        rule=stopping,
+        validation=None if validation is None else Validation(validation, args, kwargs),
+        validate_every=validate_every,
+        callbacks=tuple(callbacks),
+        log_every=log_every,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=checkpoint_every,
+        max_rollbacks=max_rollbacks,
+        progress=progress,
+    )
+    if loop.checkpoint is not None and loop.checkpoint.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{checkpoint} exists: pass resume=True to go on from it, or another path to begin anew"
+            )
+        loop.resume()
+    loop.seconds += time.monotonic() - began
+    loop.run()
+    return FitResult(
+        model=model,
+        guide=guide,
+        args=call[0],
+        kwargs=call[1],
+        loss=loss,
+        reason=loop.reason,
+        converged=loop.converged,
+        num_steps=loop.step,
+        seconds=loop.seconds,
+        uncompiled=_uncompiled(loop.svi),
+        parameters=loop.state.parameters,
+        buffers=loop.state.buffers,
+        rollbacks=loop.rollbacks,
+        validation=pd.DataFrame(loop.validated, columns=["step", "elbo"]),
+        losses=pd.DataFrame(loop.looks, columns=["step", "loss"]),
+    )
+
+
+def _data(args: tuple[Any, ...], kwargs: dict[str, Any], batches: Any) -> tuple[Whole | Batches, tuple[Any, ...]]:
+    """Where arguments come from, and the fixed ones."""
+    loaders = [i for i, arg in enumerate(args) if isinstance(arg, DataLoader)]
+    if batches is None and loaders:
+        if len(loaders) > 1 or loaders[0] != 0:
+            raise TypeError(
+                "one DataLoader, as the first argument after the guide or as batches=, is what fit can train on"
+            )
+        batches, args = args[0], args[1:]
+    if batches is None:
+        return Whole(args, kwargs), args
+    return Batches(batches, args, kwargs), args
+
+
+def _steps(num_steps: int | str, num_epochs: int | None, max_steps: int, data: Whole | Batches) -> int:
+    if num_epochs is not None:
+        if num_steps != "auto":
+            raise ValueError("give num_steps or num_epochs, not both")
+        if operator.index(num_epochs) < 1:
+            raise ValueError(f"num_epochs must be at least 1, not {num_epochs!r}")
+        if data.per_epoch is None:
+            raise ValueError("num_epochs needs batches with a length: give num_steps instead")
+        return num_epochs * data.per_epoch
+    if num_steps == "auto":
+        num_steps = max_steps
+    if isinstance(num_steps, str | bool) or operator.index(num_steps) < 1:
+        raise ValueError(f"num_steps must be 'auto' or an integer of at least 1, not {num_steps!r}")
+    return num_steps
+
+
+def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.Tensor]:
+    """One evaluation before anything changes: it makes the parameters, and finds what is wrong with the programs and data."""
+    objective = true_objective(loss)
+    evaluate = getattr(objective, "loss", objective)
+    before = random_state()
+    values: list[float] = []
+    try:
+        with torch.no_grad():
+            parameters = parameters_of_programs(
+                lambda: values.append(float(evaluate(model, guide, *call[0], **call[1])))
+            )
+    finally:
+        set_random_state(before)
+        if isinstance(loss, Objective):
+            loss.forget()
+    if not values[0] - values[0] == 0:
+        raise explain(model, guide, loss, call, values[0], 0)
+    if not parameters:
+        raise ValueError("model and guide have no parameters: there is nothing to fit")
+    return parameters
+
+
+def _check_scale(model: Any, guide: Any, call: Call, size: int) -> None:
+    if operator.index(size) < 1:
+        raise ValueError(f"dataset_size must be at least 1, not {size!r}")
+    before = random_state()
+    try:
+        with torch.no_grad():
+            model_trace, _ = trace_pair(model, guide, *call)
+    finally:
+        set_random_state(before)
+    check_scale(model_trace, call, size)
+
+
+def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool) -> SVI:
+    if compiled:
+        # one step in a graph: how many could depend on timing, and a resumed run must not
+        return CompiledSVI(model, guide, optim, loss, steps_per_call=1, fallback=True)
+    if isinstance(optim, torch.optim.Optimizer):
+        optim = WholeOptimizer(optim)
+    return SVI(model, guide, optim, loss)
+
+
+def _uncompiled(svi: SVI) -> str | None:
+    return svi.eager_reason if isinstance(svi, CompiledSVI) else "compiled=False"

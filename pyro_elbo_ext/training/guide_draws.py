@@ -1,0 +1,74 @@
+"""Draws of a fitted guide as tensors, in the model's constrained space."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_elbo_ext.batched_draws import Batch
+from pyro_elbo_ext.draws import check_full, untouched, values_of
+from pyro_elbo_ext.export import run_named
+from pyro_elbo_ext.gradients import Pathwise
+from pyro_elbo_ext.terms import check_pair
+
+_AT_ONCE = 4096
+
+
+def draw_guide(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+    seed: int | None,
+) -> dict[str, Tensor]:
+    """``count`` draws of the guide: latent and deterministic sites of the model, each of shape (count, ...).
+
+    All at once through ``torch.vmap`` where the programs allow it, else one after the other.
+
+    Raises
+    ------
+    ValueError
+        If ``count`` is below 1, a plate subsamples, or a site is not in every draw.
+    """
+    if operator.index(count) < 1:
+        raise ValueError(f"the number of draws must be at least 1, not {count!r}")
+
+    def check(model_trace: Trace, guide_trace: Trace) -> None:
+        check_pair(model_trace, guide_trace)
+        check_full(guide_trace)
+        check_full(model_trace)
+
+    chunks: list[dict[str, Tensor]] = []
+    with untouched(seed):
+        batch = Batch.start(model, guide, args, kwargs, None, check)
+        shapes = {
+            name: torch.as_tensor(value).shape
+            for name, value in values_of(prune_subsample_sites(batch.reference[0])).items()
+        }
+        done = 0
+        while done < count:
+            size = min(_AT_ONCE, count - done)
+            drawn = batch.draw(model, guide, args, kwargs, size, Pathwise())
+            if drawn is None:
+                size = 1
+                trace = run_named(model, guide, args, kwargs, done)[0]
+            else:
+                trace = drawn.draw.model_trace
+            values = values_of(prune_subsample_sites(trace))
+            if values.keys() != shapes.keys():
+                odd = sorted(values.keys() ^ shapes.keys())
+                raise ValueError(
+                    f"site '{odd[0]}' is not in every draw: a model whose sites vary has no array of draws"
+                )
+            chunks.append(
+                {name: torch.as_tensor(v).detach().reshape(size, *shapes[name]) for name, v in values.items()}
+            )
+            done += size
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in shapes}

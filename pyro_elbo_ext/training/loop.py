@@ -1,0 +1,484 @@
+"""The loop: steps up to the next look, then rollback, stopping rule, validation, progress, callbacks, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import SVI
+from pyro.optim import PyroLRScheduler
+from torch import Tensor
+
+from pyro_elbo_ext.compile import CompiledSVI
+from pyro_elbo_ext.compile.interrupts import interrupts_wait
+from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.training import checkpoints
+from pyro_elbo_ext.training.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.progress import Progress
+from pyro_elbo_ext.training.result import Rollback, check_same_parameters
+from pyro_elbo_ext.training.safety import Watch, explain
+from pyro_elbo_ext.training.state import (
+    State,
+    TrainingState,
+    load_objective,
+    objective_state,
+    random_state,
+    set_random_state,
+)
+from pyro_elbo_ext.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+_PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
+LOOK_EVERY = 100  # steps between two looks, where no stopping rule asks for others
+_LOOK_IN_C = 10  # times that, where steps are repeated without Python
+_PIECE = 0.2  # seconds of compiled steps between two chances to interrupt
+_CHECKPOINT_SECONDS = 60.0
+_SAVED_EVERY = 100  # least steps between two states to go back to
+
+
+@dataclass
+class Loop:
+    """One training run.
+
+    Attributes
+    ----------
+    svi
+        What takes the steps.
+    objective
+        The loss that it was given.
+    parameters
+        Name to unconstrained tensor.
+    data
+        Gives the arguments of each step.
+    max_steps
+        Steps after which training ends in any case.
+    rule
+        Stopping rule, or None.
+    step, seconds, reason, converged
+        Where the run is.
+    """
+
+    svi: SVI
+    objective: Any
+    parameters: dict[str, Tensor]
+    data: Whole | Batches
+    max_steps: int
+    rule: Any = None
+    validation: Validation | None = None
+    validate_every: int | None = None
+    callbacks: Sequence[Any] = ()
+    log_every: int = LOOK_EVERY
+    checkpoint: Path | None = None
+    checkpoint_every: int | None = None
+    max_rollbacks: int = 5
+    progress: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = TrainingState(self.svi, self.parameters)
+        self.step, self.seconds, self.reason = 0, 0.0, ""
+        self.converged: bool | None = None
+        self.rollbacks: list[Rollback] = []
+        self.validated: list[tuple[int, float]] = []
+        self.looks: list[tuple[int, float]] = []
+        self._factor = 1.0
+        self._epoch = 0
+        self._watch = Watch(objective=self.objective)
+        self._good: tuple[int, State] | None = None
+        self._since_look: list[float] = []  # losses
+        self._unchecked: list[float] = []  # the last of them, not yet known to be good
+        self._checkpointed = time.monotonic()
+        self._logged_step, self._logged_at = 0, time.monotonic()
+
+    # The run
+
+    def run(self) -> None:
+        """Train until a rule, the number of steps or an interrupt ends it; the reason is in ``reason``.
+
+        Raises
+        ------
+        ValueError
+            If a step is NaN, infinite or diverges again and again, naming the site where it is known.
+        """
+        began = time.monotonic()
+        if self.rule is not None and self.step == 0:
+            self.rule.start(list(self.parameters.values()))
+        for callback in self.callbacks:
+            callback.start(self.settings)
+        bar = self._bar = Progress(self._total(), self.step, self.progress)
+        try:
+            while not self.reason:
+                self._advance(began)
+        except KeyboardInterrupt:
+            self.reason = "interrupted"
+            self.converged = False if self.rule is not None else None
+        except BaseException as error:
+            self._finish_callbacks(f"{type(error).__name__}: {error}", began)
+            raise
+        finally:
+            bar.close()
+        self.seconds += time.monotonic() - began
+        if self.checkpoint is not None:  # before the average takes the place of the parameters, to go on from
+            self.write_checkpoint()
+        self._conclude()
+        self._finish_callbacks(self.reason, None)
+
+    def _advance(self, began: float) -> None:
+        """Steps up to the next look, and the look."""
+        if self.step >= self.max_steps:
+            self.reason = f"all {self.max_steps:,} steps were taken"
+            if self.rule is not None:
+                self.converged, self.reason = False, f"{self.reason} before the stopping rule was satisfied"
+            return
+        if self._good is None:
+            self._good = self.step, self.state.capture()
+        until = self._next_look()
+        try:
+            while self.step < until:
+                self._take(until - self.step)
+            self._check()
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            self._roll_back(error)
+            return
+        self._look(began)
+
+    def _next_look(self) -> int:
+        every = [
+            self.rule.every if self.rule is not None else self._look_every,
+            self.validate_every,
+            self.checkpoint_every,
+        ]
+        if self.callbacks:
+            every.append(self.log_every)
+        if self.validation is not None and self.validate_every is None:
+            every.append(self.data.per_epoch)
+        nexts = [self.step - self.step % n + n for n in every if n is not None]
+        return min([self.max_steps, *nexts])
+
+    @property
+    def _look_every(self) -> int:
+        in_one_go = isinstance(self.data, Whole) and isinstance(self.svi, CompiledSVI) and self.svi.eager_reason is None
+        return LOOK_EVERY * (_LOOK_IN_C if in_one_go else 1)
+
+    # Steps
+
+    def _take(self, most: int) -> None:
+        """Take one step, or up to ``most`` compiled ones."""
+        call = self._call = self.data.next()
+        args, kwargs = call
+        svi = self.svi
+        compiled = isinstance(svi, CompiledSVI) and svi.eager_reason is None
+        if compiled and self.step > 0 and not svi.is_traced(*args, **kwargs):
+            self._bar.describe("compiling")
+            self._prime(call)
+            compiled = svi.eager_reason is None
+        together = compiled and self.step > 0 and isinstance(self.data, Whole) and not self._schedules_by_step
+        if together and svi.optimizer_reason is None:
+            self._run(min(most, self._piece), call)
+        else:
+            self._count([float(self._step(args, kwargs))])
+            self._step_schedule()
+        self._bar.describe(None)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        with interrupts_wait():
+            return self.svi.step(*args, **kwargs)
+
+    def _count(self, losses: list[float]) -> None:
+        self.step += len(losses)
+        self._unchecked += losses
+        self._bar.advance(len(losses))
+
+    def _run(self, steps: int, call: Call) -> None:
+        began = time.perf_counter()
+        with interrupts_wait():
+            self._count(self.svi.run(steps, *call[0], progress=False, **call[1]).tolist())
+        seconds = time.perf_counter() - began
+        if steps == self._piece and not _PIECE / 4 < seconds < _PIECE:
+            self._piece = max(1, min(int(steps * _PIECE / (2 * max(seconds, 1e-6))), 8 * steps))
+
+    _piece = 16  # steps that take about _PIECE seconds
+
+    def _prime(self, call: Call) -> None:
+        """Have the graph for new arguments made, which takes a step of Pyro's, and take that back.
+
+        So a step is a compiled one whether or not the run was resumed before it.
+        """
+        captured, random = self.state.capture(), random_state()
+        objective = self.objective
+        history = getattr(objective, "history", None)
+        remembered = objective_state(objective)
+        try:
+            if isinstance(objective, Objective):
+                objective.history = None
+            self.svi.step(*call[0], **call[1])
+        finally:
+            if isinstance(objective, Objective):
+                objective.history = None
+                load_objective(objective, remembered)
+                objective.history = history
+            self.state.restore(captured)
+            set_random_state(random)
+
+    @property
+    def _schedules_by_step(self) -> bool:
+        return isinstance(self.svi.optim, PyroLRScheduler) and isinstance(self.data, Whole)
+
+    def _step_schedule(self) -> None:
+        """Learning-rate schedulers go on once an epoch; where there are no epochs, with every step."""
+        optim = self.svi.optim
+        if not isinstance(optim, PyroLRScheduler) or optim.pt_scheduler_constructor is _PLATEAU:
+            return
+        epoch_ends = isinstance(self.data, Whole) or self.data.index == self.data.per_epoch
+        if epoch_ends:
+            optim.step()
+
+    # Safety
+
+    def _check(self) -> None:
+        """Raise a ValueError if the steps since the last check have gone wrong."""
+        losses, self._unchecked = self._unchecked, []
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise explain(
+                    self.svi.model, self.svi.guide, self.objective, self._call, loss, self.step - len(losses) + i
+                )
+        self.state.adopt()
+        names = self.state.not_finite()
+        if names:
+            raise ValueError(f"parameter '{names[0]}' has become NaN or infinite by step {self.step}.")
+        reason = self._watch.diverged(losses)
+        if reason:
+            raise ValueError(f"{reason} by step {self.step}.")
+        self._since_look += losses
+
+    def _roll_back(self, error: Exception) -> None:
+        """Return to the last good state with half the step size; raise where that has been tried often enough."""
+        bad = [
+            name
+            for name, value in (*((f"argument {i}", v) for i, v in enumerate(self._call[0])), *self._call[1].items())
+            if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
+        ]
+        assert self._good is not None
+        to_step, captured = self._good
+        self.state.restore(captured)
+        if bad:
+            raise ValueError(f"{error} (the data, {', '.join(bad)}, have NaN)") from error
+        if len(self.rollbacks) >= self.max_rollbacks:
+            raise ValueError(
+                f"training failed {len(self.rollbacks) + 1} times, with learning rates down to {self._factor:g} of the "
+                f"given; the last time: {error} Parameters are those after step {to_step}."
+            ) from error
+        self._factor /= 2
+        self.state.scale_learning_rates(self._factor / self._captured_factor)
+        rollback = Rollback(self.step, to_step, str(error), self._factor)
+        self.rollbacks.append(rollback)
+        logger.info("back to step %d with half the learning rate: %s", to_step, error)
+        self._bar.say(f"fit: back to the state after step {to_step}, half the learning rate: {error}")
+        if self.rule is not None:
+            self.rule.start(list(self.parameters.values()))
+        self._since_look.clear()
+        self._unchecked.clear()
+        self._watch.forget()
+        self._good = to_step, self.state.capture()
+        self._captured_factor = self._factor
+
+    _captured_factor = 1.0  # of the learning rates in ``_good``
+
+    # Looks
+
+    def _look(self, began: float) -> None:
+        losses = np.array(self._since_look)
+        self.looks.append((self.step, float(losses.mean()) if len(losses) else math.nan))
+        if len(self.looks) > 20_000:  # a long run keeps every other one
+            del self.looks[1::2]
+        assert self._good is not None
+        if self.step - self._good[0] >= _SAVED_EVERY:
+            self._good = self.step, self.state.capture()
+            self._captured_factor = self._factor
+        if self.validation is not None and self._is_validation_due():
+            self._validate()
+        if self.rule is not None and not self.reason and self.step % self.rule.every == 0 and len(losses):
+            self._follow(self.rule.observe(self.step, self.state.flat(), losses))
+            self._since_look.clear()
+        elif self.rule is None:
+            self._since_look.clear()
+        if self._bar.is_due or (self.callbacks and self.step % self.log_every == 0):
+            self._report()
+        self._save_if_due(began)
+
+    def _follow(self, decision: Any) -> None:
+        if decision.action == "stop":
+            self.reason, self.converged = decision.reason, bool(self.rule.converged)
+        elif decision.action == "lower":
+            self._factor *= decision.factor
+            self.state.scale_learning_rates(decision.factor)
+            if decision.parameters is not None:
+                self.state.set_flat(decision.parameters)
+            self._watch.forget()
+            self._good = self.step, self.state.capture()
+            self._captured_factor = self._factor
+
+    def _is_validation_due(self) -> bool:
+        if self.validate_every is not None:
+            return self.step % self.validate_every == 0
+        if isinstance(self.data, Batches):  # once an epoch
+            due = self.data.epoch + (self.data.index == self.data.per_epoch) > self._epoch
+            self._epoch += due
+            return due
+        return self.step % self._look_every == 0
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        elbo = self.validation.elbo(self.svi)
+        self.validated.append((self.step, elbo))
+        optim = self.svi.optim
+        if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is _PLATEAU:
+            optim.step(-elbo)
+        if self.rule is not None and hasattr(self.rule, "observe_validation"):
+            if hasattr(self.rule, "see"):
+                self.rule.see(self.state.flat())
+            self._follow(self.rule.observe_validation(self.step, elbo))
+
+    def _metrics(self) -> dict[str, float]:
+        step, seconds = self._logged_step, time.monotonic() - self._logged_at
+        history = getattr(self.objective, "history", None)
+        recent = self.looks[-1][1]
+        metrics = {"elbo": -recent, "objective": -recent}
+        if history is not None and len(history):
+            metrics = history.recent(max(1, min(self.step - step, len(history) // 4, 1000)))
+        rates = self.state.learning_rates()
+        if rates:
+            metrics["learning_rate"] = max(rates)
+        metrics["steps_per_second"] = (self.step - step) / max(seconds, 1e-9)
+        if self.validated and self.validated[-1][0] > step:
+            metrics["validation_elbo"] = self.validated[-1][1]
+        return metrics
+
+    def _report(self) -> None:
+        metrics = self._metrics()
+        if self.callbacks and self.step % self.log_every == 0:
+            for callback in self.callbacks:
+                callback.log(self.step, metrics)
+            self._logged_step, self._logged_at = self.step, time.monotonic()
+        if self._bar.is_due:
+            shown = {**metrics}
+            if self.validated:
+                shown["validation_elbo"] = self.validated[-1][1]
+            self._bar.show(shown, getattr(self.rule, "status", ""))
+            if not self.callbacks:
+                self._logged_step, self._logged_at = self.step, time.monotonic()
+
+    def _total(self) -> int | None:
+        return self.max_steps if self.rule is None else None
+
+    def _conclude(self) -> None:
+        """The parameters that a rule gives in the end, such as an average of the last iterates."""
+        average = getattr(self.rule, "average", None)
+        if average is not None:
+            last = self.state.flat()
+            self.state.set_flat(average)
+            if self.state.not_finite():
+                self.state.set_flat(last)
+
+    def _finish_callbacks(self, reason: str, began: float | None) -> None:
+        seconds = self.seconds + (time.monotonic() - began if began is not None else 0.0)
+        summary = {"reason": reason, "converged": self.converged, "steps": self.step, "seconds": seconds}
+        if self.looks:
+            summary["elbo"] = -self.looks[-1][1]
+        for callback in self.callbacks:
+            callback.finish(summary)
+
+    # Checkpoints
+
+    def _save_if_due(self, began: float) -> None:
+        if self.checkpoint is None:
+            return
+        if self.checkpoint_every is not None:
+            due = self.step % self.checkpoint_every == 0
+        else:
+            due = time.monotonic() - self._checkpointed > _CHECKPOINT_SECONDS
+        if due:
+            before = self.seconds
+            self.seconds += time.monotonic() - began
+            self.write_checkpoint()
+            self.seconds = before
+
+    def write_checkpoint(self) -> None:
+        """Write all that the rest of the run depends on."""
+        assert self.checkpoint is not None
+        with interrupts_wait():
+            checkpoints.write(self.checkpoint, {"kind": "checkpoint", **self._content()})
+        self._checkpointed = time.monotonic()
+
+    def _content(self) -> State:
+        return {
+            "training": self.state.capture(),
+            "objective": objective_state(self.objective),
+            "data": self.data.state_dict(),
+            "rule": self.rule.state_dict() if self.rule is not None else None,
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "loop": {name: getattr(self, name) for name in _OWN},
+            "good": self._good,
+            "watch": self._watch.state_dict(),
+            "random": random_state(),
+        }
+
+    def resume(self) -> None:
+        """Go on from the checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If it is of other programs, or of another kind of loss, stopping rule or callbacks.
+        """
+        assert self.checkpoint is not None
+        content = checkpoints.read(self.checkpoint)
+        if content.get("kind") != "checkpoint":
+            raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
+        check_same_parameters(self.parameters, content["training"]["parameters"], str(self.checkpoint))
+        if (content["rule"] is None) != (self.rule is None) or len(content["callbacks"]) != len(self.callbacks):
+            raise ValueError(
+                f"{self.checkpoint} was written with another stopping rule or other callbacks: resume with the same "
+                "arguments"
+            )
+        self.state.restore(content["training"])
+        load_objective(self.objective, content["objective"])
+        self.data.load_state_dict(content["data"])
+        if self.rule is not None:
+            self.rule.start(list(self.parameters.values()))
+            self.rule.load_state_dict(content["rule"])
+        for callback, state in zip(self.callbacks, content["callbacks"], strict=True):
+            callback.load_state_dict(state)
+        for name, value in content["loop"].items():
+            setattr(self, name, value)
+        self._good = content["good"]
+        self._watch.load_state_dict(content["watch"])
+        if self.reason == "interrupted" or self.reason.startswith("all "):
+            self.reason = ""  # there may be more steps to take now
+        set_random_state(content["random"])
+
+
+_OWN = (
+    "step",
+    "seconds",
+    "reason",
+    "converged",
+    "rollbacks",
+    "validated",
+    "looks",
+    "_factor",
+    "_captured_factor",
+    "_epoch",
+    "_since_look",
+    "_unchecked",
+    "_logged_step",
+)

@@ -1,0 +1,299 @@
+"""What a fit gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.verdict import diagnose
+from pyro_elbo_ext.history import History
+from pyro_elbo_ext.training import checkpoints
+from pyro_elbo_ext.training.guide_draws import draw_guide
+from pyro_elbo_ext.training.state import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+
+class Rollback(NamedTuple):
+    """A return to the last good state.
+
+    Attributes
+    ----------
+    step
+        Steps that had been taken.
+    to_step
+        The step whose state was put back.
+    reason
+        What had gone wrong, naming the site where it is known.
+    factor
+        What the learning rates have been multiplied by since the start.
+    """
+
+    step: int
+    to_step: int
+    reason: str
+    factor: float
+
+
+@dataclass
+class FitResult:
+    """A fitted guide, and how it was fitted.
+
+    Attributes
+    ----------
+    model, guide
+        The programs; the guide has its final parameters.
+    args, kwargs
+        What they were called with; with batches, the first batch.
+    history : History or None
+        Every step's terms; None with a loss of Pyro's. ``losses`` is there in any case.
+    reason : str
+        Why training stopped.
+    converged : bool or None
+        Whether a stopping rule found that it had converged; None where there was none to ask.
+    num_steps : int
+        Steps taken, those before a resume included.
+    rollbacks : list of Rollback
+        Returns to an earlier state after a step that was NaN or diverged.
+    validation : DataFrame
+        Columns ``step``, ``elbo``: the true ELBO of the held-out data.
+    losses : DataFrame
+        Columns ``step`` and ``loss``: mean loss of the steps between two looks.
+    seconds : float
+        Of this process, compilation included.
+    uncompiled : str or None
+        Why Pyro took the steps; None if they were compiled.
+    loss
+        The objective.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Any
+    reason: str
+    converged: bool | None
+    num_steps: int
+    seconds: float
+    uncompiled: str | None = None
+    parameters: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    rollbacks: list[Rollback] = field(default_factory=list)
+    validation: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"step": [], "elbo": []}), repr=False)
+    losses: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"step": [], "loss": []}), repr=False)
+
+    @property
+    def history(self) -> History | None:
+        """Every step's terms."""
+        return getattr(self.loss, "history", None)
+
+    def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws of the guide in the model's constrained space.
+
+        Parameters
+        ----------
+        num_draws
+            How many.
+        seed
+            Same seed, same draws, and the caller's random numbers are left as they were. None: draw from these.
+
+        Returns
+        -------
+        dict
+            Latent and deterministic site to tensor of shape (num_draws, *plates, *event).
+
+        Raises
+        ------
+        ValueError
+            For no draws, a plate that subsamples (call with the full data), or sites that vary from draw to draw.
+        """
+        return draw_guide(self.model, self.guide, self.args, self.kwargs, num_draws, seed)
+
+    def diagnose(self, **options: Any) -> Diagnosis:
+        """How far the guide is from the posterior: :func:`pyro_elbo_ext.diagnose` with this fit's history."""
+        options.setdefault("history", self.history if self.history is not None and len(self.history) else None)
+        return diagnose(self.model, self.guide, *self.args, **options, **self.kwargs)
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Write parameters, history and the account of the run to ``path``, atomically.
+
+        Model, guide and data are not in it. It is a pickle.
+        """
+        content = {
+            "kind": "fit",
+            "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
+            "buffers": {name: b.detach().cpu() for name, b in self.buffers.items()},
+            "history": self.history,
+            "account": {
+                name: getattr(self, name)
+                for name in (
+                    "reason",
+                    "converged",
+                    "num_steps",
+                    "seconds",
+                    "uncompiled",
+                    "rollbacks",
+                    "validation",
+                    "losses",
+                )
+            },
+        }
+        checkpoints.write(Path(path), content)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> FitResult:
+        """Read what :meth:`save` wrote, and write its parameters into model and guide. Load your own files only.
+
+        Parameters
+        ----------
+        path
+            The file.
+        model, guide, args, kwargs
+            As at the fit: a guide of the same structure, data of the same shapes.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not one of `save`'s, or has other parameters than the programs: both are named.
+        """
+        from pyro_elbo_ext.decomposed import DecomposedELBO
+        from pyro_elbo_ext.training.state import TrainingState, parameters_of_programs
+
+        content = checkpoints.read(Path(path))
+        if content.get("kind") != "fit":
+            raise ValueError(
+                f"{path} is a checkpoint, not a saved result: pass it to fit as checkpoint= with resume=True"
+            )
+        loss = DecomposedELBO(history=content["history"] if content["history"] is not None else False)
+        before = random_state()
+        try:
+            with torch.no_grad():
+                parameters = parameters_of_programs(lambda: loss.loss(model, guide, *args, **kwargs))
+        finally:
+            set_random_state(before)
+        check_same_parameters(parameters, content["parameters"], str(path))
+        buffers = TrainingState.buffers_of(model, guide)
+        with torch.no_grad():
+            for live, saved in ((parameters, content["parameters"]), (buffers, content["buffers"])):
+                for name, tensor in live.items():
+                    tensor.copy_(saved[name])
+        loss.forget()
+        return cls(
+            model=model,
+            guide=guide,
+            args=args,
+            kwargs=kwargs,
+            loss=loss,
+            parameters=parameters,
+            buffers=buffers,
+            **content["account"],
+        )
+
+    # Showing
+
+    def summary(self, window: int | None = None) -> pd.DataFrame:
+        """Mean of every site's part in the ELBO over the last steps: :meth:`pyro_elbo_ext.History.summary`.
+
+        Raises
+        ------
+        ValueError
+            If there is no history, as with a loss of Pyro's.
+        """
+        return self._history().summary(window)
+
+    def plot(self, axes: Any = None) -> NDArray[np.object_]:
+        """The history, :meth:`pyro_elbo_ext.History.plot`, with the validation ELBO and rollbacks in the first panel.
+
+        Raises
+        ------
+        ValueError
+            If there is no history, as with a loss of Pyro's.
+        """
+        panels = self._history().plot(axes)
+        first: Axes = panels[0]
+        if len(self.validation):
+            first.plot(self.validation["step"], self.validation["elbo"], color="#D55E00", marker=".", label="held out")
+            first.legend()
+        for rollback in self.rollbacks:
+            first.axvline(rollback.step, color="#8F8F8F", linestyle=":", linewidth=1)
+        return panels
+
+    def _history(self) -> History:
+        if self.history is None:
+            raise ValueError(
+                f"{type(self.loss).__name__} keeps no history: use loss=DecomposedELBO() or leave loss out; losses has the "
+                "mean losses"
+            )
+        return self.history
+
+    @property
+    def elbo(self) -> float:
+        """Mean true ELBO of the last quarter of the recorded steps; minus the mean loss with a loss of Pyro's."""
+        if self.history is not None and len(self.history):
+            return self.history.recent(max(1, min(len(self.history) // 4, 1000)))["elbo"]
+        return -float(self.losses["loss"].iloc[-1]) if len(self.losses) else math.nan
+
+    def lines(self) -> list[str]:
+        """The account in a few lines."""
+        state = {True: "converged", False: "not converged", None: "no stopping rule"}[self.converged]
+        how = "compiled steps" if self.uncompiled is None else f"steps by Pyro ({self.uncompiled})"
+        found = [
+            f"{self.num_steps:,} steps in {self.seconds:.1f} s, {how}",
+            f"stopped: {self.reason} ({state})",
+            f"ELBO {self.elbo:.6g} nats",
+        ]
+        if len(self.validation):
+            found.append(
+                f"held-out ELBO {self.validation['elbo'].iloc[-1]:.6g}, best {self.validation['elbo'].max():.6g}"
+            )
+        if self.rollbacks:
+            last = self.rollbacks[-1]
+            found.append(
+                f"{len(self.rollbacks)} returns to an earlier state, learning rates now {last.factor:g} of the given; the "
+                f"last at step {last.step}: {last.reason}"
+            )
+        return found
+
+    def __repr__(self) -> str:
+        return "\n".join(["FitResult", *(f"  {line}" for line in self.lines())])
+
+    def _repr_html_(self) -> str:
+        import html
+
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in self.lines())
+        table = ""
+        if self.history is not None and len(self.history):
+            table = self.history._repr_html_()
+        return f"<p><b>FitResult</b></p><ul>{items}</ul>{table}"
+
+
+def check_same_parameters(live: dict[str, Tensor], saved: dict[str, Tensor], path: str) -> None:
+    """Raise a ValueError if a file's parameters are not those of the programs, by name and shape."""
+    missing, unknown = sorted(live.keys() - saved.keys()), sorted(saved.keys() - live.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is of another model or guide: it lacks the parameters {missing} and has {unknown} that they have not"
+        )
+    for name, tensor in live.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: parameter '{name}' has shape {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here"
+            )

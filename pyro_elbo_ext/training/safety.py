@@ -1,0 +1,73 @@
+"""Signs that training has failed: losses that are not finite, or far above where they were."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.training.batches import Call
+from pyro_elbo_ext.training.state import State
+
+_FEWEST = 20  # losses before anything is said about their level
+_FACTOR = 100.0  # times the range of the losses so far, above the best level
+
+
+class Watch:
+    """Compares the level of the losses with the best so far.
+
+    The range is from the best level to the first, and at least ten standard deviations of the losses and ten nats. Losses
+    whose ``kl_prior`` has a weight that changes are not compared.
+    """
+
+    def __init__(self, objective: Any) -> None:
+        weight = getattr(objective, "kl_weight", 1.0)
+        self._comparable = isinstance(weight, int | float)
+        self._first: float | None = None
+        self._best = math.inf
+        self._noise = 0.0
+        self._recent: list[float] = []
+
+    def diverged(self, losses: list[float]) -> str:
+        """What is wrong with the losses of the steps since the last call; empty if nothing is."""
+        self._recent += losses
+        if not self._comparable or len(self._recent) < _FEWEST:
+            return ""
+        values = np.array(self._recent[-1000:])
+        self._recent = []
+        level = float(np.median(values))
+        if self._first is None:
+            self._first = level
+        if level < self._best:
+            self._best, self._noise = level, float(np.subtract(*np.percentile(values, [75, 25])) / 1.35)
+        span = max(self._first - self._best, 10 * self._noise, 10.0)
+        if level - self._best > _FACTOR * span:
+            return f"the loss has risen from {self._best:.5g} to {level:.5g}"
+        return ""
+
+    def forget(self) -> None:
+        """Drop what has not been judged yet."""
+        self._recent = []
+
+    def state_dict(self) -> State:
+        """All of it."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: State) -> None:
+        """Put it back."""
+        vars(self).update(state)
+
+
+def explain(model: Any, guide: Any, objective: Any, call: Call, loss: float, step: int) -> ValueError:
+    """An error for a loss that is not finite, naming the site where it can be found."""
+    if not isinstance(objective, Objective):
+        try:
+            with torch.no_grad():
+                DecomposedELBO(history=False).loss(model, guide, *call[0], **call[1])
+        except ValueError as error:
+            return ValueError(f"the loss is {loss} at step {step}: {error}")
+    return ValueError(f"the loss is {loss} at step {step}")
