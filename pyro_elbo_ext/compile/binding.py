@@ -73,6 +73,7 @@ class Binding:
         used = [rule for rule in self.rules if rule is not None]
         self._states = [(rule.optimizer, rule.optimizer.state) for rule in used]
         self._used, self._counting = used, [rule for rule in used if rule.counts]
+        self._counted = self._counts()
         self._decaying = _once([rule for rule in used if rule.decay != 1.0])
         device = parameters[0][1].device if parameters else torch.device("cpu")
         self.rates = [float(rule.group["lr"]) for rule in used]
@@ -96,6 +97,8 @@ class Binding:
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 return False
+        if self._counting and self._counts() != self._counted:  # another graph has taken steps since
+            self.reload()
         rates = [rule.group["lr"] for rule in self._used]
         if rates != self.rates:
             if any(rule.has_other_settings for rule in self._used):
@@ -108,11 +111,16 @@ class Binding:
         """Read the numbers that optimizers keep in Python again; the reverse of :meth:`advance`."""
         for rule in self._counting:
             rule.tensors[-1].fill_(float(rule.optimizer.state[rule.parameter]["step"]))
+        self._counted = self._counts()
+
+    def _counts(self) -> list[int]:
+        return [rule.optimizer.state[rule.parameter]["step"] for rule in self._counting]
 
     def advance(self, steps: int) -> None:
         """Make the numbers that optimizers keep in Python what the graph has made its copies of them."""
         for rule in self._counting:
             rule.optimizer.state[rule.parameter]["step"] += steps
+        self._counted = self._counts()
         if self._decaying:
             for rule in self._decaying:
                 for _ in range(steps):

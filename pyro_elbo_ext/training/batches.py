@@ -58,10 +58,10 @@ class Batches:
                 f"batches must be a DataLoader or an iterable of batches, not a {type(source).__name__}. A tensor with all "
                 "the data is an argument of the model."
             )
-        if iter(source) is source:
+        if hasattr(source, "__next__"):
             raise TypeError(
-                "batches is an iterator, which one epoch uses up and no run can be resumed on. Pass a list, a DataLoader, or "
-                "an object whose __iter__ starts anew."
+                "batches is an iterator, which one epoch uses up and no run can be resumed on. Pass a list, a DataLoader, "
+                "or an object whose __iter__ starts anew."
             )
         self.source, self.args, self.kwargs = source, args, kwargs
         self.epoch, self.index = 0, 0  # of the next batch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
-    compiled: bool = True,
+    compiled: bool | Mapping[str, Any] = True,
     max_rollbacks: int = 5,
     progress: bool = True,
     seed: int | None = None,
@@ -60,7 +61,11 @@ def fit(
     began = time.monotonic()
     if seed is not None:
         pyro.set_rng_seed(seed)
+    _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
+    if operator.index(max_rollbacks) < 0:
+        raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")
     data, args = _data(args, kwargs, batches)
+    batched = isinstance(data, Batches)
     check_callable(guide, "guide", *data.first())
     check_callable(model, "model", *data.first())
     loss = DecomposedELBO() if loss is None else loss
@@ -68,7 +73,7 @@ def fit(
     call = data.first()
     parameters = _look_at(model, guide, loss, call)
     size = data.dataset_size if dataset_size is None else dataset_size
-    if size is not None and isinstance(data, Batches):
+    if size is not None and batched:
         _check_scale(model, guide, call, size)
     loop = Loop(
         _stepper(model, guide, optim, loss, compiled),
@@ -77,7 +82,7 @@ def fit(
         data,
         max_steps=_steps(num_steps, num_epochs, max_steps, data),
         rule=stopping,
-        validation=None if validation is None else Validation(validation, args, kwargs),
+        validation=None if validation is None else Validation(validation, args if batched else (), kwargs),
         validate_every=validate_every,
         callbacks=tuple(callbacks),
         log_every=log_every,
@@ -127,6 +132,12 @@ def _data(args: tuple[Any, ...], kwargs: dict[str, Any], batches: Any) -> tuple[
     return Batches(batches, args, kwargs), args
 
 
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or operator.index(count) < 1):
+            raise ValueError(f"{name} must be at least 1, not {count!r}")
+
+
 def _steps(num_steps: int | str, num_epochs: int | None, max_steps: int, data: Whole | Batches) -> int:
     if num_epochs is not None:
         if num_steps != "auto":
@@ -138,19 +149,20 @@ def _steps(num_steps: int | str, num_epochs: int | None, max_steps: int, data: W
         return num_epochs * data.per_epoch
     if num_steps == "auto":
         num_steps = max_steps
-    if isinstance(num_steps, str | bool) or operator.index(num_steps) < 1:
+    if isinstance(num_steps, str | bool) or not hasattr(num_steps, "__index__") or operator.index(num_steps) < 1:
         raise ValueError(f"num_steps must be 'auto' or an integer of at least 1, not {num_steps!r}")
     return num_steps
 
 
 def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.Tensor]:
-    """One evaluation before anything changes: it makes the parameters, and finds what is wrong with the programs and data."""
+    """One evaluation before anything changes: it makes the parameters and finds what is wrong with programs or data."""
     objective = true_objective(loss)
     evaluate = getattr(objective, "loss", objective)
     before = random_state()
     values: list[float] = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # which is an error below
             parameters = parameters_of_programs(
                 lambda: values.append(float(evaluate(model, guide, *call[0], **call[1])))
             )
@@ -177,10 +189,11 @@ def _check_scale(model: Any, guide: Any, call: Call, size: int) -> None:
     check_scale(model_trace, call, size)
 
 
-def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool) -> SVI:
-    if compiled:
+def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool | Mapping[str, Any]) -> SVI:
+    if compiled is not False:
         # one step in a graph: how many could depend on timing, and a resumed run must not
-        return CompiledSVI(model, guide, optim, loss, steps_per_call=1, fallback=True)
+        options = {"steps_per_call": 1, "fallback": True, **({} if compiled is True else compiled)}
+        return CompiledSVI(model, guide, optim, loss, **options)
     if isinstance(optim, torch.optim.Optimizer):
         optim = WholeOptimizer(optim)
     return SVI(model, guide, optim, loss)

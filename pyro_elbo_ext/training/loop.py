@@ -111,6 +111,8 @@ class Loop:
         began = time.monotonic()
         if self.rule is not None and self.step == 0:
             self.rule.start(list(self.parameters.values()))
+        if self.validation is not None and self.step == 0:
+            self._validate()
         for callback in self.callbacks:
             callback.start(self.settings)
         bar = self._bar = Progress(self._total(), self.step, self.progress)
@@ -124,6 +126,8 @@ class Loop:
             self._finish_callbacks(f"{type(error).__name__}: {error}", began)
             raise
         finally:
+            if self.looks:
+                bar.show(self._metrics(), "")
             bar.close()
         self.seconds += time.monotonic() - began
         if self.checkpoint is not None:  # before the average takes the place of the parameters, to go on from
@@ -338,7 +342,9 @@ class Loop:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        elbo = self.validation.elbo(self.svi)
+        elbo = self.validation.elbo(self.svi, self.objective)
+        if not math.isfinite(elbo):
+            raise ValueError(f"the held-out ELBO is {elbo} at step {self.step}: look for NaN in the held-out data")
         self.validated.append((self.step, elbo))
         optim = self.svi.optim
         if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is _PLATEAU:

@@ -26,6 +26,7 @@ class Validation:
     """
 
     def __init__(self, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """``args`` and ``kwargs`` are the fixed arguments that go with each batch."""
         self._args, self._kwargs = args, kwargs
         if isinstance(data, Tensor | tuple | Mapping):
             self._batches: Iterable[Any] = [data]
@@ -33,10 +34,10 @@ class Validation:
             Batches(data, (), {})  # the same demands, the same errors
             self._batches = data
 
-    def elbo(self, svi: SVI) -> float:
+    def elbo(self, svi: SVI, objective: Any) -> float:
         """Evaluate once, in nats."""
         total, weight = 0.0, 0.0
-        loss = true_objective(svi.objective if hasattr(svi, "objective") else svi.loss)
+        loss = true_objective(objective)
         modes = training_modes((svi.model, svi.guide))
         try:
             for module, _ in modes:
@@ -57,7 +58,7 @@ class Validation:
 
     def _call(self, batch: Any, index: int) -> Call:
         if isinstance(batch, Mapping):
-            call = self._args, {**batch, **self._kwargs}
+            call = self._args, {**self._kwargs, **batch}
         elif isinstance(batch, list | tuple):
             call = (*batch, *self._args), self._kwargs
         else:

@@ -1,0 +1,555 @@
+"""The training loop: the same steps as SVI's, safety, data, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_elbo_ext import CompiledSVI, DecomposedELBO
+from pyro_elbo_ext.training.batches import Batches
+from pyro_elbo_ext.training.fit import fit
+from pyro_elbo_ext.training.result import FitResult
+
+Y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
+SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
+
+
+def schools(y: Tensor, sigma: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+X = torch.linspace(-1, 1, 40)
+Z = 0.5 + 2 * X + 0.3 * torch.sin(40 * X)
+
+
+def line(x: Tensor, y: Tensor, size: int = 40) -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", size, subsample_size=len(x)):
+        pyro.sample("y", dist.Normal(a + b * x, 0.5), obs=y)
+
+
+def adam(rate: float = 0.01) -> pyro.optim.PyroOptim:
+    return pyro.optim.Adam({"lr": rate})
+
+
+def fresh(model: Callable[..., Any]) -> AutoNormal:
+    pyro.clear_param_store()
+    return AutoNormal(model)
+
+
+def values() -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("make_loss", [Trace_ELBO, DecomposedELBO])
+def test_equals_the_plain_loop(make_loss: Callable[[], Any]) -> None:
+    guide = fresh(schools)
+    guide(Y, SIGMA)  # so that its set-up draws nothing from the seed
+    pyro.set_rng_seed(3)
+    svi = SVI(schools, guide, adam(), make_loss())
+    losses = [svi.step(Y, SIGMA) for _ in range(230)]
+    expected = values()
+    guide = fresh(schools)
+    guide(Y, SIGMA)
+    result = fit(
+        schools, guide, Y, SIGMA, loss=make_loss(), optim=adam(), num_steps=230, compiled=False, progress=False, seed=3
+    )
+    assert_same(expected, values())
+    assert result.num_steps == 230
+    assert result.uncompiled == "compiled=False"
+    assert result.converged is None
+    looks = [np.mean(losses[:100]), np.mean(losses[100:200]), np.mean(losses[200:])]
+    np.testing.assert_allclose(result.losses["loss"], looks, rtol=1e-12)
+
+
+def test_compiled_steps_equal_those_of_compiled_svi() -> None:
+    guide = fresh(schools)
+    guide(Y, SIGMA)
+    pyro.set_rng_seed(3)
+    svi = CompiledSVI(schools, guide, adam(), DecomposedELBO())
+    svi.run(1500, Y, SIGMA, progress=False)
+    expected = values()
+    guide = fresh(schools)
+    guide(Y, SIGMA)
+    result = fit(schools, guide, Y, SIGMA, optim=adam(), num_steps=1500, progress=False, seed=3)
+    assert result.uncompiled is None
+    assert_same(expected, values())
+    assert result.history is not None
+    assert result.history.num_recorded == 1500
+
+
+# Checkpoints
+
+
+def interrupted_at(step: int, **options: Any) -> FitResult:
+    """A fit whose callback sends SIGINT at a step."""
+
+    class Interrupt:
+        def start(self, settings: Any) -> None: ...
+
+        def log(self, at: int, metrics: Any) -> None:
+            if at == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def finish(self, summary: Any) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return fit(callbacks=[Interrupt()], log_every=10, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Nothing:
+    """A callback that only has the right shape."""
+
+    def start(self, settings: Any) -> None: ...
+
+    def log(self, step: int, metrics: Any) -> None: ...
+
+    def finish(self, summary: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def clipped() -> pyro.optim.PyroOptim:
+    return pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.999})
+
+
+def programs(data: str) -> tuple[Callable[..., Any], dict[str, Any], tuple[Any, ...]]:
+    if data == "whole":
+        return schools, {}, (Y, SIGMA)
+    loader = DataLoader(TensorDataset(X, Z), batch_size=12, shuffle=True)  # the last batch is smaller: another graph
+    return line, {"batches": loader}, ()
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [False, {"backend": "eager"}, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["pyro", "graph", "machine"],
+)
+@pytest.mark.parametrize("data", ["whole", "batches"])
+@pytest.mark.parametrize("make_optim", [adam, lambda: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.999})])
+def test_resumed_run_equals_the_whole(data: str, compiled: bool, make_optim: Callable[[], Any], tmp_path: Path) -> None:
+    model, source, args = programs(data)
+    if compiled:
+        loss: Callable[[], Any] = DecomposedELBO
+    else:
+        loss = Trace_ELBO
+    options: dict[str, Any] = {"num_steps": 170, "compiled": compiled, "progress": False, **source}
+    whole = fit(model, fresh(model), *args, seed=5, loss=loss(), optim=clipped(), **options)
+    expected, random = values(), torch.random.get_rng_state()
+    path = tmp_path / "fit.pt"
+    for step in (60, 130):
+        guide = fresh(model)
+        result = interrupted_at(
+            step,
+            model=model,
+            guide=guide,
+            **dict(zip(("y", "sigma"), args, strict=False)),
+            seed=5,
+            loss=loss(),
+            optim=clipped(),
+            checkpoint=path,
+            resume=True,
+            **options,
+        )
+        assert result.reason == "interrupted"
+        assert result.num_steps == step
+    pyro.set_rng_seed(99)
+    guide = fresh(model)
+    kwargs = dict(zip(("y", "sigma"), args, strict=False))
+    resumed = fit(
+        model,
+        guide,
+        **kwargs,
+        loss=loss(),
+        optim=clipped(),
+        checkpoint=path,
+        resume=True,
+        callbacks=[Nothing()],
+        log_every=10,
+        **options,
+    )
+    assert resumed.num_steps == 170
+    assert_same(expected, values())
+    assert torch.equal(random, torch.random.get_rng_state())
+    if compiled:
+        assert whole.history is not None
+        assert resumed.history is not None
+        assert whole.history.to_xarray().identical(resumed.history.to_xarray())
+
+
+def test_checkpoint_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyro_elbo_ext.training import checkpoints
+
+    path = tmp_path / "c.pt"
+    checkpoints.write(path, {"a": 1})
+
+    def fails(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write(path, {"a": 2})
+    assert checkpoints.read(path)["a"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoint_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    options: dict[str, Any] = {"num_steps": 5, "compiled": False, "progress": False, "checkpoint": path}
+    fit(schools, fresh(schools), Y, SIGMA, **options)
+    with pytest.raises(FileExistsError, match="resume=True"):
+        fit(schools, fresh(schools), Y, SIGMA, **options)
+    with pytest.raises(ValueError, match=r"other(.|\n)*'a'|lacks the parameters"):
+        fit(line, fresh(line), X, Z, resume=True, **options)
+
+
+# Safety
+
+
+class Spoiled(nn.Module):
+    """A guide's scale that turns NaN at some evaluations."""
+
+    def __init__(self, bad: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def model(self) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide(self) -> None:
+        loc = pyro.param("loc", torch.tensor(1.0))
+        self.calls += 1
+        if self.bad(self.calls):
+            loc = loc * math.nan
+        pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False))
+
+
+def test_nan_step_goes_back_and_halves_the_step() -> None:
+    pyro.clear_param_store()
+    spoiled = Spoiled(lambda calls: calls in (150, 151, 390))
+    optim = adam(0.08)
+    result = fit(
+        spoiled.model, spoiled.guide, num_steps=600, optim=optim, compiled=False, progress=False, seed=0, log_every=7
+    )
+    assert [rollback.factor for rollback in result.rollbacks] == [0.5, 0.25, 0.125]
+    assert "site 'z'" in result.rollbacks[0].reason
+    assert result.rollbacks[0].to_step == 100
+    assert result.num_steps == 600
+    (group,) = next(iter(optim.optim_objs.values())).param_groups
+    assert group["lr"] == pytest.approx(0.01)
+    assert bool(torch.isfinite(pyro.param("loc")))
+    assert "3 returns" in repr(result)
+
+
+def test_nan_again_and_again_raises_with_good_parameters() -> None:
+    pyro.clear_param_store()
+    spoiled = Spoiled(lambda calls: calls > 250)
+    with pytest.raises(ValueError, match=r"failed 4 times(.|\n)*site 'z'"):
+        fit(spoiled.model, spoiled.guide, num_steps=600, compiled=False, progress=False, seed=0, max_rollbacks=3)
+    assert bool(torch.isfinite(pyro.param("loc")))
+
+
+def test_nan_of_pyros_loss_names_the_site() -> None:
+    pyro.clear_param_store()
+    spoiled = Spoiled(lambda calls: calls > 250)
+    with pytest.raises(ValueError, match="site 'z'"):
+        fit(
+            spoiled.model,
+            spoiled.guide,
+            loss=Trace_ELBO(),
+            num_steps=600,
+            compiled=False,
+            progress=False,
+            seed=0,
+            max_rollbacks=0,
+        )
+
+
+def test_divergence_goes_back() -> None:
+    pyro.clear_param_store()
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(1.0)), torch.tensor(1.0)))
+
+    # gradient descent with a rate above 2 goes away from the optimum
+    result = fit(
+        model, guide, num_steps=3000, optim=pyro.optim.SGD({"lr": 2.2}), compiled=False, progress=False, seed=0
+    )
+    assert "the loss has risen from" in result.rollbacks[0].reason
+    assert abs(pyro.param("loc").item()) < 5
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, DecomposedELBO])
+def test_bad_data_changes_nothing(loss: Callable[[], Any]) -> None:
+    guide = fresh(schools)
+    with pyro.validation_enabled(False):
+        guide(Y, SIGMA)
+        before = values()
+        with pytest.raises(ValueError, match="site 'y'"):
+            fit(schools, guide, Y * math.nan, SIGMA, loss=loss(), num_steps=5, compiled=False, progress=False)
+    assert_same(before, values())
+
+
+def test_nan_in_a_batch_is_named() -> None:
+    bad = [(X, Z), (X, Z * math.nan)]
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"site 'y'(.|\n)*argument 1, have NaN"):
+        fit(line, fresh(line), batches=bad, num_steps=5, compiled=False, progress=False, dataset_size=40)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be"),
+        ({"num_steps": 1.5}, "num_steps must be"),
+        ({"num_epochs": 0}, "num_epochs must be"),
+        ({"num_epochs": 2, "num_steps": 3}, "not both"),
+        ({"batches": []}, "batches is empty"),
+        ({"batches": [torch.zeros(0)]}, "is empty"),
+        ({"batches": iter([X])}, "iterator"),
+        ({"batches": X}, "argument of the model"),
+        ({"validation": []}, "no held-out data"),
+        ({"log_every": 0}, "log_every must be"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be"),
+        ({"validate_every": 0}, "validate_every must be"),
+        ({"max_rollbacks": -1}, "max_rollbacks must be"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    def model(x: Tensor = X) -> None:
+        line(x, x)
+
+    given = {} if "num_epochs" in options else {"num_steps": 5}
+    guide = fresh(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit(model, guide, **{**given, "compiled": False, "progress": False, **options})
+
+
+def test_guide_without_a_site_is_named() -> None:
+    pyro.clear_param_store()
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        pyro.sample("a", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(ValueError, match="'b'"):
+        fit(line, guide, X, Z, num_steps=5, progress=False)
+
+
+# Data
+
+
+def test_scale_of_batches_is_checked() -> None:
+    def unscaled(x: Tensor, y: Tensor) -> None:
+        line(x, y, len(x))
+
+    loader = DataLoader(TensorDataset(X, Z), batch_size=10)
+    options: dict[str, Any] = {"num_steps": 5, "compiled": False, "progress": False}
+    with pytest.raises(ValueError, match=r"site 'y'(.|\n)*'a'(.|\n)*pyro.plate\('data', 40"):
+        fit(unscaled, fresh(unscaled), loader, **options)
+    with pytest.raises(ValueError, match="40 data"):
+        fit(line, fresh(line), loader, dataset_size=1000, **options)
+    result = fit(line, fresh(line), loader, **options)
+    assert result.num_steps == 5
+    assert fit(unscaled, fresh(unscaled), loader, dataset_size=10, **options).num_steps == 5
+
+
+def test_local_latents_need_no_scale() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 1.0))
+
+    pyro.clear_param_store()
+    loader = DataLoader(X, batch_size=10)
+    assert fit(model, guide, batches=loader, num_epochs=3, compiled=False, progress=False).num_steps == 12
+
+
+def test_batches_become_arguments() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def model(x: Tensor, y: Tensor | None = None, size: int = 40) -> None:
+        seen.append((x.shape, None if y is None else y.shape, size))
+        line(x, x if y is None else y, size)
+
+    options: dict[str, Any] = {"num_steps": 2, "compiled": False, "progress": False, "dataset_size": 40}
+    for batches in ([X], [(X, Z)], [{"x": X, "y": Z}]):
+        seen.clear()
+        guide = fresh(model)
+        fit(model, guide, batches=batches, **options)
+        assert {shape for shape, _, _ in seen} == {X.shape}
+    seen.clear()
+    fit(model, fresh(model), batches=[X], size=40, **options)
+    assert {size for _, _, size in seen} == {40}
+
+
+def test_order_of_batches_is_resumed() -> None:
+    loader = DataLoader(torch.arange(20), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    whole = Batches(loader, (), {})
+    expected = [whole.next()[0][0].tolist() for _ in range(30)]
+    loader.generator.manual_seed(1)
+    torch.manual_seed(0)
+    first = Batches(loader, (), {})
+    got = [first.next()[0][0].tolist() for _ in range(17)]
+    state, random = first.state_dict(), torch.random.get_rng_state()
+    loader.generator.manual_seed(7)
+    second = Batches(loader, (), {})
+    second.load_state_dict(state)
+    torch.random.set_rng_state(random)
+    got += [second.next()[0][0].tolist() for _ in range(13)]
+    assert got == expected
+
+
+def test_first_batch_leaves_the_order_as_it_was() -> None:
+    loader = DataLoader(torch.arange(20), batch_size=3, shuffle=True)
+    torch.manual_seed(0)
+    expected = [batch.tolist() for batch in loader]
+    torch.manual_seed(0)
+    batches = Batches(loader, (), {})
+    batches.first()
+    assert [batches.next()[0][0].tolist() for _ in range(7)] == expected
+
+
+# Validation
+
+
+def test_validation_is_the_true_elbo_and_changes_nothing() -> None:
+    options: dict[str, Any] = {"num_steps": 200, "compiled": False, "progress": False, "seed": 2}
+    fit(line, fresh(line), X, Z, loss=DecomposedELBO(kl_weight=0.3), **options)
+    expected = values()
+    held_out = X + 0.01, Z
+    result = fit(
+        line, fresh(line), X, Z, loss=DecomposedELBO(kl_weight=0.3, num_particles=8), validation=held_out, **options
+    )
+    result = fit(line, fresh(line), X, Z, loss=DecomposedELBO(kl_weight=0.3), validation=held_out, **options)
+    assert_same(expected, values())
+    assert result.validation["step"].tolist() == [0, 100, 200]
+    # analytic in every term but the reconstruction, which is within its noise of a long average
+    elbo = DecomposedELBO(num_particles=4000, vectorize_particles="vmap", history=False)
+    long = -elbo.loss(line, result.guide, *held_out)
+    single = np.array([-DecomposedELBO(history=False).loss(line, result.guide, *held_out) for _ in range(50)])
+    assert abs(result.validation["elbo"].iloc[-1] - long) < 5 * single.std()
+
+
+def test_validation_puts_modules_in_evaluation_mode() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.modes = nn.BatchNorm1d(1), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.modes.append(self.training)
+            return self.norm(x[:, None])[:, 0]
+
+    encoder = Encoder()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0))
+
+    pyro.clear_param_store()
+    options: dict[str, Any] = {"compiled": False, "progress": False}
+    fit(model, guide, X, num_steps=100, validation=X + 1, validate_every=50, **options)
+    assert encoder.modes.count(False) == 3
+    assert encoder.training
+
+
+# The result
+
+
+@pytest.fixture(scope="module")
+def fitted() -> FitResult:
+    guide = fresh(schools)
+    return fit(schools, guide, Y, SIGMA, num_steps=1000, compiled=False, progress=False, seed=0)
+
+
+def test_draws(fitted: FitResult) -> None:
+    draws = fitted.draws(4001, seed=1)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {
+        "mu": (4001,),
+        "tau": (4001,),
+        "theta": (4001, 8),
+    }
+    assert bool((draws["tau"] > 0).all())
+    again = fitted.draws(4001, seed=1)
+    assert torch.equal(draws["mu"], again["mu"])
+    median = fitted.guide.median(Y, SIGMA)  # type: ignore[attr-defined]
+    error = 1.25 * draws["mu"].std() / math.sqrt(4001)
+    assert abs(draws["mu"].median() - median["mu"]) < 4 * error
+    with pytest.raises(ValueError, match="at least 1"):
+        fitted.draws(0)
+
+
+def test_save_and_load(fitted: FitResult, tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    fitted.save(path)
+    with pyro.get_param_store().scope():
+        guide = AutoNormal(schools)
+        loaded = FitResult.load(path, schools, guide, Y, SIGMA)
+        for a, b in zip(loaded.draws(10, seed=1).values(), fitted.draws(10, seed=1).values(), strict=True):
+            assert torch.equal(a, b)
+        assert repr(loaded) == repr(fitted)
+        assert loaded.history is not None
+        assert fitted.history is not None
+        assert loaded.history.to_xarray().identical(fitted.history.to_xarray())
+        with pytest.raises(ValueError, match="another model or guide"):
+            FitResult.load(path, line, AutoNormal(line), X, Z)
+    with pytest.raises(FileNotFoundError):
+        FitResult.load(tmp_path / "none.pt", schools, fitted.guide, Y, SIGMA)
+
+
+def test_plot_and_summary(fitted: FitResult) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    assert fitted.summary().loc["ELBO", "mean"] == pytest.approx(fitted.elbo, abs=2.0)
+    assert len(fitted.plot()) == 3
+    pyplot.close("all")
+    assert "<li>stopped: all 1,000 steps were taken" in fitted._repr_html_()
