@@ -23,6 +23,7 @@ from pyro_elbo_ext.model_runs import check_callable
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.terms import trace_pair
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
@@ -161,7 +162,7 @@ def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.T
     before = random_state()
     values: list[float] = []
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), flat_priors_have_a_start(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # which is an error below
             parameters = parameters_of_programs(
                 lambda: values.append(float(evaluate(model, guide, *call[0], **call[1])))
