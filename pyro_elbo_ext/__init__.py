@@ -31,13 +31,17 @@ from pyro_elbo_ext.multi_sample import (
     ThermodynamicELBO,
 )
 from pyro_elbo_ext.terms import Term, Terms
+from pyro_elbo_ext.training.callbacks import Callback
+from pyro_elbo_ext.training.trackers import CSVTracker, MLflowTracker, TensorBoardTracker, WandbTracker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActiveUnits",
     "AmortizationGap",
+    "CSVTracker",
     "Calibration",
+    "Callback",
     "ChiUpperBound",
     "Comparison",
     "CompiledSVI",
@@ -49,13 +53,16 @@ __all__ = [
     "ImportanceSample",
     "ImportanceWeightedELBO",
     "LogDensity",
+    "MLflowTracker",
     "MultiSampleELBO",
     "PredictiveComparison",
     "RenyiELBO",
+    "TensorBoardTracker",
     "Term",
     "Terms",
     "ThermodynamicELBO",
     "TrainGuide",
+    "WandbTracker",
     "active_units",
     "amortization_gap",
     "compare_predictive",
