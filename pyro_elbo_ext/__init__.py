@@ -32,6 +32,8 @@ from pyro_elbo_ext.multi_sample import (
 )
 from pyro_elbo_ext.terms import Term, Terms
 from pyro_elbo_ext.training.callbacks import Callback
+from pyro_elbo_ext.training.fit import fit
+from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.trackers import CSVTracker, MLflowTracker, TensorBoardTracker, WandbTracker
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "Diagnosis",
     "ElboSurgery",
     "EvidenceBounds",
+    "FitResult",
     "History",
     "ImportanceSample",
     "ImportanceWeightedELBO",
@@ -71,6 +74,7 @@ __all__ = [
     "diagnose",
     "elbo_surgery",
     "evidence_bounds",
+    "fit",
     "from_pyro_mcmc",
     "from_pyro_svi",
     "psis_khat",

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.training.batches import Batches
+from pyro_elbo_ext.training.callbacks import Callback
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
 
@@ -107,43 +108,19 @@ def test_compiled_steps_equal_those_of_compiled_svi() -> None:
 # Checkpoints
 
 
-def interrupted_at(step: int, **options: Any) -> FitResult:
+def interrupted_at(step: int | None, **options: Any) -> FitResult:
     """A fit whose callback sends SIGINT at a step."""
 
-    class Interrupt:
-        def start(self, settings: Any) -> None: ...
-
+    class Interrupt(Callback):
         def log(self, at: int, metrics: Any) -> None:
             if at == step:
                 os.kill(os.getpid(), signal.SIGINT)
-
-        def finish(self, summary: Any) -> None: ...
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-        def load_state_dict(self, state: Any) -> None: ...
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return fit(callbacks=[Interrupt()], log_every=10, **options)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Nothing:
-    """A callback that only has the right shape."""
-
-    def start(self, settings: Any) -> None: ...
-
-    def log(self, step: int, metrics: Any) -> None: ...
-
-    def finish(self, summary: Any) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def clipped() -> pyro.optim.PyroOptim:
@@ -192,16 +169,15 @@ def test_resumed_run_equals_the_whole(data: str, compiled: Any, tmp_path: Path) 
     pyro.set_rng_seed(99)
     guide = fresh(model)
     kwargs = dict(zip(("y", "sigma"), args, strict=False))
-    resumed = fit(
-        model,
-        guide,
+    resumed = interrupted_at(
+        None,
+        model=model,
+        guide=guide,
         **kwargs,
         loss=loss(),
         optim=clipped(),
         checkpoint=path,
         resume=True,
-        callbacks=[Nothing()],
-        log_every=10,
         **options,
     )
     assert resumed.num_steps == 170

@@ -23,6 +23,7 @@ from pyro_elbo_ext.model_runs import check_callable
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.terms import trace_pair
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
@@ -48,7 +49,7 @@ def fit(
     validation: Any = None,
     validate_every: int | None = None,
     stopping: Any = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Callback] = (),
     log_every: int = LOOK_EVERY,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -85,12 +86,25 @@ def fit(
         rule=stopping,
         validation=None if validation is None else Validation(validation, args if batched else (), kwargs),
         validate_every=validate_every,
-        callbacks=tuple(callbacks),
+        callbacks=CallbackList(callbacks),
         log_every=log_every,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
         max_rollbacks=max_rollbacks,
         progress=progress,
+        settings={
+            "model": _name(model),
+            "guide": _name(guide),
+            "loss": type(loss).__name__,
+            "optimizer": _name(getattr(optim, "pt_optim_constructor", type(optim))),
+            "learning_rate": _learning_rate(optim),
+            "num_steps": num_steps,
+            "num_epochs": num_epochs,
+            "max_steps": max_steps,
+            "seed": seed,
+            "pyro": pyro.__version__,
+            "torch": torch.__version__,
+        },
     )
     if loop.checkpoint is not None and loop.checkpoint.exists():
         if not resume:
@@ -198,6 +212,18 @@ def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool | Map
     if isinstance(optim, torch.optim.Optimizer):
         optim = WholeOptimizer(optim)
     return SVI(model, guide, optim, loss)
+
+
+def _name(program: Any) -> str:
+    return getattr(program, "__qualname__", type(program).__qualname__)
+
+
+def _learning_rate(optim: Any) -> float | None:
+    """The learning rate, if it is one for all parameters."""
+    if isinstance(optim, torch.optim.Optimizer):
+        return float(optim.param_groups[0]["lr"]) if len(optim.param_groups) == 1 else None
+    arguments = optim.pt_optim_args
+    return arguments.get("lr") if isinstance(arguments, dict) else None
 
 
 def _uncompiled(svi: SVI) -> str | None:
