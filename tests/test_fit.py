@@ -552,3 +552,45 @@ def test_flat_priors(autoguide: Any) -> None:
     assert bool(((guide.median()["b"] - least_squares).abs() < errors).all())
     with pytest.raises(NotImplementedError):
         dist.ImproperUniform(constraints.real, (), ()).sample()
+
+
+def test_schedules_go_on_by_epoch_or_step(tmp_path: Path) -> None:
+    def scheduler() -> Any:
+        return pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5})
+
+    def rate(optim: Any) -> float:
+        return float(next(iter(optim.optim_objs.values())).optimizer.param_groups[0]["lr"])
+
+    options: dict[str, Any] = {"compiled": False, "progress": False, "seed": 0}
+    optim = scheduler()
+    fit(line, fresh(line), X, Z, optim=optim, num_steps=4, **options)
+    assert rate(optim) == pytest.approx(0.1 * 0.5**4)
+    batches = [(X[:20], Z[:20]), (X[20:], Z[20:])]
+    optim = scheduler()
+    fit(line, fresh(line), batches=batches, optim=optim, num_steps=7, **options)
+    assert rate(optim) == pytest.approx(0.1 * 0.5**3)
+    expected = values()
+    for steps in (3, 7):
+        optim = scheduler()
+        fit(
+            line,
+            fresh(line),
+            batches=batches,
+            optim=optim,
+            num_steps=steps,
+            checkpoint=tmp_path / "c.pt",
+            resume=True,
+            **options,
+        )
+    assert rate(optim) == pytest.approx(0.1 * 0.5**3)
+    assert_same(expected, values())
+
+
+def test_plateau_is_told_the_validation() -> None:
+    settings = {"factor": 0.5, "patience": 0, "threshold": 1e3, "threshold_mode": "abs"}  # nothing is better by so much
+    optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-3}, **settings})
+    options: dict[str, Any] = {"compiled": False, "progress": False, "seed": 0}
+    fit(line, fresh(line), X, Z, optim=optim, num_steps=6, validation=(X, Z), validate_every=2, **options)
+    scheduler = next(iter(optim.optim_objs.values()))
+    # of four validations, the first before there was an optimizer, two were no better than the one before
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)

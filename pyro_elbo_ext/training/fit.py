@@ -60,6 +60,84 @@ def fit(
     seed: int | None = None,
     **kwargs: Any,
 ) -> FitResult:
+    r"""Train a guide: the loop around ``SVI.step``, with what it lacks.
+
+    With any model and guide it takes the steps that ``SVI`` takes, compiled where possible. Before anything changes, model,
+    guide and data are tried once, so that NaN data, a guide that misses a site or a wrongly scaled batch is an error that
+    names the site. A step that is NaN or diverges is taken back, see ``max_rollbacks``. Ctrl-C returns the result so far.
+
+    Parameters
+    ----------
+    model, guide, args, kwargs
+        As for ``pyro.infer.SVI`` and ``SVI.step``. Model keywords with the name of a parameter below need
+        ``functools.partial``. A ``DataLoader`` as the first argument is taken for ``batches``.
+        Autoguides may have flat priors (``ImproperUniform``): they start at 0 in unconstrained space there.
+    loss
+        Objective of this package, or one of Pyro's losses, which keep no history. ``DecomposedELBO()`` by default.
+    optim
+        Optimizer of ``pyro.optim`` or of torch. Schedulers of ``pyro.optim`` go on at the end of each epoch, without
+        ``batches`` after each step, ``ReduceLROnPlateau`` after each validation.
+    num_steps
+        How many steps, or "auto": until ``stopping`` says so.
+    num_epochs
+        In place of ``num_steps``, with ``batches``.
+    max_steps
+        Bound on the steps where ``num_steps`` is "auto".
+    batches
+        ``DataLoader`` or another iterable (not an iterator) of batches. A tensor becomes the first argument, a tuple or list
+        the first arguments, a mapping keyword arguments; ``args`` and ``kwargs`` follow.
+    dataset_size
+        Number of data behind ``batches``, for the check that the model scales each batch to it; by default that of the
+        loader's dataset.
+    validation
+        Held-out data: a tensor, a tuple of arguments or a mapping, as one batch, or an iterable of batches. Its true ELBO,
+        ``kl_prior`` at weight 1, is recorded without a step, in evaluation mode and under the same random numbers each time.
+    validate_every
+        Steps between validations; by default once an epoch, without ``batches`` at each look.
+    stopping
+        Rule that ends the training.
+    callbacks
+        Trackers, such as ``CSVTracker``, or other :class:`Callback` objects.
+    log_every
+        Steps between two reports to them.
+    checkpoint
+        File to resume from, written atomically. It is a pickle: resume from your own only.
+    checkpoint_every
+        Steps between checkpoints, about a minute by default. One is written at the end and after Ctrl-C in any case.
+    resume
+        Go on from ``checkpoint`` if it is there, with the same arguments. The resumed run equals the uninterrupted one bit
+        for bit: parameters, optimizer, schedules, random numbers, order of the batches, history.
+    compiled
+        Whether to take the steps by :class:`CompiledSVI`, which goes by Pyro where a program cannot be compiled; or keyword
+        arguments for it. The result's ``uncompiled`` says why not.
+    max_rollbacks
+        How often to return to the last good state and go on with half the learning rate before it is an error. A step has
+        failed if a term or parameter is not finite, or if the loss has risen by 100 times the range that it has come down.
+    progress
+        Whether to show a line of progress.
+    seed
+        For ``pyro.set_rng_seed``.
+
+    Returns
+    -------
+    FitResult
+
+    Raises
+    ------
+    ValueError
+        For arguments out of range, and before anything has changed: NaN data, a latent site that the guide lacks, batches
+        that are empty or not scaled to the data set, each named. During training if steps fail more than ``max_rollbacks``
+        times; the parameters are then the last good ones.
+    FileExistsError
+        If there is a checkpoint and ``resume`` is False.
+    TypeError
+        For arguments of a wrong type, or that model and guide cannot be called with.
+
+    Examples
+    --------
+    >>> result = fit(model, AutoNormal(model), data, num_steps=5000)
+    >>> result.history.plot(), result.draws(1000), result.diagnose()
+    """
     began = time.monotonic()
     if seed is not None:
         pyro.set_rng_seed(seed)
