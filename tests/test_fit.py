@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_elbo_ext import CompiledSVI, DecomposedELBO
+from pyro_elbo_ext import Callback, CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.training.batches import Batches
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
@@ -110,40 +110,16 @@ def test_compiled_steps_equal_those_of_compiled_svi() -> None:
 def interrupted_at(step: int, **options: Any) -> FitResult:
     """A fit whose callback sends SIGINT at a step."""
 
-    class Interrupt:
-        def start(self, settings: Any) -> None: ...
-
+    class Interrupt(Callback):
         def log(self, at: int, metrics: Any) -> None:
             if at == step:
                 os.kill(os.getpid(), signal.SIGINT)
-
-        def finish(self, summary: Any) -> None: ...
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-        def load_state_dict(self, state: Any) -> None: ...
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return fit(callbacks=[Interrupt()], log_every=10, **options)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Nothing:
-    """A callback that only has the right shape."""
-
-    def start(self, settings: Any) -> None: ...
-
-    def log(self, step: int, metrics: Any) -> None: ...
-
-    def finish(self, summary: Any) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def clipped() -> pyro.optim.PyroOptim:
@@ -200,7 +176,7 @@ def test_resumed_run_equals_the_whole(data: str, compiled: Any, tmp_path: Path) 
         optim=clipped(),
         checkpoint=path,
         resume=True,
-        callbacks=[Nothing()],
+        callbacks=[Callback()],
         log_every=10,
         **options,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.training import checkpoints
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import Rollback, check_same_parameters
 from pyro_elbo_ext.training.safety import Watch, explain
@@ -74,7 +74,7 @@ class Loop:
     rule: Any = None
     validation: Validation | None = None
     validate_every: int | None = None
-    callbacks: Sequence[Any] = ()
+    callbacks: CallbackList = field(default_factory=lambda: CallbackList(()))
     log_every: int = LOOK_EVERY
     checkpoint: Path | None = None
     checkpoint_every: int | None = None
@@ -113,17 +113,17 @@ class Loop:
             self.rule.start(list(self.parameters.values()))
         if self.validation is not None and self.step == 0:
             self._validate()
-        for callback in self.callbacks:
-            callback.start(self.settings)
         bar = self._bar = Progress(self._total(), self.step, self.progress)
         try:
+            self.callbacks.start(self.settings)
             while not self.reason:
                 self._advance(began)
         except KeyboardInterrupt:
             self.reason = "interrupted"
             self.converged = False if self.rule is not None else None
         except BaseException as error:
-            self._finish_callbacks(f"{type(error).__name__}: {error}", began)
+            summary = self._summary("failed", f"{type(error).__name__}: {error}", time.monotonic() - began)
+            self.callbacks.finish(summary, error)
             raise
         finally:
             if self.looks:
@@ -133,7 +133,8 @@ class Loop:
         if self.checkpoint is not None:  # before the average takes the place of the parameters, to go on from
             self.write_checkpoint()
         self._conclude()
-        self._finish_callbacks(self.reason, None)
+        status = "interrupted" if self.reason == "interrupted" else "finished"
+        self.callbacks.finish(self._summary(status, self.reason, 0.0))
 
     def _advance(self, began: float) -> None:
         """Steps up to the next look, and the look."""
@@ -372,8 +373,7 @@ class Loop:
     def _report(self) -> None:
         metrics = self._metrics()
         if self.callbacks and self.step % self.log_every == 0:
-            for callback in self.callbacks:
-                callback.log(self.step, metrics)
+            self.callbacks.log(self.step, metrics)
             self._logged_step, self._logged_at = self.step, time.monotonic()
         if self._bar.is_due:
             shown = {**metrics}
@@ -395,13 +395,18 @@ class Loop:
             if self.state.not_finite():
                 self.state.set_flat(last)
 
-    def _finish_callbacks(self, reason: str, began: float | None) -> None:
-        seconds = self.seconds + (time.monotonic() - began if began is not None else 0.0)
-        summary = {"reason": reason, "converged": self.converged, "steps": self.step, "seconds": seconds}
+    def _summary(self, status: str, reason: str, seconds: float) -> dict[str, Any]:
+        """What callbacks are told at the end."""
+        summary = {
+            "status": status,
+            "reason": reason,
+            "converged": self.converged,
+            "steps": self.step,
+            "seconds": self.seconds + seconds,
+        }
         if self.looks:
             summary["elbo"] = -self.looks[-1][1]
-        for callback in self.callbacks:
-            callback.finish(summary)
+        return summary
 
     # Checkpoints
 
@@ -431,7 +436,7 @@ class Loop:
             "objective": objective_state(self.objective),
             "data": self.data.state_dict(),
             "rule": self.rule.state_dict() if self.rule is not None else None,
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": self.callbacks.state_dict(),
             "loop": {name: getattr(self, name) for name in _OWN},
             "good": self._good,
             "watch": self._watch.state_dict(),
@@ -451,19 +456,17 @@ class Loop:
         if content.get("kind") != "checkpoint":
             raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
         check_same_parameters(self.parameters, content["training"]["parameters"], str(self.checkpoint))
-        if (content["rule"] is None) != (self.rule is None) or len(content["callbacks"]) != len(self.callbacks):
+        if (content["rule"] is None) != (self.rule is None):
             raise ValueError(
-                f"{self.checkpoint} was written with another stopping rule or other callbacks: resume with the same "
-                "arguments"
+                f"{self.checkpoint} was written with another stopping rule: resume with the same arguments"
             )
+        self.callbacks.load_state_dict(content["callbacks"])
         self.state.restore(content["training"])
         load_objective(self.objective, content["objective"])
         self.data.load_state_dict(content["data"])
         if self.rule is not None:
             self.rule.start(list(self.parameters.values()))
             self.rule.load_state_dict(content["rule"])
-        for callback, state in zip(self.callbacks, content["callbacks"], strict=True):
-            callback.load_state_dict(state)
         for name, value in content["loop"].items():
             setattr(self, name, value)
         self._good = content["good"]
