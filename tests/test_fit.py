@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_elbo_ext import CompiledSVI, DecomposedELBO
+from pyro_elbo_ext import Callback, CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.training.batches import Batches
-from pyro_elbo_ext.training.callbacks import Callback
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
 

@@ -125,10 +125,19 @@ def test_list_takes_only_callbacks(tmp_path: Path) -> None:
 
 def test_resuming_with_other_callbacks_is_an_error(tmp_path: Path) -> None:
     state = CallbackList([Recorder()]).state_dict()
-    with pytest.raises(ValueError, match=r"\['Recorder'\], this run has \['CSVTracker'\]"):
+    with pytest.raises(ValueError, match=r"state of a Recorder, which is not among the callbacks \['CSVTracker'\]"):
         CallbackList([CSVTracker(tmp_path / "run.csv")]).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"this run has \[\]"):
+    with pytest.raises(ValueError, match=r"not among the callbacks \[\]"):
         CallbackList([]).load_state_dict(state)
+
+
+def test_stateless_callbacks_come_and_go() -> None:
+    one, two = Recorder(), Recorder()
+    one.start({})
+    state = CallbackList([Callback(), one, two]).state_dict()
+    again = [Recorder(), Broken("disk full"), Recorder(), Recorder()]
+    CallbackList(again).load_state_dict(state)
+    assert [len(callback.calls) for callback in again if isinstance(callback, Recorder)] == [1, 0, 0]
 
 
 def test_a_callback_returns_nothing() -> None:

@@ -122,24 +122,28 @@ class CallbackList:
             raise first
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Each one's class and state."""
-        return [{"class": type(callback).__name__, "state": callback.state_dict()} for callback in self._callbacks]
+        """Class and state of each that has a state."""
+        states = [(type(callback).__name__, callback.state_dict()) for callback in self._callbacks]
+        return [{"class": name, "state": state} for name, state in states if state]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Give each its state back.
+        """Give each state to the next callback of its class. Callbacks that have none may come and go.
 
         Raises
         ------
         ValueError
-            If the callbacks are not those of the checkpoint, in the same order.
+            If there is none of that class left, naming it: what it wrote would end at the checkpoint.
         """
-        then, now = [state["class"] for state in states], [type(callback).__name__ for callback in self._callbacks]
-        if then != now:
-            raise ValueError(
-                f"the checkpoint was written with callbacks {then}, this run has {now}: resume with the same ones, in order"
-            )
-        for callback, state in zip(self._callbacks, states, strict=True):
-            self._call(callback, "load_state_dict", state["state"])
+        waiting = list(self._callbacks)
+        for state in states:
+            found = next((callback for callback in waiting if type(callback).__name__ == state["class"]), None)
+            if found is None:
+                raise ValueError(
+                    f"the checkpoint has the state of a {state['class']}, which is not among the callbacks "
+                    f"{[type(callback).__name__ for callback in self._callbacks]}: resume with the same ones, in order"
+                )
+            waiting.remove(found)
+            self._call(found, "load_state_dict", state["state"])
 
     @staticmethod
     def _call(callback: Callback, method: str, *args: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.scaling import check_scale
+from pyro_elbo_ext.training.settings import describe_run
 from pyro_elbo_ext.training.state import parameters_of_programs, random_state, set_random_state
 from pyro_elbo_ext.training.validation import Validation, true_objective
 
@@ -49,7 +50,7 @@ def fit(
     validation: Any = None,
     validate_every: int | None = None,
     stopping: Any = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Iterable[Callback] = (),
     log_every: int = LOOK_EVERY,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -144,6 +145,7 @@ def fit(
     _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
     if operator.index(max_rollbacks) < 0:
         raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")
+    listeners = CallbackList(callbacks)
     data, args = _data(args, kwargs, batches)
     batched = isinstance(data, Batches)
     check_callable(guide, "guide", *data.first())
@@ -155,34 +157,25 @@ def fit(
     size = data.dataset_size if dataset_size is None else dataset_size
     if size is not None and batched:
         _check_scale(model, guide, call, size)
+    most = _steps(num_steps, num_epochs, max_steps, data)
     loop = Loop(
         _stepper(model, guide, optim, loss, compiled),
         loss,
         parameters,
         data,
-        max_steps=_steps(num_steps, num_epochs, max_steps, data),
+        max_steps=most,
         rule=stopping,
         validation=None if validation is None else Validation(validation, args if batched else (), kwargs),
         validate_every=validate_every,
-        callbacks=CallbackList(callbacks),
+        callbacks=listeners,
         log_every=log_every,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
         max_rollbacks=max_rollbacks,
         progress=progress,
-        settings={
-            "model": _name(model),
-            "guide": _name(guide),
-            "loss": type(loss).__name__,
-            "optimizer": _name(getattr(optim, "pt_optim_constructor", type(optim))),
-            "learning_rate": _learning_rate(optim),
-            "num_steps": num_steps,
-            "num_epochs": num_epochs,
-            "max_steps": max_steps,
-            "seed": seed,
-            "pyro": pyro.__version__,
-            "torch": torch.__version__,
-        },
+        settings=describe_run(
+            model, guide, loss, optim, stopping, num_steps=num_steps, max_steps=most, seed=seed, compiled=bool(compiled)
+        ),
     )
     if loop.checkpoint is not None and loop.checkpoint.exists():
         if not resume:
@@ -290,18 +283,6 @@ def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool | Map
     if isinstance(optim, torch.optim.Optimizer):
         optim = WholeOptimizer(optim)
     return SVI(model, guide, optim, loss)
-
-
-def _name(program: Any) -> str:
-    return getattr(program, "__qualname__", type(program).__qualname__)
-
-
-def _learning_rate(optim: Any) -> float | None:
-    """The learning rate, if it is one for all parameters."""
-    if isinstance(optim, torch.optim.Optimizer):
-        return float(optim.param_groups[0]["lr"]) if len(optim.param_groups) == 1 else None
-    arguments = optim.pt_optim_args
-    return arguments.get("lr") if isinstance(arguments, dict) else None
 
 
 def _uncompiled(svi: SVI) -> str | None:

@@ -74,7 +74,7 @@ class Loop:
     rule: Any = None
     validation: Validation | None = None
     validate_every: int | None = None
-    callbacks: CallbackList = field(default_factory=lambda: CallbackList([]))
+    callbacks: CallbackList = field(default_factory=lambda: CallbackList(()))
     log_every: int = LOOK_EVERY
     checkpoint: Path | None = None
     checkpoint_every: int | None = None
@@ -113,17 +113,17 @@ class Loop:
             self.rule.start(list(self.parameters.values()))
         if self.validation is not None and self.step == 0:
             self._validate()
-        self.callbacks.start(self.settings)
         bar = self._bar = Progress(self._total(), self.step, self.progress)
         try:
+            self.callbacks.start(self.settings)
             while not self.reason:
                 self._advance(began)
         except KeyboardInterrupt:
             self.reason = "interrupted"
             self.converged = False if self.rule is not None else None
         except BaseException as error:
-            self.seconds += time.monotonic() - began
-            self.callbacks.finish(self._summary("failed", f"{type(error).__name__}: {error}"), error)
+            summary = self._summary("failed", f"{type(error).__name__}: {error}", time.monotonic() - began)
+            self.callbacks.finish(summary, error)
             raise
         finally:
             if self.looks:
@@ -133,7 +133,8 @@ class Loop:
         if self.checkpoint is not None:  # before the average takes the place of the parameters, to go on from
             self.write_checkpoint()
         self._conclude()
-        self.callbacks.finish(self._summary("interrupted" if self.reason == "interrupted" else "finished", self.reason))
+        status = "interrupted" if self.reason == "interrupted" else "finished"
+        self.callbacks.finish(self._summary(status, self.reason, 0.0))
 
     def _advance(self, began: float) -> None:
         """Steps up to the next look, and the look."""
@@ -394,16 +395,18 @@ class Loop:
             if self.state.not_finite():
                 self.state.set_flat(last)
 
-    def _summary(self, status: str, reason: str) -> dict[str, Any]:
-        elbo = -self.looks[-1][1] if self.looks else math.nan
-        return {
+    def _summary(self, status: str, reason: str, seconds: float) -> dict[str, Any]:
+        """What callbacks are told at the end."""
+        summary = {
             "status": status,
             "reason": reason,
             "converged": self.converged,
             "steps": self.step,
-            "seconds": self.seconds,
-            "elbo": elbo,
+            "seconds": self.seconds + seconds,
         }
+        if self.looks:
+            summary["elbo"] = -self.looks[-1][1]
+        return summary
 
     # Checkpoints
 
@@ -454,14 +457,16 @@ class Loop:
             raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
         check_same_parameters(self.parameters, content["training"]["parameters"], str(self.checkpoint))
         if (content["rule"] is None) != (self.rule is None):
-            raise ValueError(f"{self.checkpoint} was written with another stopping rule: resume with the same one")
+            raise ValueError(
+                f"{self.checkpoint} was written with another stopping rule: resume with the same arguments"
+            )
+        self.callbacks.load_state_dict(content["callbacks"])
         self.state.restore(content["training"])
         load_objective(self.objective, content["objective"])
         self.data.load_state_dict(content["data"])
         if self.rule is not None:
             self.rule.start(list(self.parameters.values()))
             self.rule.load_state_dict(content["rule"])
-        self.callbacks.load_state_dict(content["callbacks"])
         for name, value in content["loop"].items():
             setattr(self, name, value)
         self._good = content["good"]
