@@ -34,7 +34,8 @@ from pyro_elbo_ext.objective import (
 )
 from pyro_elbo_ext.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.placement import Placement, place
-from pyro_elbo_ext.plate_costs import PlateScores, score_shares
+from pyro_elbo_ext.plate_costs import score_shares
+from pyro_elbo_ext.site_weights import Number, SiteWeights
 from pyro_elbo_ext.terms import Kind, Method, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
 
 _NAN = float("nan")
@@ -49,7 +50,7 @@ class _Description(NamedTuple):
     scale: float | Tensor
     mask: bool | Tensor | None
     history_scale: float | int  # as a number, or its place in the ledger
-    num_observations: float | int
+    num_elements: float | int  # of an observed site; of a latent one if they are counted
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ def estimate_bound(
     kwargs: Kwargs,
     *,
     local_plates: tuple[str, ...] = (),
-    kl_weight: float = 1.0,
+    kl_weights: SiteWeights = SiteWeights(),  # noqa: B008 - immutable
     reason: str,
     with_gradient: bool,
 ) -> tuple[Evaluation, Particles]:
@@ -97,8 +98,8 @@ def estimate_bound(
     ----------
     local_plates
         See :func:`pyro_elbo_ext.placement.place`.
-    kl_weight
-        Weight of ``log q - log p`` of the latent sites; other than 1 only for the ELBO.
+    kl_weights
+        Weights of ``log q - log p`` of the latent sites; other than 1 only for the ELBO.
     reason
         Why every ``kl_prior`` is sampled, for the history.
     with_gradient
@@ -113,14 +114,24 @@ def estimate_bound(
     pair = objective._pairs(model, guide)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
         draws = _draw(objective, pair, model, guide, args, kwargs, gradient, frozenset(local_plates))
-        read = _read(objective, pair, draws, bound, gradient, args, kwargs, local_plates, kl_weight)
-        weights = read.log_weights.weights(read.placement, gradient, kl_weight)
-        weights.score_shares = read.score_shares
+        has_floor = kl_weights.free_bits is not None
+        read = _read(objective, pair, draws, bound, gradient, args, kwargs, local_plates, has_floor)
+        floors: Number = 0.0
+        if has_floor:
+            kl_weights, floors = _with_floors(kl_weights, read, draws.num_vectorized or 1)
+        weights = read.log_weights.weights(read.placement, gradient, kl_weights)
+        if read.separable:
+            of_draws = zip(read.densities, read.sites, strict=True)
+            scores = [plate_scores(of, sites, kl_weights) for of, sites in of_draws if of.scored_nodes]
+            if scores:
+                weights.score_shares = score_shares(scores, draws.num_vectorized)
     detached = weights.log_weights.detach()
     value = bound.value(detached).sum()
     if not read.placement.is_plain:
         value = value * read.placement.outside
-    outer = read.log_weights.outer(kl_weight)
+    if has_floor:
+        value = value - floors
+    outer = read.log_weights.outer(kl_weights)
     if outer is not None:
         value = value + outer.detach()
     shares = None if bound.linear else bound.gradient(detached) if len(detached) > 1 else torch.ones_like(detached)
@@ -143,7 +154,7 @@ def estimate_bound(
         shares = by_particle(gradient.surrogate(weights, bound))
         if not read.placement.is_plain:
             shares = shares * read.placement.outside
-        outer = read.log_weights.outer(kl_weight, without_scores=True)
+        outer = read.log_weights.outer(kl_weights, without_scores=True)
         if outer is not None:
             if read.log_weights.outer_scores is not None:
                 outer = outer + value * read.log_weights.outer_scores
@@ -159,8 +170,7 @@ def estimate_bound(
         reason,
         contributions,
     )
-    evaluation = Evaluation(pair, read.signature, infos, rows, host, kl_weight, surrogate, draws.model_parameters)
-    return evaluation, particles
+    return Evaluation(pair, read.signature, infos, rows, host, 1.0, surrogate, draws.model_parameters), particles
 
 
 @dataclass(slots=True)
@@ -219,7 +229,8 @@ class _Read(NamedTuple):
     described: list[list[_Description]]
     ledger: Ledger
     log_weights: LogWeights
-    score_shares: Tensor | None
+    sites: list[list[Site]]  # of each draw
+    separable: bool  # whether each score term has the cost of its own plates
 
 
 def _read(
@@ -231,7 +242,7 @@ def _read(
     args: Args,
     kwargs: Kwargs,
     local_plates: tuple[str, ...],
-    kl_weight: float,
+    counts_latent: bool,
 ) -> _Read:
     structures = _Structures(objective, pair, args, kwargs)
     ledger = Ledger()
@@ -239,28 +250,38 @@ def _read(
     placement: Placement | None = None
     densities: list[Densities] = []
     described: list[list[_Description]] = []
-    scores: list[PlateScores] | None = [] if bound.linear and not local_plates else None
+    of_draws: list[list[Site]] = []
+    separable = bound.linear and not local_plates
     for drawn in draws.draws:
         sites, is_new = structures.read(drawn)
+        of_draws.append(sites)
         if placement is None or is_new:
             here = _place(sites, bound, objective.num_particles, local_plates, gradient, draws.particle_dim)
             if placement is not None:  # a program whose sites vary from draw to draw
-                scores = None
+                separable = False
                 if here.plates != placement.plates:
                     raise ValueError(
                         "the particles have different sites, and no longer share the same plates: there is no common "
                         "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
                     )
-            placement, description = here, _describe(sites, drawn, nesting, ledger)
+            placement, description = here, _describe(sites, drawn, nesting, ledger, counts_latent)
         densities.append(read_densities(drawn, sites, here, gradient, nesting, draws.particle_dim))
         described.append(description)
-        if scores is not None and densities[-1].scored_nodes:
-            scores.append(plate_scores(densities[-1], sites, kl_weight))
     assert placement is not None
     paths = [path for drawn in draws.draws for path in drawn.paths]
     log_weights = join(densities, paths, draws.num_vectorized)
-    score_terms = score_shares(scores, draws.num_vectorized) if scores else None
-    return _Read(structures.signature, placement, densities, described, ledger, log_weights, score_terms)
+    return _Read(structures.signature, placement, densities, described, ledger, log_weights, of_draws, separable)
+
+
+def _with_floors(kl_weights: SiteWeights, read: _Read, num_vectorized: int) -> tuple[SiteWeights, Number]:
+    """The weights of the gradient under free bits, and what the floors take off the objective."""
+    kl_priors = read.log_weights.kl_priors()
+    counts: dict[str, Number] = dict.fromkeys(kl_priors, 0.0)
+    for of in read.described[0]:
+        at = of.num_elements
+        counts[of.site] = (read.ledger.scalars[at] if type(at) is int else at) / num_vectorized
+    penalty, weights = kl_weights.penalty(kl_priors, counts)
+    return weights, penalty - sum([weights.of(site) * kl for site, kl in kl_priors.items()])
 
 
 def _place(
@@ -310,15 +331,20 @@ class _Structures:
             if is_validation_enabled():
                 check_model_guide_match(model_trace, guide_trace, self.objective.max_plate_nesting)
         structure = known or self.objective._remember(self.pair, self.signature, model_trace, guide_trace, None)
-        return read_sites(model_trace, guide_trace, structure.sites), is_new
+        sites = read_sites(model_trace, guide_trace, structure.sites)
+        if is_new:
+            self.objective._check_sites(sites)
+        return sites, is_new
 
 
-def _describe(sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledger: Ledger) -> list[_Description]:
+def _describe(
+    sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledger: Ledger, counts_latent: bool
+) -> list[_Description]:
     descriptions = []
     for site in sites:
         node = site.p or site.q[-1]
         count: float | int = 0.0
-        if site.kind == "observed":
+        if site.kind == "observed" or (counts_latent and site.kind == "latent"):
             count = num_observations(node, log_prob(node, drawn.model_trace, max_plate_nesting), ledger)
         scale = node["scale"]
         descriptions.append(
@@ -387,7 +413,7 @@ def _reader(sites: Sequence[_Description], read: _Read, has_contributions: bool,
             weighted_term = contribution[name] if has_contributions else _NAN
             scale = in_ledger[of.history_scale] if type(of.history_scale) is int else of.history_scale
             if of.kind == "observed":
-                count = in_ledger[of.num_observations] if type(of.num_observations) is int else of.num_observations
+                count = in_ledger[of.num_elements] if type(of.num_elements) is int else of.num_elements
                 rows.append((log_p[name], _NAN, _NAN, scale, count / num_vectorized, weighted_term))
                 continue
             prior = _NAN if of.kind == "auxiliary" else log_p[name]

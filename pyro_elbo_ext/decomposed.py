@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_elbo_ext import bounds
 from pyro_elbo_ext.bound_estimate import Particles, estimate_bound
 from pyro_elbo_ext.dependencies import DependencyTracker
-from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row
+from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row, sums_by_site
 from pyro_elbo_ext.gradients import Gradient, GradientName, Pathwise
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.kl import KLChoice, KLPrior, Structure, kl_prior
@@ -26,7 +26,6 @@ from pyro_elbo_ext.objective import (
     Args,
     Evaluation,
     Kwargs,
-    Objective,
     Pair,
     Program,
     Signature,
@@ -34,17 +33,18 @@ from pyro_elbo_ext.objective import (
     Values,
     signature_of,
 )
+from pyro_elbo_ext.site_weights import Number
 from pyro_elbo_ext.terms import Site, Terms, check_pair, outline, read_sites, stack_particles, trace_pair
+from pyro_elbo_ext.weighted import WeightedObjective
+from pyro_elbo_ext.weighting import FreeBits, KLWeight
 
 logger = logging.getLogger(__name__)
-
-KLWeight = float | Callable[[int], float]
 
 _SAMPLED = KLPrior("sampled", "kl='sampled'")
 _SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
 
 
-class DecomposedELBO(Objective):
+class DecomposedELBO(WeightedObjective):
     r"""Evidence lower bound that keeps every term: a drop-in for ``pyro.infer.Trace_ELBO`` and ``TraceMeanField_ELBO``.
 
     .. math:: \mathrm{ELBO} = \mathrm E_q[\log p(x \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
@@ -73,9 +73,20 @@ class DecomposedELBO(Objective):
     kl : {"auto", "analytic", "sampled"}
         Analytic where a closed form exists and is valid, else sampled; analytic, or an error that names the site and the
         reason; or sampled everywhere, with values and gradients equal to ``Trace_ELBO``'s.
-    kl_weight : float or callable
-        Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it. The history always
-        holds the true ELBO, with weight 1, beside the objective.
+    kl_weight : float, callable, or mapping from site to either
+        Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it, such as the schedules
+        of :mod:`pyro_elbo_ext.weighting`, or :class:`~pyro_elbo_ext.weighting.Geco`. Sites that a mapping does not name
+        have weight 1; those that it names must be in every run. The history always holds the true ELBO, with weight 1,
+        beside the objective; with weights by site its ``kl_weight`` of a step is ``(reconstruction - objective) /
+        kl_prior``, and ``to_dataframe()`` has that of each site.
+    free_bits : float or mapping from site to float, optional
+        Nats that the ``kl_prior`` of each latent site, or of those named, counts as at least, for each element of the
+        site's plates: in the objective its sum over them is ``max(kl_prior, free_bits * elements)``, subsampled elements
+        counting for those they stand for. So the mean over the minibatch is compared, site by site (Kingma et al. 2016);
+        a site outside of plates is one element. Where the floor is the greater the gradient of that ``kl_prior`` is 0.
+        A sampled ``kl_prior`` is compared by its estimate, the mean over particles, and ``E[max(estimate, floor)]`` is
+        above ``max(kl_prior, floor)``: there the objective is biased downwards, and the gradient's gate is open or shut by
+        chance, which matters near the floor only. Use analytic ones, or several particles.
     gradient : {"pathwise", "doubly_reparameterized", "score_function", "vargrad"}
         Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized;
         sticking the landing; score function with leave-one-out baseline; the same by the name of VarGrad. See
@@ -95,13 +106,15 @@ class DecomposedELBO(Objective):
     ValueError
         At construction for arguments out of range. At evaluation, before any parameter changes: if a term is NaN or
         infinite (naming site, term and step), a latent site is missing from the guide, a site is marked for enumeration,
-        an analytic KL is asked for where none is valid, or an ``nn.Module`` in use is not registered with Pyro.
+        an analytic KL is asked for where none is valid, ``kl_weight`` or ``free_bits`` names a site that has no
+        ``kl_prior`` or shares it with others, or an ``nn.Module`` in use is not registered with Pyro.
 
     References
     ----------
     Wingate and Weber (2013), "Automated variational inference in probabilistic programming".
     Ranganath, Gerrish and Blei (2014), "Black box variational inference".
     Kucukelbir et al. (2017), "Automatic differentiation variational inference".
+    Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", section C.8: free bits.
     """
 
     def __init__(
@@ -118,6 +131,7 @@ class DecomposedELBO(Objective):
         *,
         kl: KLChoice = "auto",
         kl_weight: KLWeight = 1.0,
+        free_bits: FreeBits | None = None,
         gradient: GradientName | Gradient = "pathwise",
         history: bool | History = True,
     ) -> None:
@@ -131,13 +145,13 @@ class DecomposedELBO(Objective):
             jit_options,
             retain_graph,
             tail_adaptive_beta,
+            kl_weight=kl_weight,
+            free_bits=free_bits,
             gradient=gradient,
             history=history,
         )
         if kl not in get_args(KLChoice):
             raise ValueError(f"kl must be one of {get_args(KLChoice)}, not {kl!r}")
-        if not callable(kl_weight):
-            _check_weight(kl_weight, "kl_weight")
         self.estimator.check(bounds.ELBO(), num_particles)
         if kl == "analytic" and not self._by_terms:
             raise ValueError(
@@ -145,7 +159,6 @@ class DecomposedELBO(Objective):
                 "gradient='pathwise'."
             )
         self.kl = kl
-        self.kl_weight = kl_weight
         self._last: list[Particle] | Particles | None = None
 
     @property
@@ -173,6 +186,7 @@ class DecomposedELBO(Objective):
     def _evaluate(
         self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, with_gradient: bool
     ) -> Evaluation:
+        weights, given = self._site_weights()
         if not self._by_terms:
             evaluation, self._last = estimate_bound(
                 self,
@@ -181,24 +195,26 @@ class DecomposedELBO(Objective):
                 guide,
                 args,
                 kwargs,
-                kl_weight=self._kl_weight(),
+                kl_weights=weights,
                 reason=f"gradient='{self.gradient}' takes log q at the draw",
                 with_gradient=with_gradient,
             )
+            evaluation.kl_weight = given
             return evaluation
         pair = self._pairs(model, guide)
-        kl_weight = self._kl_weight()
         ledger = Ledger()
-        batched = self._evaluate_batch(pair, model, guide, args, kwargs, kl_weight, ledger)
+        batched = self._evaluate_batch(pair, model, guide, args, kwargs, ledger)
         if batched is not None:
             signature, particles, infos = batched
         else:
-            signature, particles, infos = self._evaluate_loop(pair, model, guide, args, kwargs, kl_weight, ledger)
+            signature, particles, infos = self._evaluate_loop(pair, model, guide, args, kwargs, ledger)
         repeats = len(particles)
         info: tuple[SiteInfo, ...] = ()
+        numbers: list[Number] = []
 
         def read(host: list[float]) -> Totals:
-            nonlocal info
+            nonlocal info, numbers
+            numbers = list(host)
             rows = [row(particle.slots, of, host) for particle, of in zip(particles, infos, strict=True)]
             info, values = _average(infos, rows, self.num_particles // repeats)
             reconstruction = math.fsum(
@@ -207,17 +223,27 @@ class DecomposedELBO(Objective):
             kl_total = math.fsum([of[2] for site, of in zip(info, values, strict=True) if site.kind != "observed"])
             return reconstruction, kl_total, values
 
-        reconstruction, kl_total, values = self._transfer(ledger.stacked(), read)
+        scalars = ledger.stacked()
+        reconstruction, kl_total, values = self._transfer(scalars, read)
         if not math.isfinite(reconstruction - kl_total):
             self._raise_not_finite(info, values)
         self._last = particles
         by_particle = self.history is not None and self.history.gradient_mode == "particles"
         shares = ledger.surrogate_shares if by_particle else ledger.surrogate_loss
-        objective = reconstruction - kl_weight * kl_total
-        return Evaluation(pair, signature, info, values, objective, kl_weight, lambda: shares(self.num_particles), list)
+        if weights.is_uniform:
+            penalty = weights.others * kl_total
+        else:
+            if self._traced is not None:
+                numbers = list(scalars.double().unbind())
+            penalty, weights = weights.penalty(*sums_by_site(particles, numbers, self.num_particles))
+            if self._traced is not None:
+                self._traced.penalty = torch.as_tensor(penalty, dtype=torch.float64)
+        objective: Any = reconstruction - penalty  # a number, but while a graph is traced, which has its own
+        surrogate = partial(shares, self.num_particles, weights)
+        return Evaluation(pair, signature, info, values, objective, given, surrogate, list)
 
     def _evaluate_loop(
-        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: float, ledger: Ledger
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
     ) -> tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]]]:
         """Particles one after the other, or all of them in Pyro's particle plate."""
         particles: list[Particle] = []
@@ -235,6 +261,7 @@ class DecomposedELBO(Objective):
                         check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
                 structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
             sites = read_sites(model_trace, guide_trace, structure.sites)
+            self._check_sites(sites)
             kls = [None if site.kind == "observed" else self._kl_prior(site, structure) for site in sites]
             info = self._describe(pair, signature, sites, kls)
             if tracker is not None or self.kl == "analytic":
@@ -246,15 +273,15 @@ class DecomposedELBO(Objective):
                     kls,
                     model_trace,
                     guide_trace,
-                    kl_weight=kl_weight,
                     max_plate_nesting=self.max_plate_nesting,
                     ledger=ledger,
+                    counts_latent=self._free_bits is not None,
                 )
             )
         return signature, particles, infos
 
     def _evaluate_batch(
-        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: float, ledger: Ledger
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
     ) -> tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]]] | None:
         """All particles in one run; None if they cannot be batched."""
         batch = self._batch(pair, model, guide, args, kwargs)
@@ -277,6 +304,7 @@ class DecomposedELBO(Objective):
             return None
         model_trace, guide_trace = batched.draw.model_trace, batched.draw.guide_trace
         sites = read_sites(model_trace, guide_trace, structure.sites)
+        self._check_sites(sites)
         kls = [
             None
             if site.kind == "observed"
@@ -290,7 +318,13 @@ class DecomposedELBO(Objective):
             self._report(info)
         ledger.begin_particle()
         particle = evaluate(
-            sites, kls, model_trace, guide_trace, kl_weight=kl_weight, max_plate_nesting=math.inf, ledger=ledger
+            sites,
+            kls,
+            model_trace,
+            guide_trace,
+            max_plate_nesting=math.inf,
+            ledger=ledger,
+            counts_latent=self._free_bits is not None,
         )
         return signature, [particle], [info]
 
@@ -314,17 +348,6 @@ class DecomposedELBO(Objective):
             return known
         pair.infos[signature] = info
         return info
-
-    def _kl_weight(self) -> float:
-        if self._traced is not None:
-            return self._traced.kl_weight  # type: ignore[return-value]  # it stands for a number in all that follows
-        return self.kl_weight_at(self.num_steps)
-
-    def kl_weight_at(self, step: int) -> float:
-        """The weight of ``kl_prior`` at a step (0, 1, ...)."""
-        if callable(self.kl_weight):
-            return _check_weight(self.kl_weight(step), f"kl_weight({step})")
-        return float(self.kl_weight)
 
     def forget(self) -> None:
         self._last = None
@@ -356,12 +379,6 @@ class DecomposedELBO(Objective):
         for site in sites:
             if site.kl_method is not None:
                 logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
-
-
-def _check_weight(weight: float, name: str) -> float:
-    if not isinstance(weight, numbers.Real) or not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{name} must be a finite number, at least 0, not {weight!r}")
-    return float(weight)
 
 
 def _average(

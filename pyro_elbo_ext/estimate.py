@@ -1,14 +1,16 @@
 """One particle: from a pair of traces to its terms, their sums, and what the surrogate's gradient needs.
 
-With weight ``w`` on ``kl_prior`` the objective is ``sum reconstruction - w sum kl_prior``. Its gradient is the pathwise one
-and, for each guide site whose draw is not reparameterized, ``grad log q(site)`` times the cost of the terms that share
-the site's plates (Ranganath, Gerrish and Blei 2014; the Rao-Blackwellization over plates is Pyro's).
+With weight ``w`` on a site's ``kl_prior`` the objective is ``sum reconstruction - sum w kl_prior``. Its gradient is the
+pathwise one and, for each guide site whose draw is not reparameterized, ``grad log q(site)`` times the cost of the terms
+that share the site's plates (Ranganath, Gerrish and Blei 2014; the Rao-Blackwellization over plates is Pyro's). The
+weights are asked for last: with free bits they depend on the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.site_weights import Number, SiteWeights
 from pyro_elbo_ext.terms import Node, Site, Term, log_prob, score_parts
 
 _NAN = float("nan")
+_Scored = tuple[str, Node, Tensor, Tensor | None]  # site, guide node, its log q, its kl_prior if that is analytic
 
 
 class Slots(NamedTuple):
@@ -32,7 +36,7 @@ class Slots(NamedTuple):
     log_q: tuple[int, ...]
     kl_prior: int | None  # None: log q - log p
     scale: float | int  # an int is a place in the ledger
-    num_observations: float | int
+    num_elements: float | int  # data elements of an observed site; of a latent one, if they are counted, its own
 
 
 class Particle(NamedTuple):
@@ -50,47 +54,56 @@ class Ledger:
     ----------
     scalars : list of Tensor
         Sums over sites' batches.
-    weights : list of float or None
-        What the surrogate multiplies each with; None for those that only the record needs.
-    extra : list of Tensor
-        Scalars that only the surrogate needs: score-function terms.
+    signs : list of (float, str or None) or None
+        Each one's sign in the objective, and the site whose weight it has (None: 1); None for those that only the record
+        needs.
+    extra : list of callable
+        Scalars that only the surrogate needs, given the weights: score-function terms.
     starts : list of tuple
         Where each looped particle begins in ``scalars`` and ``extra``.
     """
 
     scalars: list[Tensor] = field(default_factory=list)
-    weights: list[float | None] = field(default_factory=list)
-    extra: list[Tensor] = field(default_factory=list)
+    signs: list[tuple[float, str | None] | None] = field(default_factory=list)
+    extra: list[Callable[[SiteWeights], list[Tensor]]] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)
 
     def begin_particle(self) -> None:
         """What follows belongs to the next looped particle."""
         self.starts.append((len(self.scalars), len(self.extra)))
 
-    def add(self, density: Tensor, weight: float | None) -> int:
+    def add(self, density: Tensor, sign: float | None, site: str | None = None) -> int:
         self.scalars.append(density.sum() if density.dim() else density)
-        self.weights.append(weight)
+        self.signs.append(None if sign is None else (sign, site))
         return len(self.scalars) - 1
 
-    def surrogate_loss(self, num_particles: int) -> Tensor:
+    def surrogate_loss(self, num_particles: int, weights: SiteWeights) -> Tensor:
         """Scalar whose gradient is unbiased for that of the negative objective, averaged over particles."""
-        return self._surrogate_loss(num_particles, (0, 0), (len(self.scalars), len(self.extra)))
+        return self._surrogate_loss(num_particles, weights, (0, 0), (len(self.scalars), len(self.extra)))
 
-    def surrogate_shares(self, num_particles: int) -> Tensor:
+    def surrogate_shares(self, num_particles: int, weights: SiteWeights) -> Tensor:
         """Each looped particle's share of :meth:`surrogate_loss`, shape ``(looped particles,)``."""
         ends = [*self.starts[1:], (len(self.scalars), len(self.extra))]
-        shares = [self._surrogate_loss(num_particles, *place) for place in zip(self.starts, ends, strict=True)]
-        return torch.stack(shares)
+        places = zip(self.starts, ends, strict=True)
+        return torch.stack([self._surrogate_loss(num_particles, weights, *place) for place in places])
 
-    def _surrogate_loss(self, num_particles: int, start: tuple[int, int], end: tuple[int, int]) -> Tensor:
-        used = [i for i in range(start[0], end[0]) if self.weights[i] is not None]
+    def _surrogate_loss(
+        self, num_particles: int, weights: SiteWeights, start: tuple[int, int], end: tuple[int, int]
+    ) -> Tensor:
+        scalars: list[Tensor] = []
+        factors: list[Number] = []
+        for scalar, entry in zip(self.scalars[start[0] : end[0]], self.signs[start[0] : end[0]], strict=True):
+            if entry is not None:
+                sign, site = entry
+                scalars.append(scalar)
+                factors.append(-sign * (1.0 if site is None else weights.of(site)) / num_particles)
         total = torch.zeros(())
-        if used:
-            stacked = stack([self.scalars[i] for i in used])
-            weights = [-weight / num_particles for weight in self.weights[start[0] : end[0]] if weight is not None]
-            total = torch.dot(stacked, weights_like(stacked, weights))
-        for scalar in self.extra[start[1] : end[1]]:
-            total = total - scalar / num_particles
+        if scalars:
+            stacked = stack(scalars)
+            total = torch.dot(stacked, weights_like(stacked, factors))
+        for terms in self.extra[start[1] : end[1]]:
+            for term in terms(weights):
+                total = total - term / num_particles
         return total
 
     def stacked(self) -> Tensor:
@@ -98,8 +111,8 @@ class Ledger:
         return stack(self.scalars).detach() if self.scalars else torch.zeros(0)
 
 
-def weights_like(tensor: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
-    """The weights in one tensor; some are tensors where ``kl_weight`` is an input of a graph that is being traced."""
+def weights_like(tensor: Tensor, weights: Sequence[Number]) -> Tensor:
+    """The weights in one tensor; some are tensors where they depend on values, or are inputs of a graph being traced."""
     if any(isinstance(weight, Tensor) for weight in weights):
         return torch.stack([torch.as_tensor(weight, dtype=tensor.dtype, device=tensor.device) for weight in weights])
     return tensor.new_tensor(weights)
@@ -120,9 +133,9 @@ def evaluate(
     model_trace: Trace,
     guide_trace: Trace,
     *,
-    kl_weight: float,
     max_plate_nesting: float,
     ledger: Ledger,
+    counts_latent: bool = False,
 ) -> Particle:
     """Compute the terms of one pair of traces and enter their sums into the ledger.
 
@@ -132,14 +145,14 @@ def evaluate(
         From :func:`pyro_elbo_ext.terms.read_sites`.
     kls
         For each site how its ``kl_prior`` is computed; None for observed sites.
-    kl_weight
-        Weight of ``kl_prior`` in the objective.
     max_plate_nesting
         For Pyro's validation of shapes; ``inf`` if unknown.
+    counts_latent
+        Whether to count the elements of latent sites.
     """
     terms: list[Term] = []
     slots: list[Slots] = []
-    scored: list[tuple[Node, Tensor, Tensor | None]] = []  # guide node, its log q, its kl_prior if that is analytic
+    scored: list[_Scored] = []
     for site, kl in zip(sites, kls, strict=True):
         if kl is None:
             assert site.p is not None
@@ -157,12 +170,12 @@ def evaluate(
                     log_p = log_prob(site.p, model_trace, max_plate_nesting)
             else:
                 log_p = log_prob(site.p, model_trace, max_plate_nesting)
-            p_at = ledger.add(log_p, None if analytic else kl_weight)
+            p_at = ledger.add(log_p, None if analytic else 1.0, site.name)
         log_qs: tuple[Tensor, ...] = ()
         q_at: tuple[int, ...] = ()
         if kl.log_q is not None:
             log_qs = (kl.log_q,)
-            q_at = (ledger.add(kl.log_q, None if analytic else -kl_weight),)
+            q_at = (ledger.add(kl.log_q, None if analytic else -1.0, site.name),)
         else:
             for node in site.q:
                 log_q, score, entropy_term = score_parts(node, guide_trace, max_plate_nesting)
@@ -170,22 +183,36 @@ def evaluate(
                 if log_q.requires_grad:
                     check_path(node)
                 pathwise = not analytic and entropy_term is log_q
-                q_at += (ledger.add(log_q if pathwise else log_q.detach(), -kl_weight if pathwise else None),)
-                if not analytic and not pathwise and not is_identically_zero(entropy_term):
-                    ledger.extra.append(-kl_weight * entropy_term.sum())  # partly reparameterized
+                q_at += (ledger.add(log_q if pathwise else log_q.detach(), -1.0 if pathwise else None, site.name),)
+                if not analytic and not pathwise and not is_identically_zero(entropy_term):  # partly reparameterized
+                    ledger.extra.append(partial(_entropy_terms, site.name, entropy_term))
                 if not is_identically_zero(score):
-                    scored.append((node, score, kl.value))
-        kl_at = None if kl.value is None else ledger.add(kl.value, -kl_weight)
-        slots.append(Slots(p_at, q_at, kl_at, scale_of(site.p or site.q[-1], ledger), 0.0))
+                    scored.append((site.name, node, score, kl.value))
+        kl_at = None if kl.value is None else ledger.add(kl.value, -1.0, site.name)
+        counted = counts_latent and site.p is not None and log_p is not None
+        count = num_observations(site.p, log_p, ledger) if counted else 0.0  # type: ignore[arg-type]
+        slots.append(Slots(p_at, q_at, kl_at, scale_of(site.p or site.q[-1], ledger), count))
         terms.append(_term(site, log_p, log_qs, kl))
     if scored:
-        costs = _costs(sites, terms, kl_weight)
-        for node, score, own in scored:
-            cost = costs.sum_to(node["cond_indep_stack"])
-            if own is not None:  # given its parents an analytic kl_prior does not depend on the draw
-                cost = cost + kl_weight * own.detach()
-            ledger.extra.append((cost * score).sum())
+        ledger.extra.append(partial(_score_terms, sites, terms, scored))
     return Particle(terms, slots)
+
+
+def _entropy_terms(site: str, entropy_term: Tensor, weights: SiteWeights) -> list[Tensor]:
+    return [-weights.of(site) * entropy_term.sum()]
+
+
+def _score_terms(
+    sites: Sequence[Site], terms: Sequence[Term], scored: Sequence[_Scored], weights: SiteWeights
+) -> list[Tensor]:
+    costs = _costs(sites, terms, weights)
+    extra = []
+    for site, node, score, own in scored:
+        cost = costs.sum_to(node["cond_indep_stack"])
+        if own is not None:  # given its parents an analytic kl_prior does not depend on the draw
+            cost = cost + weights.of(site) * own.detach()
+        extra.append((cost * score).sum())
+    return extra
 
 
 def check_path(node: Node) -> None:
@@ -199,7 +226,7 @@ def check_path(node: Node) -> None:
         )
 
 
-def _costs(sites: Sequence[Site], terms: Sequence[Term], kl_weight: float) -> MultiFrameTensor:
+def _costs(sites: Sequence[Site], terms: Sequence[Term], weights: SiteWeights) -> MultiFrameTensor:
     costs = MultiFrameTensor()
     for site, term in zip(sites, terms, strict=True):
         stack = tuple(frame for frame in (site.p or site.q[-1])["cond_indep_stack"] if frame.vectorized)
@@ -208,7 +235,7 @@ def _costs(sites: Sequence[Site], terms: Sequence[Term], kl_weight: float) -> Mu
             costs.add((stack, term.log_p))
         else:
             assert term.kl_prior is not None
-            costs.add((stack, -kl_weight * term.kl_prior))
+            costs.add((stack, -weights.of(site.name) * term.kl_prior))
     return costs
 
 
@@ -256,7 +283,7 @@ def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]
         log_p = _NAN if slot.log_p is None else host[slot.log_p]
         scale = host[slot.scale] if type(slot.scale) is int else slot.scale
         if info.kind == "observed":
-            count = slot.num_observations
+            count = slot.num_elements
             values.append((log_p, _NAN, _NAN, scale, host[count] if type(count) is int else count, _NAN))
             continue
         log_q = sum([host[at] for at in slot.log_q])
@@ -265,3 +292,27 @@ def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]
             kl_prior = host[slot.kl_prior]
         values.append((log_p, log_q, kl_prior, scale, 0.0, _NAN))
     return values
+
+
+def sums_by_site(
+    particles: Sequence[Particle], scalars: Sequence[Number], num_particles: int
+) -> tuple[dict[str, Number], dict[str, Number]]:
+    """``kl_prior`` of each site that has one, and how many elements the site has, averaged over particles.
+
+    ``scalars`` are the ledger's, on the host or as tensors.
+    """
+    kl_priors: dict[str, Number] = {}
+    counts: dict[str, Number] = {}
+    for particle in particles:
+        for term, slot in zip(particle.terms, particle.slots, strict=True):
+            if term.kind == "observed":
+                continue
+            if slot.kl_prior is not None:
+                kl = scalars[slot.kl_prior]
+            else:
+                kl = sum([scalars[at] for at in slot.log_q])
+                kl = kl if slot.log_p is None else kl - scalars[slot.log_p]
+            count = scalars[slot.num_elements] if type(slot.num_elements) is int else slot.num_elements
+            kl_priors[term.site] = kl_priors.get(term.site, 0.0) + kl / num_particles
+            counts[term.site] = counts.get(term.site, 0.0) + count / num_particles
+    return kl_priors, counts

@@ -152,9 +152,13 @@ class History(Record):
             exactly if a step has a finite one, which is where the objective is not linear in the log weights (IWAE,
             Renyi): the site's part in that bound, ``sum_k g_k (log p_k - log q_k)`` over particles k with g the bound's
             gradient in the log weights. It is no KL, and NaN at steps of the ELBO, where the site's part is
-            ``reconstruction - kl_prior``. The other columns are plain means over particles in either case.
+            ``reconstruction - kl_prior``. The other columns are plain means over particles in either case. If a step has
+            weights by site or free bits, the very last column is ``kl_weight``, the weight of the site's ``kl_prior`` (with
+            free bits, of the greater of it and its floor), NaN at observed sites.
             "step": one row per step, columns ``step, elbo, objective, reconstruction, kl_prior, kl_weight,
-            num_observations``.
+            num_observations``. Where weights differ by site or there are free bits, ``kl_weight`` is
+            ``(reconstruction - objective) / kl_prior``, so that the objective is always ``reconstruction - kl_weight *
+            kl_prior``.
         per_observation
             Divide all values in nats by the step's number of observations, so that runs with different batch sizes
             compare. ``scale``, ``kl_weight`` and ``num_observations`` stay.
@@ -168,7 +172,7 @@ class History(Record):
             raise ValueError(f"by must be 'site' or 'step', got {by!r}")
         divisor = self._divisor() if per_observation else np.ones(self._rows)
         if by == "site":
-            return history_tables.by_site(self._decode(), divisor)
+            return history_tables.by_site(self._decode(), divisor, self.kl_weight)
         columns = {"step": self.steps, "objective": self.objective, "kl_weight": self.kl_weight, **self._totals()}
         return history_tables.by_step(columns, divisor)
 
@@ -219,8 +223,8 @@ class History(Record):
             Coordinates ``step`` and ``site``. ``elbo``, ``objective``, ``kl_weight`` have dims (step,); ``log_p``,
             ``log_q``, ``reconstruction``, ``kl_prior``, ``scale``, ``num_observations`` (step, site), NaN where a step
             didn't have the site; ``kind``, ``kl_method``, ``kl_reason`` (site,), or (step, site) if they change, empty
-            for none; and ``contribution`` (step, site) if any is finite. ``attrs`` holds the identity that ties
-            them and what is needed to go on recording.
+            for none; ``contribution`` (step, site) if any is finite, and ``site_kl_weight`` (step, site) if weights differ
+            by site. ``attrs`` holds the identity that ties them and what is needed to go on recording.
         """
         by_step = {"elbo": self.elbo, "objective": self.objective, "kl_weight": self.kl_weight}
         progress = (self.num_recorded, self._stride, self._tail)

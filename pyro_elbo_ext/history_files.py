@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_elbo_ext.record import LABELS, VALUES, Decoded, SiteInfo
+from pyro_elbo_ext.record import LABELS, SITE_WEIGHT, VALUES, Decoded, SiteInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +39,7 @@ LONG_NAMES = {
     "elbo": "evidence lower bound, every kl_prior with weight 1",
     "objective": "what was optimized: reconstruction - kl_weight * kl_prior",
     "kl_weight": "weight of kl_prior in the objective",
+    SITE_WEIGHT: "weight of the site's kl_prior, or with free bits of the greater of kl_prior and its floor",
     "contribution": "sum_k g_k (log p_k - log q_k), the site's part in the bound; g is its gradient in the log weights",
     "kind": "observed, latent or auxiliary",
     "kl_method": "analytic or sampled; empty where there is no kl_prior",
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 
     step: int
     sites: tuple[SiteInfo, ...]
-    values: Floats  # (sites, values)
+    values: Floats  # (sites, 6), or (sites, 7) with weights by site
     objective: float
     kl_weight: float
 
@@ -96,6 +97,11 @@ def rows_of(dataset: xr.Dataset) -> Iterator[Row]:
     if "contribution" not in dataset:  # none is finite, or the file is older than contributions
         dataset = dataset.assign(contribution=xr.full_like(dataset["log_p"], np.nan))
     values = np.stack([dataset[name].values for name in VALUES], -1)
+    weighted = np.zeros(len(steps), bool)
+    if SITE_WEIGHT in dataset:
+        weights = dataset[SITE_WEIGHT].values
+        values = np.concatenate([values, weights[:, :, None]], -1)
+        weighted = ~np.isnan(weights).all(1)
     # A present site has a 0 in one of the two: kl_prior if observed, reconstruction if not.
     absent = np.isnan(values[:, :, 2]) & np.isnan(dataset["reconstruction"].values)
     labels = [np.broadcast_to(dataset[name].values.astype(object), absent.shape) for name in LABELS]
@@ -109,7 +115,8 @@ def rows_of(dataset: xr.Dataset) -> Iterator[Row]:
         for kind, method, reason in [labels]
     ]
     for row, (step, i) in enumerate(zip(steps, layout.ravel(), strict=True)):
-        yield Row(step, layouts[i], values[row, present[i]], objective[row], kl_weight[row])
+        width = len(VALUES) + weighted[row]
+        yield Row(step, layouts[i], values[row, present[i], :width], objective[row], kl_weight[row])
 
 
 def write(dataset: xr.Dataset, path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 
-from pyro_elbo_ext.record import LABELS, Decoded
+from pyro_elbo_ext.record import LABELS, SITE_WEIGHT, Decoded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,8 +19,12 @@ BY_STEP = ["step", "elbo", "objective", "reconstruction", "kl_prior", "kl_weight
 PER_OBSERVATION = ("log_p", "log_q", "reconstruction", "kl_prior", "elbo", "objective", "contribution")
 
 
-def by_site(decoded: Decoded, divisor: Floats) -> pd.DataFrame:
-    """One row per (step, site), columns ``BY_SITE`` and ``contribution`` if there are any; nats over ``divisor`` (rows,)."""
+def by_site(decoded: Decoded, divisor: Floats, kl_weight: Floats) -> pd.DataFrame:
+    """One row per (step, site), columns ``BY_SITE``; nats over ``divisor`` (rows,).
+
+    With ``contribution`` and ``kl_weight`` if there are any; a step without weights by site has its own, ``kl_weight``
+    (rows,), at each site with a ``kl_prior``.
+    """
     row, site = np.nonzero(decoded.present)
     columns: dict[str, Any] = {
         name: column[decoded.present] for name, column in {**decoded.values, **decoded.labels}.items()
@@ -28,7 +32,13 @@ def by_site(decoded: Decoded, divisor: Floats) -> pd.DataFrame:
     columns["step"] = decoded.steps[row]
     columns["site"] = np.array(decoded.names, object)[site]
     columns.update({name: columns[name] / divisor[row] for name in PER_OBSERVATION if name in columns})
-    return pd.DataFrame(columns, columns=[*BY_SITE, "contribution"] if decoded.has_contributions else BY_SITE)
+    names = [*BY_SITE, *["contribution"] * decoded.has_contributions, *["kl_weight"] * decoded.has_site_weights]
+    if decoded.has_site_weights:
+        weights = decoded.values[SITE_WEIGHT]
+        without = np.flatnonzero(np.isnan(weights).all(1))
+        by_step = np.isin(row, without) & (columns["kind"] != "observed")
+        columns["kl_weight"] = np.where(by_step, kl_weight[row], columns[SITE_WEIGHT])
+    return pd.DataFrame(columns, columns=names)
 
 
 def by_step(columns: dict[str, NDArray[Any]], divisor: Floats) -> pd.DataFrame:

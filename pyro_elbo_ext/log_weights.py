@@ -20,6 +20,7 @@ from pyro_elbo_ext.gradients import Gradient, Path, Weights
 from pyro_elbo_ext.particles import Draw
 from pyro_elbo_ext.placement import Placement
 from pyro_elbo_ext.plate_costs import PlateScores, Stack
+from pyro_elbo_ext.site_weights import Number, SiteWeights
 from pyro_elbo_ext.terms import Node, Site, log_prob, score_parts
 
 
@@ -123,11 +124,11 @@ def vectorized(node: Node) -> Stack:
     return tuple([frame for frame in node["cond_indep_stack"] if frame.vectorized])
 
 
-def plate_scores(densities: Densities, sites: Sequence[Site], kl_weight: float) -> PlateScores:
+def plate_scores(densities: Densities, sites: Sequence[Site], kl_weights: SiteWeights) -> PlateScores:
     """The draw's costs and scores with their plates, for a bound that is the sum of its terms."""
     costs = []
     for site, (log_p, log_qs) in zip(sites, densities.full, strict=True):
-        weight = 1.0 if site.kind == "observed" else kl_weight
+        weight = 1.0 if site.kind == "observed" else kl_weights.of(site.name)
         if site.p is not None and log_p is not None:
             costs.append((vectorized(site.p), weight * log_p))
         costs.extend((vectorized(node), -weight * log_q) for node, log_q in zip(site.q, log_qs, strict=True))
@@ -182,33 +183,41 @@ class LogWeights:
     outer_scores: Tensor | None
     paths: list[Path]
 
-    def weights(self, placement: Placement, gradient: Gradient, kl_weight: float = 1.0) -> Weights:
+    def weights(self, placement: Placement, gradient: Gradient, kl_weights: SiteWeights) -> Weights:
         """Log weights, divided by the scale that is taken outside, and what the estimator needs beside them."""
-        all_of_it = self._signed([True] * len(self.columns), placement, kl_weight)
+        all_of_it = self._signed([True] * len(self.columns), placement, kl_weights)
         direct = scored = None
         if gradient.separate_paths:
-            direct = self._signed([column.is_direct for column in self.columns], placement, kl_weight)
+            direct = self._signed([column.is_direct for column in self.columns], placement, kl_weights)
         if self.scores is not None:
-            scored = -self._signed([column.is_scored for column in self.columns], placement, kl_weight)
+            scored = -self._signed([column.is_scored for column in self.columns], placement, kl_weights)
         return Weights(all_of_it, direct, scored, self.scores, self.corrections, self.paths)
 
-    def outer(self, kl_weight: float, *, without_scores: bool = False) -> Tensor | None:
+    def kl_priors(self) -> dict[str, Number]:
+        """``log q - log p`` of each latent or auxiliary site, averaged over particles: detached float64 scalars."""
+        sums: dict[str, Number] = {}
+        for column, value in zip(self.columns, self.values.detach().double().mean(0), strict=True):
+            if column.is_prior or column.sign < 0:
+                sums[column.site] = sums.get(column.site, 0.0) - column.sign * value.sum()
+        return sums
+
+    def outer(self, kl_weights: SiteWeights, *, without_scores: bool = False) -> Tensor | None:
         """What the sites outside the bound add to the objective, a scalar; None if there are no such sites.
 
         ``without_scores`` leaves out log q of the draws without a path, whose own gradient is zero in expectation.
         """
         if self.outer_values is None:
             return None
-        signs = _signs(self.outer_columns, kl_weight)
+        signs = _signs(self.outer_columns, kl_weights)
         if without_scores:
             signs = [0.0 if of.is_scored else sign for of, sign in zip(self.outer_columns, signs, strict=True)]
         return torch.dot(self.outer_values, weights_like(self.outer_values, signs))
 
-    def _signed(self, use: Sequence[bool], placement: Placement, kl_weight: float) -> Tensor:
+    def _signed(self, use: Sequence[bool], placement: Placement, kl_weights: SiteWeights) -> Tensor:
         outside = placement.outside
         divisor = outside if isinstance(outside, float) else 1.0
         signs = [
-            sign / divisor if used else 0.0 for used, sign in zip(use, _signs(self.columns, kl_weight), strict=True)
+            sign / divisor if used else 0.0 for used, sign in zip(use, _signs(self.columns, kl_weights), strict=True)
         ]
         taken = self.values
         if not all(use):  # a column left out must not matter, not even if it is infinite
@@ -219,8 +228,10 @@ class LogWeights:
         return total if isinstance(outside, float) else total / outside
 
 
-def _signs(columns: Sequence[Column], kl_weight: float) -> list[float]:
-    return [column.sign * (kl_weight if column.is_prior or column.sign < 0 else 1.0) for column in columns]
+def _signs(columns: Sequence[Column], kl_weights: SiteWeights) -> list[Number]:
+    return [
+        column.sign * (kl_weights.of(column.site) if column.is_prior or column.sign < 0 else 1.0) for column in columns
+    ]
 
 
 def join(particles: Sequence[Densities], paths: list[Path], num_vectorized: int | None) -> LogWeights:

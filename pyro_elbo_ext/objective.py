@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyro
 import torch
+from numpy.typing import NDArray
 from pyro.infer import ELBO
 from pyro.poutine import Trace
 from torch import Tensor
@@ -24,15 +25,17 @@ from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.kl import Structure, read_structure
 from pyro_elbo_ext.per_pair import PerPair
 from pyro_elbo_ext.registration import check_registered, collects_parameters, parameters_of
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Terms, check_pair, run_pair
+from pyro_elbo_ext.terms import PARTICLE_PLATE, Site, Terms, check_pair, run_pair
 
 Program = Callable[..., Any]
 Signature = tuple[object, ...]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Floats = NDArray[np.float64]
 Values = list[tuple[float, ...]]
 Totals = tuple[float, float, Values]  # reconstruction (or the bound), kl_prior, and each site's numbers
 Read = Callable[[list[float]], Totals]
+Weight = float | list[float]  # of ``kl_prior``: one, or those of the sites that are named
 
 _MAX_STRUCTURES = 64  # of a program whose sites vary without end
 
@@ -53,13 +56,15 @@ class Pair:
 class Traced:
     """An evaluation that is being traced into a graph; see :mod:`pyro_elbo_ext.compile`.
 
-    ``kl_weight`` is an input of the graph. ``scalars`` become an output, which ``read``, linear in them, makes into what
-    the history takes.
+    ``kl_weight`` is an input of the graph: a scalar, or the weights of the sites that are named, shape ``(sites,)``.
+    ``scalars`` become an output, which ``read``, linear in them, makes into what the history takes. ``penalty`` is what
+    the objective takes off the reconstruction where it is not ``kl_weight`` times ``kl_prior``.
     """
 
     kl_weight: Tensor
     scalars: Tensor | None = None
     read: Read | None = None
+    penalty: Tensor | None = None
 
     def transfer(self, scalars: Tensor, read: Read) -> Totals:
         """Keep both; give the numbers of this one run."""
@@ -78,6 +83,8 @@ class Evaluation:
         What the history takes: the sites, and for each its numbers.
     objective : float
         The bound, or the weighted ELBO; what the history calls by that name.
+    kl_weight : float or list of float
+        The weight of ``kl_prior``, or those of the sites that are named.
     surrogate : callable
         Gives each particle's share of a function whose gradient estimates that of the *loss*, shape ``(K,)``, or their
         sum, a scalar, where the particles' shares cannot be told apart.
@@ -90,7 +97,7 @@ class Evaluation:
     sites: tuple[SiteInfo, ...]
     values: Values
     objective: float
-    kl_weight: float
+    kl_weight: Weight
     surrogate: Callable[[], Tensor]
     model_parameters: Callable[[], list[str]]
 
@@ -102,6 +109,7 @@ class Objective(ELBO):
     """
 
     maximized = True  # the loss is the negative objective
+    _weighs_by_site = False  # whether the objective is other than reconstruction - kl_weight * kl_prior
     _tracks_dependencies = False  # what closed forms need
 
     def __init__(
@@ -202,6 +210,18 @@ class Objective(ELBO):
 
     def _loss(self, evaluation: Evaluation) -> float:
         return -evaluation.objective if self.maximized else evaluation.objective
+
+    def _check_sites(self, sites: list[Site]) -> None:
+        """Raise ValueError if the objective names sites that do not fit these."""
+
+    def _recorded(
+        self, sites: tuple[SiteInfo, ...], rows: Floats, objective: Floats, kl_weights: list[Weight]
+    ) -> tuple[Floats, Floats]:
+        """What the history takes of n steps: the sites' values, and the weight of ``kl_prior`` as one number."""
+        return rows, np.array(kl_weights)
+
+    def _follow(self, sites: tuple[SiteInfo, ...], values: Floats) -> None:
+        """Take in a step's values, where the next step's weight depends on them."""
 
     def _check_trainable(self, evaluation: Evaluation) -> None:
         """Raise ValueError if SVI must not train what the loss depends on."""
@@ -334,14 +354,19 @@ class Objective(ELBO):
         history.append_gradients(recorded)
 
     def _record(self, evaluation: Evaluation) -> None:
+        values = np.array(evaluation.values).reshape(-1, len(VALUES))
+        self._record_step(evaluation.sites, values, evaluation.objective, evaluation.kl_weight)
+
+    def _record_step(self, sites: tuple[SiteInfo, ...], values: Floats, objective: float, weight: Weight) -> None:
+        """Enter a step into the history, and count it."""
+        self._follow(sites, values)
         if self.history is not None:
-            self.history.append(
-                self.num_steps,
-                evaluation.sites,
-                np.array(evaluation.values).reshape(-1, len(VALUES)),
-                objective=evaluation.objective,
-                kl_weight=evaluation.kl_weight,
-            )
+            kl_weight = weight
+            if self._weighs_by_site:
+                rows, weights = self._recorded(sites, values[None], np.array([objective]), [weight])
+                values, kl_weight = rows[0], float(weights[0])
+            assert not isinstance(kl_weight, list)
+            self.history.append(self.num_steps, sites, values, objective=objective, kl_weight=kl_weight)
         self.num_steps += 1
 
 

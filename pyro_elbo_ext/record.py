@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 VALUES = ("log_p", "log_q", "kl_prior", "scale", "num_observations", "contribution")
 KINDS = ("observed", "latent", "auxiliary")
 LABELS = ("kind", "kl_method", "kl_reason")
+SITE_WEIGHT = "site_kl_weight"  # a seventh value, where weights differ by site
 
 
 class SiteInfo(NamedTuple):
@@ -46,6 +47,11 @@ class Decoded(NamedTuple):
         """Whether the objective of some step was a bound that is not linear in the log weights."""
         return bool(np.isfinite(self.values["contribution"]).any())
 
+    @property
+    def has_site_weights(self) -> bool:
+        """Whether some step has a weight of ``kl_prior`` for each site."""
+        return SITE_WEIGHT in self.values
+
 
 class Record:
     """Every site's values at every step, at bounded memory.
@@ -72,8 +78,8 @@ class Record:
         self._kl_weight = np.empty(0)
         self._layout = np.empty(0, np.int32)  # per row: which of _layouts
         self._flat = np.empty(0)  # the values of all rows end to end: rows differ in length where layouts do
-        self._layouts: list[tuple[SiteInfo, ...]] = []
-        self._ids: dict[tuple[SiteInfo, ...], int] = {}
+        self._layouts: list[tuple[tuple[SiteInfo, ...], int]] = []  # sites, and values of each
+        self._ids: dict[tuple[tuple[SiteInfo, ...], int], int] = {}
         self._order: dict[str, int] = {}  # site -> rank by first appearance
         self._sites: tuple[SiteInfo, ...] | None = None
         self._id = 0
@@ -90,15 +96,15 @@ class Record:
             Greater than the last recorded step; steps need not be consecutive.
         sites
             What the rows of ``values`` are. It may change between steps.
-        values : (len(sites), 6) array
+        values : (len(sites), 6) or (len(sites), 7) array
             Columns ``VALUES``: each summed over the site's batch, averaged over particles, NaN where it doesn't apply.
             ``contribution`` is the site's part in a bound that is not linear in the log weights (IWAE, Renyi),
             ``sum_k g_k (log p_k - log q_k)`` over particles k with g the gradient of the bound in the log weights;
             NaN where the objective is the ELBO, to which a site contributes ``reconstruction - kl_prior``.
-            It is copied.
+            The seventh, where weights differ by site, is the weight of the site's ``kl_prior``. It is copied.
         objective, kl_weight
             What was optimized: the weighted objective, ``sum(reconstruction) - kl_weight * sum(kl_prior)``, and its
-            weight; or a bound that is not linear in the log weights.
+            weight, NaN if there is no such number; or a bound that is not linear in the log weights.
 
         Raises
         ------
@@ -109,10 +115,10 @@ class Record:
             The shape of ``values`` doesn't fit ``sites``, two sites share a name, a kind is unknown, or the step does
             not increase. The history is then unchanged.
         """
-        if sites is not self._sites:
-            self._switch_layout(sites)
         if not isinstance(values, np.ndarray):
             raise TypeError(f"values must be a numpy array, got {type(values).__name__}")
+        if sites is not self._sites or values.shape != self._shape:
+            self._switch_layout(sites, values)
         if values.shape != self._shape:
             raise ValueError(
                 f"values has shape {values.shape}, but {len(sites)} sites need {self._shape}: "
@@ -154,15 +160,15 @@ class Record:
         Parameters
         ----------
         steps, objective, kl_weight : (n,) arrays
-        values : (n, len(sites), 6) array
+        values : (n, len(sites), 6) or (n, len(sites), 7) array
 
         Raises
         ------
         ValueError
             As :meth:`append` does; the history is then unchanged.
         """
-        if sites is not self._sites:
-            self._switch_layout(sites)
+        if sites is not self._sites or values.shape[1:] != self._shape:
+            self._switch_layout(sites, values)
         if values.shape != (len(steps), *self._shape):
             raise ValueError(
                 f"values has shape {values.shape}, but {len(steps)} steps need {(len(steps), *self._shape)}"
@@ -189,23 +195,25 @@ class Record:
             done += count
             self._last_step = int(steps[done - 1])
 
-    def _switch_layout(self, sites: tuple[SiteInfo, ...]) -> None:
+    def _switch_layout(self, sites: tuple[SiteInfo, ...], values: Floats) -> None:
         if not isinstance(sites, tuple):
             raise TypeError(f"sites must be a tuple of SiteInfo, got {type(sites).__name__}")
-        if sites not in self._ids:
+        width = len(VALUES) + (values.shape[-1:] == (len(VALUES) + 1,))
+        layout = sites, width
+        if layout not in self._ids:
             names = [info.site for info in sites]
             if len(set(names)) < len(names):
                 raise ValueError(f"site {max(names, key=names.count)!r} occurs more than once in sites")
             for info in sites:
                 if info.kind not in KINDS:
                     raise ValueError(f"site {info.site!r} has kind {info.kind!r}; it must be one of {', '.join(KINDS)}")
-            self._ids[sites] = len(self._layouts)
-            self._layouts.append(sites)
+            self._ids[layout] = len(self._layouts)
+            self._layouts.append(layout)
             for name in names:
                 self._order.setdefault(name, len(self._order))
         self._sites = sites
-        self._id = self._ids[sites]
-        self._shape = (len(sites), len(VALUES))
+        self._id = self._ids[layout]
+        self._shape = (len(sites), width)
 
     def _make_room(self) -> None:
         if self._rows == self.max_steps:
@@ -223,7 +231,7 @@ class Record:
 
     def _lengths(self) -> NDArray[np.int64]:
         """Numbers per row, by layout."""
-        return np.fromiter((len(sites) * len(VALUES) for sites in self._layouts), np.int64)
+        return np.fromiter((len(sites) * width for sites, width in self._layouts), np.int64)
 
     def _thin(self, max_steps: int) -> None:
         records = self._records()
@@ -252,8 +260,8 @@ class Record:
             self._layout[:rows] = np.searchsorted(alive, self._layout[:rows])
             self._id = int(np.searchsorted(alive, self._id))
             self._layouts = [self._layouts[i] for i in alive]
-            self._ids = {sites: i for i, sites in enumerate(self._layouts)}
-            names = {info.site for sites in self._layouts for info in sites}
+            self._ids = {layout: i for i, layout in enumerate(self._layouts)}
+            names = {info.site for sites, _ in self._layouts for info in sites}
             self._order = {name: i for i, name in enumerate(n for n in self._order if n in names)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,7 +286,11 @@ class Record:
 
     @property
     def kl_weight(self) -> Floats:
-        """The weight of ``kl_prior`` in the objective at every kept step, shape ``(len(record),)``."""
+        """The weight of ``kl_prior`` in the objective at every kept step, shape ``(len(record),)``.
+
+        Where weights differ by site, or there are free bits, it is ``(reconstruction - objective) / kl_prior``, and NaN
+        where ``kl_prior`` is 0.
+        """
         return self._kl_weight[: self._rows].copy()
 
     @property
@@ -316,7 +328,7 @@ class Record:
         return {name: float(value) for name, value in {**totals, **means}.items()}
 
     def _groups(self, first: int = 0) -> Iterator[tuple[tuple[SiteInfo, ...], NDArray[np.int64], Floats]]:
-        """Per layout: its sites, its row numbers counted from ``first``, and its values (rows, sites, 6)."""
+        """Per layout: its sites, its row numbers counted from ``first``, and its values (rows, sites, 6 or 7)."""
         layout = self._layout[: self._rows]
         lengths = self._lengths()
         starts = (np.cumsum(lengths[layout]) - lengths[layout])[first:]
@@ -326,7 +338,8 @@ class Record:
                 values = self._flat[self._used - rows.size * lengths[i] : self._used]
             else:
                 values = self._flat[starts[rows, None] + np.arange(lengths[i])]
-            yield self._layouts[i], rows, values.reshape(rows.size, len(self._layouts[i]), len(VALUES))
+            sites, width = self._layouts[i]
+            yield sites, rows, values.reshape(rows.size, len(sites), width)
 
     def _totals(self) -> dict[str, Floats]:
         totals = {name: np.empty(self._rows) for name in ("reconstruction", "kl_prior", "num_observations")}
@@ -339,17 +352,18 @@ class Record:
 
     def _decode(self, first: int = 0) -> Decoded:
         layouts = [self._layouts[i] for i in np.unique(self._layout[first : self._rows])]
-        names = sorted({info.site for sites in layouts for info in sites}, key=self._order.__getitem__)
+        names = sorted({info.site for sites, _ in layouts for info in sites}, key=self._order.__getitem__)
+        weighted = [SITE_WEIGHT] if any(width > len(VALUES) for _, width in layouts) else []
         shape = (self._rows - first, len(names))
         present = np.zeros(shape, bool)
-        columns = {name: np.full(shape, np.nan) for name in (*VALUES[:2], "reconstruction", *VALUES[2:])}
+        columns = {name: np.full(shape, np.nan) for name in (*VALUES[:2], "reconstruction", *VALUES[2:], *weighted)}
         labels = {name: np.full(shape, None, object) for name in LABELS}
         position = {name: i for i, name in enumerate(names)}
         for sites, rows, values in self._groups(first):
             cells = np.ix_(rows, np.array([position[info.site] for info in sites], np.int64))
             observed = np.array([info.kind == "observed" for info in sites], bool)
             present[cells] = True
-            for i, name in enumerate(VALUES):
+            for i, name in enumerate((*VALUES, *weighted)[: values.shape[2]]):
                 columns[name][cells] = values[:, :, i]
             columns["kl_prior"][cells] = np.where(observed, 0.0, values[:, :, 2])
             columns["reconstruction"][cells] = np.where(observed, values[:, :, 0], 0.0)

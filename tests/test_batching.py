@@ -23,6 +23,7 @@ from pyro_elbo_ext.batch_check import check_batched
 from pyro_elbo_ext.batching import Batched, run_batched
 from pyro_elbo_ext.estimate import Ledger, evaluate
 from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.site_weights import SiteWeights
 from pyro_elbo_ext.supply import CannotBatch
 from pyro_elbo_ext.terms import PARTICLE_PLATE, log_prob, read_sites, score_parts, trace_pair
 from tests.oracles import PROBLEMS, Problem
@@ -198,8 +199,8 @@ def test_score_function_gradients_equal_the_loop(problem: Problem) -> None:
         for traces in pairs:
             sites = read_sites(*traces)
             kls = [None if site.kind == "observed" else KLPrior("sampled", "") for site in sites]
-            evaluate(sites, kls, *traces, kl_weight=0.7, max_plate_nesting=float("inf"), ledger=ledger)
-        return gradients(ledger.surrogate_loss(K))
+            evaluate(sites, kls, *traces, max_plate_nesting=float("inf"), ledger=ledger)
+        return gradients(ledger.surrogate_loss(K, SiteWeights(0.7)))
 
     result = assert_batches(problem.model, problem.guide)
     loop = []

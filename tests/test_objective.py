@@ -54,7 +54,7 @@ def test_arguments_are_those_of_elbo_in_the_same_order() -> None:
     theirs = list(inspect.signature(ELBO.__init__).parameters.values())
     ours = list(inspect.signature(DecomposedELBO.__init__).parameters.values())
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
-    assert [p.name for p in ours[len(theirs) :]] == ["kl", "kl_weight", "gradient", "history"]
+    assert [p.name for p in ours[len(theirs) :]] == ["kl", "kl_weight", "free_bits", "gradient", "history"]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
     elbo = DecomposedELBO(3, 2, None, True)
     assert (elbo.num_particles, elbo.vectorize_particles, elbo.max_plate_nesting) == (3, True, 3)

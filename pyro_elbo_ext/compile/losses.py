@@ -7,7 +7,7 @@ summed in double precision as Python sums them, so that the value is the same to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,11 @@ from torch.distributions import kl_divergence
 from pyro_elbo_ext.compile.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.objective import Objective, Program, Read, Traced
+from pyro_elbo_ext.objective import Objective, Program, Read, Traced, Weight
 from pyro_elbo_ext.record import SiteInfo
+from pyro_elbo_ext.weighting import Geco
+
+Weighting = tuple[object, ...]
 
 
 class Value(NamedTuple):
@@ -52,16 +55,31 @@ class TracedLoss:
         Whether a loss that is not finite must leave the parameters as they were.
     sites : tuple of SiteInfo
         What the rows of the table are.
+    weighting : tuple
+        The sites whose ``kl_prior`` has a weight of its own, and what else of the weights is written into a graph.
+    one_by_one : bool
+        Whether the weight of a step depends on the step before.
     """
 
     guards = False
     sites: tuple[SiteInfo, ...] = ()
 
+    @property
+    def weighting(self) -> Weighting:
+        return (), None
+
+    @property
+    def one_by_one(self) -> bool:
+        return False
+
     def __call__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: Tensor) -> Value:
-        """Evaluate once; ``kl_weight`` is a float64 scalar, used where the loss has such a weight."""
+        """Evaluate once; ``kl_weight`` is a float64 scalar, used where the loss has such a weight.
+
+        If sites have weights of their own it is theirs, shape ``(sites,)``.
+        """
         raise NotImplementedError
 
-    def kl_weights(self, start: int, steps: int) -> list[float]:
+    def kl_weights(self, start: int, steps: int) -> list[Weight]:
         """The weights at some steps, counted from the next one."""
         return [1.0] * steps
 
@@ -223,14 +241,28 @@ class _OfObjective(TracedLoss):
         reading = _reading(traced.read, len(scalars))
         self.sites = evaluation.sites
         table = _combine(scalars, reading.weights) + scalars.new_tensor(reading.offset)
-        reconstruction, kl_prior = _combine(scalars, [reading.value, reading.kl_prior])
-        value = reconstruction - kl_weight * kl_prior
+        value, kl_prior = _combine(scalars, [reading.value, reading.kl_prior])
+        if traced.penalty is not None:
+            value = value - traced.penalty
+        elif reading.kl_prior:
+            value = value - kl_weight * kl_prior
         return Value(-value if objective.maximized else value, surrogate, table)
 
-    def kl_weights(self, start: int, steps: int) -> list[float]:
+    @property
+    def weighting(self) -> Weighting:
+        if not isinstance(self._loss, DecomposedELBO):
+            return (), None
+        free_bits = self._loss.free_bits
+        return self._loss.weighted_sites, tuple(free_bits.items()) if isinstance(free_bits, Mapping) else free_bits
+
+    @property
+    def one_by_one(self) -> bool:
+        return isinstance(self._loss, DecomposedELBO) and isinstance(self._loss.kl_weight, Geco)
+
+    def kl_weights(self, start: int, steps: int) -> list[Weight]:
         objective = self._loss
         if not isinstance(objective, DecomposedELBO):
             return [1.0] * steps
-        if not callable(objective.kl_weight):
+        if isinstance(objective.kl_weight, float | int):
             return [float(objective.kl_weight)] * steps
         return [objective.kl_weight_at(objective.num_steps + start + i) for i in range(steps)]

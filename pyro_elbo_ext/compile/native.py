@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.compile.kernel_calls import LINEAR_ALGEBRA, Calls, NotNative, record
+from pyro_elbo_ext.objective import Weight
 from pyro_elbo_ext.record import VALUES
 
 _SOURCE = """
@@ -22,7 +23,7 @@ extern "C" long steps(long count, char** at, void** kernel, const long* seeds, c
     try {{
         for (; i < count; i++) {{
 {seeds}
-            *(double*) at[{weight}] = weights[i];
+            __builtin_memcpy(at[{weight}], weights + i * {weights}, {weights} * sizeof(double));
 {calls}
             losses[i] = *(const double*) at[{loss}];
             __builtin_memcpy(tables + i * {width}, at[{table}], {width} * sizeof(double));
@@ -59,7 +60,8 @@ class NativeSteps:
     inputs
         What it is called with.
     good
-        Which of the inputs says whether all losses were finite; the next one is the weight of ``kl_prior``.
+        Which of the inputs says whether all losses were finite; the next one is the weight of ``kl_prior``, or the weights
+        of sites.
     written
         Which of them the step may write to.
 
@@ -79,6 +81,8 @@ class NativeSteps:
         if len({bounds[:2] for bounds in calls.seeds}) > 1:
             raise NotNative("it draws seeds of several kinds")
         self._width = table.numel()
+        self._of_weights = tuple(inputs[good + 1].shape[1:])  # of one step
+        self._num_weights = inputs[good + 1].numel()
         self._num_seeds = sum(seeds.numel() for _, _, seeds in calls.seeds)
         self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
         self._addresses = [tensor.data_ptr() for tensor in inputs]
@@ -104,6 +108,7 @@ class NativeSteps:
             seeds=_indented(seeds),
             calls=_indented(lines),
             weight=weight,
+            weights=self._num_weights,
             good=ok,
             loss=value,
             table=row,
@@ -119,11 +124,13 @@ class NativeSteps:
         self._at = (pointer * len(slots))(*slots)
         self._kernels = (pointer * len(libraries))(*[ctypes.cast(of.kernel, pointer).value for of in libraries])
         self._keep = calls, compiled, libraries
-        # of a single step: weight, loss, the number of steps, and the table
-        numbers, drawn = np.zeros(3 + self._width), torch.zeros(1, self._num_seeds, dtype=torch.int64)
-        at_weight = numbers.ctypes.data
-        self._single = numbers, (drawn.data_ptr(), at_weight, at_weight + 8, at_weight + 24, at_weight + 16), drawn
-        self._row = numbers[3:].reshape(-1, len(VALUES))
+        # of a single step: loss, the number of steps, the weights, and the table
+        numbers = np.zeros(2 + self._num_weights + self._width)
+        drawn = torch.zeros(1, self._num_seeds, dtype=torch.int64)
+        at_loss, table_at = numbers.ctypes.data, 2 + self._num_weights
+        addresses = (drawn.data_ptr(), at_loss + 16, at_loss, at_loss + 8 * table_at, at_loss + 8)
+        self._single = numbers, addresses, drawn
+        self._weights, self._row = numbers[2:table_at], numbers[table_at:].reshape(-1, len(VALUES))
         self._check(
             compiled, inputs, [inputs[i] for i in written], max((_TOLERANCE[of] for of in calls.sums), default=0.0)
         )
@@ -147,7 +154,7 @@ class NativeSteps:
         taken
             Takes the results, even if a step fails.
         weights
-            Of ``kl_prior``, float64, shape ``(count,)``.
+            Of ``kl_prior``, float64, shape ``(count,)``, or ``(count, sites)``; contiguous.
         inputs
             As at construction, with the same shapes and strides; those that hold ``good`` and the weight are written to.
         """
@@ -158,14 +165,14 @@ class NativeSteps:
         tensors = seeds, weights, taken.losses, taken.tables, taken.count
         self._run(count, inputs, *map(Tensor.data_ptr, tensors))
 
-    def once(self, weight: float, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
+    def once(self, weight: Weight, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites, 6)``, in memory that the next step writes to."""
         numbers, addresses, seeds = self._single
-        numbers[0] = weight
+        self._weights[:] = weight
         if self._num_seeds:
             torch.randint(*self._bounds, seeds.shape, out=seeds)
         self._run(1, inputs, *addresses)
-        return float(numbers[1]), self._row
+        return float(numbers[0]), self._row
 
     def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> None:
         current = list(map(Tensor.data_ptr, inputs))
@@ -191,7 +198,7 @@ class NativeSteps:
     ) -> None:
         """Take one step by Python and one by C from the same state, compare, and undo both."""
         before = [tensor.clone() for tensor in written]
-        weights = torch.ones(1, dtype=torch.float64)
+        weights = torch.ones((1, *self._of_weights), dtype=torch.float64)
 
         def outcome(step: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
             with torch.random.fork_rng(devices=[]):

@@ -23,6 +23,7 @@ from pyro_elbo_ext.compile.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
+from pyro_elbo_ext.objective import Weight
 from pyro_elbo_ext.record import VALUES
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Program:
         self._guards = loss.guards
         tensors = [p for _, p in parameters]
         device = tensors[0].device if tensors else torch.device("cpu")
-        self._weight = torch.ones((), dtype=torch.float64, device=device)
+        self._weight = torch.ones(_shape(loss), dtype=torch.float64, device=device)
         # an argument may be the very tensor that the program reads elsewhere too: the tracer must not confuse the two
         inputs = [*tensors, self._weight, *[tensor.detach() for tensor in arguments.tensors]]
         with nothing_changed((model, guide)):
@@ -75,7 +76,7 @@ class Program:
         logger.info("traced the step in %.1f s", self.compile_time)
         self.step_seconds = math.inf  # the least that a graph of one step has taken
         self._compiled: dict[int | str, Compiled] = {}
-        self._prefix: dict[int, tuple[list[Tensor], Tensor, list[float]]] = {}
+        self._prefix: dict[int, tuple[list[Tensor], Tensor, list[Weight]]] = {}
         self._native: NativeSteps | NotNative | None = None
         self._written = [i - len(inputs) for i in written_inputs(self._capture.graph) if i >= len(inputs)]
 
@@ -126,7 +127,7 @@ class Program:
             self.compile_time += time.perf_counter() - start
         return self._native if isinstance(self._native, NativeSteps) else None
 
-    def take(self, steps: int, kl_weights: list[float], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def take(self, steps: int, kl_weights: list[Weight], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and tables, shape ``(steps, sites * 6)``."""
         inputs, weights, known = self._prefix.get(steps) or self._prepare(steps, kl_weights)
         if kl_weights != known:
@@ -141,11 +142,11 @@ class Program:
             self.step_seconds = min(self.step_seconds, time.perf_counter() - start)
         return losses, tables
 
-    def repeat(self, native: NativeSteps, taken: Taken, kl_weights: list[float], arguments: Sequence[Tensor]) -> None:
+    def repeat(self, native: NativeSteps, taken: Taken, kl_weights: list[Weight], arguments: Sequence[Tensor]) -> None:
         """Take as many steps as there are weights; less if the loss is not finite."""
         native(taken, torch.tensor(kl_weights, dtype=torch.float64), self._inputs_of_one(arguments))
 
-    def take_one(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
+    def take_one(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites, 6)``, which the next step may overwrite."""
         native = self.native(arguments)
         if native is not None:
@@ -154,10 +155,10 @@ class Program:
         return losses.item(), tables[0].cpu().numpy().reshape(len(self.sites), len(VALUES))
 
     def _inputs_of_one(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        prefix = self._prefix.get(1) or self._prepare(1, [1.0])
+        prefix = self._prefix.get(1) or self._prepare(1, [self._weight.tolist()])
         return [*prefix[0], *arguments, *self._capture.captured]
 
-    def _prepare(self, steps: int, kl_weights: list[float]) -> tuple[list[Tensor], Tensor, list[float]]:
+    def _prepare(self, steps: int, kl_weights: list[Weight]) -> tuple[list[Tensor], Tensor, list[Weight]]:
         assert self.binding is not None
         weights = torch.tensor(kl_weights, dtype=torch.float64, device=self._weight.device)
         self._prefix[steps] = [*self.binding.tensors(), weights], weights, list(kl_weights)
@@ -171,7 +172,7 @@ class Program:
             function = self._compile(steps, made, inputs, f"{steps} step{'s' * (steps > 1)} in one graph")
         return function
 
-    def value(self, kl_weight: float, arguments: Sequence[Tensor]) -> Tensor:
+    def value(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> Tensor:
         """The loss alone."""
         inputs = self._evaluated(kl_weight, arguments)
         function = self._compiled.get("value")
@@ -180,7 +181,7 @@ class Program:
         with torch.no_grad():
             return function(*inputs)[0]
 
-    def gradients(self, kl_weight: float, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def gradients(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """The loss, the table, and each parameter's gradient."""
         inputs = self._evaluated(kl_weight, arguments)
         function = self._compiled.get("gradients")
@@ -191,8 +192,8 @@ class Program:
         remaining = iter(known)
         return loss, table, [next(remaining) if reached else None for reached in self.reached]
 
-    def _evaluated(self, kl_weight: float, arguments: Sequence[Tensor]) -> list[Tensor]:
-        self._weight.fill_(kl_weight)
+    def _evaluated(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> list[Tensor]:
+        self._weight.copy_(torch.tensor(kl_weight, dtype=torch.float64))
         return [*[p for _, p in self.parameters], self._weight, *arguments, *self._capture.captured]
 
     def _compile(self, key: int | str, function: Compiled, inputs: Sequence[Tensor], what: str) -> Compiled:
@@ -211,3 +212,9 @@ class Program:
         self._compiled = {key: compiled for key, compiled in self._compiled.items() if not isinstance(key, int)}
         self._prefix.clear()
         self._native = None
+
+
+def _shape(loss: TracedLoss) -> tuple[int, ...]:
+    """Of the weights of one step."""
+    (weight,) = loss.kl_weights(0, 1)
+    return (len(weight),) if isinstance(weight, list) else ()

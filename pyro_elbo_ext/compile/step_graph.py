@@ -28,7 +28,7 @@ def build_steps(found: Capture, rules: Sequence[Rule | None], steps: int, guards
 
     - learning rates, float64, one for each rule;
     - ``count``, how many of the steps to take, and ``good``, whether all losses so far were finite;
-    - weights of ``kl_prior``, one for each step;
+    - weights of ``kl_prior``, one for each step, or those of sites, shape ``(steps, sites)``;
     - arguments and captured tensors.
 
     It returns the losses, shape ``(steps,)``, and the history's tables, shape ``(steps, sites * 6)``. If it ``guards``,

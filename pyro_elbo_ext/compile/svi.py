@@ -29,7 +29,7 @@ from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.updates import Unsupported
-from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.objective import Objective, Weight
 from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import modules_of
 
@@ -221,7 +221,7 @@ class CompiledSVI(SVI):
                     compiling = self.eager_reason is None and not self._is_compiled(args, kwargs)
                     bar.set_description("compiling" if compiling else None)
                 many = self._many(num_steps - taken, args, kwargs)
-                if many is None:  # Pyro's first step, or all of them where something is not compiled
+                if many is None:  # Pyro's first step, or all of them where something is not compiled, or with Geco
                     many = torch.tensor([self.step(*args, **kwargs)], dtype=torch.float64)
                 losses.append(many)
                 taken += len(many)
@@ -233,9 +233,12 @@ class CompiledSVI(SVI):
         return torch.cat([of.to(device) for of in losses]) if losses else torch.zeros(0, dtype=torch.float64)
 
     def _many(self, num_steps: int, args: Args, kwargs: Kwargs) -> Tensor | None:
-        """Losses of up to ``num_steps`` steps; None if the next one is not a step of a graph."""
+        """Losses of up to ``num_steps`` steps; None if the next one is to be taken by itself."""
         program = self._known(args, kwargs)
         if program is None or not self._bind(program) or self.optimizer_reason is not None:
+            return None
+        assert self._traced is not None
+        if self._traced.one_by_one:
             return None
         tensors = take_apart(args, kwargs).tensors
         native = program.native(tensors)
@@ -269,7 +272,7 @@ class CompiledSVI(SVI):
             size = 1
         losses: list[Tensor] = []
         tables: list[Tensor] = []
-        kl_weights: list[float] = []
+        kl_weights: list[Weight] = []
         taken = 0
         try:
             for _ in range(_CALLS_PER_CHECK):
@@ -384,7 +387,8 @@ class CompiledSVI(SVI):
         if self._modules is None:
             self._modules = [module for _, module in modules_of({"model": self.model, "guide": self.guide})]
         modes = tuple([module.training for module in self._modules])
-        return torch.get_num_threads(), torch.get_default_dtype(), modes
+        weighting = None if self._traced is None else self._traced.weighting
+        return torch.get_num_threads(), torch.get_default_dtype(), modes, weighting
 
     def _refuse(self, error: CannotCompile) -> None:
         if not self.fallback:
@@ -431,11 +435,11 @@ class CompiledSVI(SVI):
         zero_grads(parameters)
         return value
 
-    def _kl_weights(self, start: int, steps: int) -> list[float]:
+    def _kl_weights(self, start: int, steps: int) -> list[Weight]:
         assert self._traced is not None
         return self._traced.kl_weights(start, steps)
 
-    def _record(self, program: Program, loss: float, table: NDArray[np.float64], kl_weight: float) -> None:
+    def _record(self, program: Program, loss: float, table: NDArray[np.float64], kl_weight: Weight) -> None:
         """Enter a compiled step into the objective's history; it is an error if its loss is not finite."""
         objective, sites = self.objective, program.sites
         if not math.isfinite(loss):
@@ -443,26 +447,19 @@ class CompiledSVI(SVI):
                 program.binding.good.fill_(True)
             objective._raise_not_finite(sites, [tuple(row) for row in table.tolist()])
             raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
-        if objective.history is not None:
-            value = -loss if objective.maximized else loss
-            objective.history.append(objective.num_steps, sites, table, objective=value, kl_weight=kl_weight)
-        objective.num_steps += 1
+        objective._record_step(sites, table, -loss if objective.maximized else loss, kl_weight)
 
-    def _record_many(self, program: Program, losses: Tensor, tables: Tensor, kl_weights: list[float]) -> None:
+    def _record_many(self, program: Program, losses: Tensor, tables: Tensor, kl_weights: list[Weight]) -> None:
         """The same for many steps, up to the first whose loss is not finite."""
         objective, sites = self.objective, program.sites
         rows = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
         finite = torch.isfinite(losses)
         count = len(losses) if bool(finite.all()) else int(finite.int().argmin())
         if objective.history is not None:
-            values = losses[:count].cpu().numpy()
-            objective.history.extend(
-                np.arange(objective.num_steps, objective.num_steps + count),
-                sites,
-                rows[:count],
-                objective=-values if objective.maximized else values,
-                kl_weight=np.array(kl_weights[:count]),
-            )
+            values = -losses[:count].cpu().numpy() if objective.maximized else losses[:count].cpu().numpy()
+            recorded, weights = objective._recorded(sites, rows[:count], values, kl_weights[:count])
+            steps = np.arange(objective.num_steps, objective.num_steps + count)
+            objective.history.extend(steps, sites, recorded, objective=values, kl_weight=weights)
         objective.num_steps += count
         if count < len(losses):
             self._record(program, float(losses[count]), rows[count], kl_weights[count])
