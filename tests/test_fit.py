@@ -24,6 +24,7 @@ from pyro_elbo_ext import Callback, CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.training.batches import Batches
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
+from pyro_elbo_ext.weighting import Geco, LinearWarmup
 
 Y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
 SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
@@ -593,3 +594,27 @@ def test_plateau_is_told_the_validation() -> None:
     scheduler = next(iter(optim.optim_objs.values()))
     # of four validations, the first before there was an optimizer, two were no better than the one before
     assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+
+
+def test_warm_up_must_end_within_the_run() -> None:
+    options: dict[str, Any] = {"compiled": False, "progress": False, "seed": 0}
+    with pytest.raises(ValueError, match=r"kl_weight is 0.049(.|\n)*run at least 1001 steps"):
+        fit(line, fresh(line), X, Z, loss=DecomposedELBO(kl_weight=LinearWarmup(1000)), num_steps=50, **options)
+    result = fit(line, fresh(line), X, Z, loss=DecomposedELBO(kl_weight=LinearWarmup(40)), num_steps=50, **options)
+    assert result.history is not None
+    assert result.history.kl_weight[[0, 20, 40, 49]].tolist() == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_geco_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"compiled": False, "progress": False, "seed": 0}
+    whole = DecomposedELBO(kl_weight=Geco(target=-1.0, per_observation=True))
+    fit(line, fresh(line), X, Z, loss=whole, num_steps=60, **options)
+    for steps in (25, 60):
+        loss = DecomposedELBO(kl_weight=Geco(target=-1.0, per_observation=True))
+        fit(line, fresh(line), X, Z, loss=loss, num_steps=steps, checkpoint=tmp_path / "c.pt", resume=True, **options)
+    assert isinstance(loss.kl_weight, Geco)
+    assert isinstance(whole.kl_weight, Geco)
+    assert loss.kl_weight.state_dict() == whole.kl_weight.state_dict()
+    assert loss.history is not None
+    assert whole.history is not None
+    assert loss.history.to_xarray().identical(whole.history.to_xarray())

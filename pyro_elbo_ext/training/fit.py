@@ -32,6 +32,7 @@ from pyro_elbo_ext.training.scaling import check_scale
 from pyro_elbo_ext.training.settings import describe_run
 from pyro_elbo_ext.training.state import parameters_of_programs, random_state, set_random_state
 from pyro_elbo_ext.training.validation import Validation, true_objective
+from pyro_elbo_ext.weighting import check_reaches_one
 
 _RATE = 0.01
 
@@ -126,9 +127,9 @@ def fit(
     Raises
     ------
     ValueError
-        For arguments out of range, and before anything has changed: NaN data, a latent site that the guide lacks, batches
-        that are empty or not scaled to the data set, each named. During training if steps fail more than ``max_rollbacks``
-        times; the parameters are then the last good ones.
+        For arguments out of range or a warm-up of ``kl_weight`` that does not end within the run, and before anything has
+        changed: NaN data, a latent site that the guide lacks, batches that are empty or not scaled to the data set, each
+        named. During training if steps fail more than ``max_rollbacks`` times; the parameters are then the last good ones.
     FileExistsError
         If there is a checkpoint and ``resume`` is False.
     TypeError
@@ -158,6 +159,9 @@ def fit(
     if size is not None and batched:
         _check_scale(model, guide, call, size)
     most = _steps(num_steps, num_epochs, max_steps, data)
+    weight = getattr(loss, "kl_weight", 1.0)
+    if isinstance(loss, Objective):
+        check_reaches_one(weight, most, first_step=loss.num_steps)
     loop = Loop(
         _stepper(model, guide, optim, loss, compiled),
         loss,
@@ -165,6 +169,7 @@ def fit(
         data,
         max_steps=most,
         rule=stopping,
+        not_before=_warm_up(weight),
         validation=None if validation is None else Validation(validation, args if batched else (), kwargs),
         validate_every=validate_every,
         callbacks=listeners,
@@ -283,6 +288,12 @@ def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool | Map
     if isinstance(optim, torch.optim.Optimizer):
         optim = WholeOptimizer(optim)
     return SVI(model, guide, optim, loss)
+
+
+def _warm_up(kl_weight: Any) -> int:
+    """Steps until every weight of ``kl_prior`` stays at 1, as far as that is known."""
+    weights = kl_weight.values() if isinstance(kl_weight, Mapping) else [kl_weight]
+    return max([getattr(weight, "reaches_one_at", None) or 0 for weight in weights], default=0)
 
 
 def _uncompiled(svi: SVI) -> str | None:

@@ -62,6 +62,8 @@ class Loop:
         Steps after which training ends in any case.
     rule
         Stopping rule, or None.
+    not_before
+        Steps before the rule is asked: those of a warm-up, during which the objective changes.
     step, seconds, reason, converged
         Where the run is.
     """
@@ -72,6 +74,7 @@ class Loop:
     data: Whole | Batches
     max_steps: int
     rule: Any = None
+    not_before: int = 0
     validation: Validation | None = None
     validate_every: int | None = None
     callbacks: CallbackList = field(default_factory=lambda: CallbackList(()))
@@ -312,7 +315,8 @@ class Loop:
         if self.validation is not None and self._is_validation_due():
             self._validate()
         if self.rule is not None and not self.reason and self.step % self.rule.every == 0 and len(losses):
-            self._follow(self.rule.observe(self.step, self.state.flat(), losses))
+            if self.step > self.not_before:
+                self._follow(self.rule.observe(self.step, self.state.flat(), losses))
             self._since_look.clear()
         elif self.rule is None:
             self._since_look.clear()
@@ -350,7 +354,7 @@ class Loop:
         optim = self.svi.optim
         if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is _PLATEAU:
             optim.step(-elbo)
-        if self.rule is not None and hasattr(self.rule, "observe_validation"):
+        if self.rule is not None and hasattr(self.rule, "observe_validation") and self.step > self.not_before:
             if hasattr(self.rule, "see"):
                 self.rule.see(self.state.flat())
             self._follow(self.rule.observe_validation(self.step, elbo))
