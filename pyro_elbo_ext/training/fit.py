@@ -167,6 +167,7 @@ def fit(
         loss,
         parameters,
         data,
+        call,
         max_steps=most,
         rule=stopping,
         not_before=_warm_up(weight),

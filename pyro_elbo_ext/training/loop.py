@@ -58,6 +58,8 @@ class Loop:
         Name to unconstrained tensor.
     data
         Gives the arguments of each step.
+    example
+        Those of one step.
     max_steps
         Steps after which training ends in any case.
     rule
@@ -72,6 +74,7 @@ class Loop:
     objective: Any
     parameters: dict[str, Tensor]
     data: Whole | Batches
+    example: Call
     max_steps: int
     rule: Any = None
     not_before: int = 0
@@ -112,8 +115,8 @@ class Loop:
             If a step is NaN, infinite or diverges again and again, naming the site where it is known.
         """
         began = time.monotonic()
-        if self.rule is not None and self.step == 0:
-            self.rule.start(list(self.parameters.values()))
+        if self.step == 0:
+            self._start_rule()
         if self.validation is not None and self.step == 0:
             self._validate()
         bar = self._bar = Progress(self._total(), self.step, self.progress)
@@ -138,6 +141,19 @@ class Loop:
         self._conclude()
         status = "interrupted" if self.reason == "interrupted" else "finished"
         self.callbacks.finish(self._summary(status, self.reason, 0.0))
+
+    def _start_rule(self) -> None:
+        if self.rule is None:
+            return
+        args, kwargs = self.example
+        rates = self.state.learning_rates()
+        self.rule.start(
+            self.state.parameters,
+            guide=self.svi.guide,
+            args=args,
+            kwargs=kwargs,
+            learning_rate=max(rates) if rates else self.settings.get("learning_rate"),
+        )
 
     def _advance(self, began: float) -> None:
         """Steps up to the next look, and the look."""
@@ -291,8 +307,7 @@ class Loop:
         self.rollbacks.append(rollback)
         logger.info("back to step %d with half the learning rate: %s", to_step, error)
         self._bar.say(f"fit: back to the state after step {to_step}, half the learning rate: {error}")
-        if self.rule is not None:
-            self.rule.start(list(self.parameters.values()))
+        self._start_rule()
         self._since_look.clear()
         self._unchecked.clear()
         self._watch.forget()
@@ -355,8 +370,6 @@ class Loop:
         if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is _PLATEAU:
             optim.step(-elbo)
         if self.rule is not None and hasattr(self.rule, "observe_validation") and self.step > self.not_before:
-            if hasattr(self.rule, "see"):
-                self.rule.see(self.state.flat())
             self._follow(self.rule.observe_validation(self.step, elbo))
 
     def _metrics(self) -> dict[str, float]:
@@ -469,7 +482,7 @@ class Loop:
         load_objective(self.objective, content["objective"])
         self.data.load_state_dict(content["data"])
         if self.rule is not None:
-            self.rule.start(list(self.parameters.values()))
+            self._start_rule()
             self.rule.load_state_dict(content["rule"])
         for name, value in content["loop"].items():
             setattr(self, name, value)
