@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -55,6 +55,7 @@ def start(timeout: float = TIMEOUT) -> None:
                 return
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
         world = dist.group.WORLD
+        assert world is not None
         if _control is None or _control[0] is not world or _control[2] != timeout:
             _control = world, dist.new_group(backend="gloo", timeout=limit), timeout
 
@@ -121,15 +122,14 @@ def on_main(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def gather(values: Sequence[float]) -> NDArray[np.float64]:
-    """The numbers of every process, shape ``(processes, len(values))``.  Every process must call it, with as many numbers."""
-    own = torch.tensor(values, dtype=torch.float64)
-    if not is_distributed():
-        return own[None].numpy()
-    table = torch.empty(world_size() * len(own), dtype=torch.float64)
-    with bounded("the exchange of losses"):
-        dist.all_gather_into_tensor(table, own, group=_group())
-    return table.reshape(world_size(), -1).numpy()
+def gather(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The numbers of every process, shape ``(processes, n)``.  Every process must call it, with n of them."""
+    table = np.zeros((world_size() if is_distributed() else 1, len(values)))
+    table[rank() if is_distributed() else 0] = values
+    if is_distributed():
+        with bounded("the exchange of losses"):
+            dist.all_reduce(torch.from_numpy(table), group=_group())  # each adds its row to zeros
+    return table
 
 
 def gather_objects(value: T) -> list[T]:
@@ -144,14 +144,17 @@ def gather_objects(value: T) -> list[T]:
 
 @contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Say what was waited for when the others did not answer."""
+    """Say in which message to the other processes an error came up, and what it means."""
     try:
         yield
     except RuntimeError as error:
+        if world_size() == 1:
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RuntimeError(
-            f"process {rank()} of {world_size()} got no answer from the others at {what}: one of them has ended, has taken "
-            "fewer steps, or was slower than the timeout. No parameter has been changed since the last whole step: the "
-            f"last checkpoint is good to go on from. ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"process {rank()} of {world_size()} has failed at {what}: {reason[0]}\nAs a rule another process has ended, "
+            "has taken fewer steps, or was slower than the timeout. The parameters are those after the last whole step, and "
+            "checkpoints are good to go on from."
         ) from error
 
 
