@@ -86,6 +86,11 @@ def parameters_of(loss: Tensor) -> dict[str, Tensor]:
     return {**found, **{f"unregistered_{i}": leaf for i, leaf in enumerate(others)}}
 
 
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The leaves that ``loss`` depends on."""
+    return list({id(leaf): leaf for leaf in _leaves(loss)}.values())
+
+
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
     seen: set[Any] = set()
     stack = [loss.grad_fn]
