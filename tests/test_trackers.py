@@ -9,15 +9,22 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_elbo_ext import Callback, CSVTracker, MLflowTracker, TensorBoardTracker, WandbTracker
+from pyro_elbo_ext import Callback, CSVTracker, DecomposedELBO, MLflowTracker, TensorBoardTracker, WandbTracker
+from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.training.callbacks import CallbackList
+from pyro_elbo_ext.training.fit import fit
+from pyro_elbo_ext.training.settings import describe_run
 
 SETTINGS: dict[str, Any] = {
     "model": "eight_schools",
@@ -199,6 +206,96 @@ def test_only_the_started_are_finished() -> None:
         group.start({})
     group.finish({})
     assert late.calls == []
+
+
+# In a fit
+
+
+def pair(x: torch.Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def fit_pair(*callbacks: Callback, **options: Any) -> None:
+    fit(
+        pair,
+        AutoNormal(pair),
+        torch.tensor([0.5, 1.5]),
+        callbacks=callbacks,
+        log_every=20,
+        compiled=False,
+        progress=False,
+        seed=1,
+        **{"optim": pyro.optim.Adam({"lr": 0.02, "betas": (0.9, 0.99)}), "num_steps": 50, **options},
+    )
+
+
+def test_fit_tells_its_callbacks() -> None:
+    found = Recorder()
+    fit_pair(found)
+    (_, settings), (_, step, values), (_, later, _), (_, summary) = found.calls
+    versions = settings.pop("versions")
+    assert settings == {
+        "model": "pair",
+        "guide": "AutoNormal",
+        "loss": "DecomposedELBO",
+        "optimizer": "Adam",
+        "learning_rate": 0.02,
+        "optimizer_options": {"betas": (0.9, 0.99)},
+        "scheduler": None,
+        "stopping": None,
+        "num_steps": 50,
+        "max_steps": 50,
+        "seed": 1,
+        "compiled": False,
+    }
+    assert versions["torch"] == torch.__version__
+    assert (step, later) == (20, 40)
+    sites = {"kl_prior/z", "log_p/z", "log_p/x"}
+    terms = {"elbo", "objective", "reconstruction", "kl_prior", "kl_weight", "learning_rate", "steps_per_second"}
+    assert values.keys() == sites | terms
+    assert values["elbo"] == pytest.approx(values["log_p/x"] - values["kl_prior/z"])
+    assert (summary["status"], summary["steps"], summary["converged"]) == ("finished", 50, None)
+    assert "50 steps" in summary["reason"]
+
+
+def test_exception_in_a_callback_ends_the_run() -> None:
+    class Full(Callback):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            raise OSError("disk full")
+
+    found = Recorder()
+    with pytest.raises(OSError, match="disk full"):
+        fit_pair(Full(), found)
+    assert [call[0] for call in found.calls] == ["start", "finish"]
+    assert (found.calls[-1][1]["status"], found.calls[-1][1]["steps"]) == ("failed", 20)
+    assert found.calls[-1][1]["reason"] == "OSError: disk full"
+
+
+def test_interrupt_finishes_the_callbacks() -> None:
+    class Interrupt(Callback):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            raise KeyboardInterrupt
+
+    found = Recorder()
+    fit_pair(Interrupt(), found)
+    assert (found.calls[-1][1]["status"], found.calls[-1][1]["steps"]) == ("interrupted", 20)
+
+
+def test_settings_of_other_optimizers() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.5}, "gamma": 0.9}
+    for optim, scheduler in (
+        (torch.optim.SGD([p], lr=0.5), None),
+        (WholeOptimizer(torch.optim.SGD([p], lr=0.5)), None),
+        (pyro.optim.ExponentialLR(options), "ExponentialLR"),
+    ):
+        found = describe_run(partial(pair, x=1), AutoNormal(pair), DecomposedELBO(), optim, None)
+        assert (found["model"], found["optimizer"], found["learning_rate"]) == ("pair", "SGD", 0.5)
+        assert found["scheduler"] == scheduler
+    by_parameter = describe_run(pair, pair, DecomposedELBO(), pyro.optim.Adam(lambda name: {"lr": 0.1}), None)
+    assert by_parameter["learning_rate"] is None
 
 
 # CSV

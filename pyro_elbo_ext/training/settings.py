@@ -18,7 +18,7 @@ def describe_run(
     model: Any, guide: Any, loss: Any, optim: PyroOptim | torch.optim.Optimizer, rule: Any, **others: Any
 ) -> dict[str, Any]:
     """Names of the programs and of what trains them, the optimizer's options, versions, and ``others`` as they are."""
-    options = _options(optim)
+    options, scheduler = _options(optim), getattr(optim, "pt_scheduler_constructor", None)
     return {
         "model": name_of(model),
         "guide": name_of(guide),
@@ -26,6 +26,7 @@ def describe_run(
         "optimizer": name_of(getattr(optim, "pt_optim_constructor", optim)),
         "learning_rate": options.pop("lr", None),
         "optimizer_options": options,
+        "scheduler": None if scheduler is None else name_of(scheduler),
         "stopping": None if rule is None else name_of(rule),
         **others,
         "versions": {
