@@ -22,8 +22,10 @@ from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.model_runs import check_callable
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.terms import trace_pair
+from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
+from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
@@ -57,6 +59,7 @@ def fit(
     checkpoint_every: int | None = None,
     resume: bool = False,
     compiled: bool | Mapping[str, Any] = True,
+    distributed: bool | Mapping[str, Any] | None = None,
     max_rollbacks: int = 5,
     progress: bool = True,
     seed: int | None = None,
@@ -112,6 +115,11 @@ def fit(
     compiled
         Whether to take the steps by :class:`CompiledSVI`, which goes by Pyro where a program cannot be compiled; or keyword
         arguments for it. The result's ``uncompiled`` says why not.
+    distributed
+        Whether this is one of several processes that take every step together, by :class:`DistributedSVI`; or keyword
+        arguments for it. By default in a process that ``torchrun`` started with others. ``batches`` must then give each
+        process its own part (``torch.utils.data.DistributedSampler``). Process 0 shows progress, writes checkpoints and
+        calls the callbacks.
     max_rollbacks
         How often to return to the last good state and go on with half the learning rate before it is an error. A step has
         failed if a term or parameter is not finite, or if the loss has risen by 100 times the range that it has come down.
@@ -163,7 +171,7 @@ def fit(
     if isinstance(loss, Objective):
         check_reaches_one(weight, most, first_step=loss.num_steps)
     loop = Loop(
-        _stepper(model, guide, optim, loss, compiled),
+        _stepper(model, guide, optim, loss, compiled, distributed),
         loss,
         parameters,
         data,
@@ -173,12 +181,12 @@ def fit(
         not_before=_warm_up(weight),
         validation=None if validation is None else Validation(validation, args if batched else (), kwargs),
         validate_every=validate_every,
-        callbacks=listeners,
+        callbacks=listeners if processes.is_main() else CallbackList(()),
         log_every=log_every,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         checkpoint_every=checkpoint_every,
         max_rollbacks=max_rollbacks,
-        progress=progress,
+        progress=progress and processes.is_main(),
         settings=describe_run(
             model, guide, loss, optim, stopping, num_steps=num_steps, max_steps=most, seed=seed, compiled=bool(compiled)
         ),
@@ -281,7 +289,16 @@ def _check_scale(model: Any, guide: Any, call: Call, size: int) -> None:
     check_scale(model_trace, call, size)
 
 
-def _stepper(model: Any, guide: Any, optim: Any, loss: Any, compiled: bool | Mapping[str, Any]) -> SVI:
+def _stepper(
+    model: Any,
+    guide: Any,
+    optim: Any,
+    loss: Any,
+    compiled: bool | Mapping[str, Any],
+    distributed: bool | Mapping[str, Any] | None,
+) -> SVI:
+    if processes.world_size() > 1 if distributed is None else distributed is not False:
+        return DistributedSVI(model, guide, optim, loss, **(distributed if isinstance(distributed, Mapping) else {}))
     if compiled is not False:
         # one step in a graph: how many could depend on timing, and a resumed run must not
         options = {"steps_per_call": 1, "fallback": True, **({} if compiled is True else compiled)}
@@ -298,4 +315,6 @@ def _warm_up(kl_weight: Any) -> int:
 
 
 def _uncompiled(svi: SVI) -> str | None:
+    if isinstance(svi, DistributedSVI):
+        return "several processes"
     return svi.eager_reason if isinstance(svi, CompiledSVI) else "compiled=False"

@@ -18,9 +18,10 @@ from torch import Tensor
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.objective import Objective
-from pyro_elbo_ext.training import checkpoints
+from pyro_elbo_ext.training import checkpoints, processes
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.callbacks import CallbackList
+from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import Rollback, check_same_parameters
 from pyro_elbo_ext.training.safety import Watch, explain
@@ -101,7 +102,7 @@ class Loop:
         self._good: tuple[int, State] | None = None
         self._since_look: list[float] = []  # losses
         self._unchecked: list[float] = []  # the last of them, not yet known to be good
-        self._checkpointed = time.monotonic()
+        self._checkpointed = -math.inf  # the first comes at the first look
         self._logged_step, self._logged_at = 0, time.monotonic()
 
     # The run
@@ -125,6 +126,8 @@ class Loop:
             while not self.reason:
                 self._advance(began)
         except KeyboardInterrupt:
+            if processes.world_size() > 1:  # the others may be in another step
+                raise
             self.reason = "interrupted"
             self.converged = False if self.rule is not None else None
         except BaseException as error:
@@ -136,8 +139,8 @@ class Loop:
                 bar.show(self._metrics(), "")
             bar.close()
         self.seconds += time.monotonic() - began
-        if self.checkpoint is not None:  # before the average takes the place of the parameters, to go on from
-            self.write_checkpoint()
+        if self.checkpoint is not None and processes.is_main():
+            self.write_checkpoint()  # before the average takes the place of the parameters, to go on from
         self._conclude()
         status = "interrupted" if self.reason == "interrupted" else "finished"
         self.callbacks.finish(self._summary(status, self.reason, 0.0))
@@ -331,7 +334,7 @@ class Loop:
             self._validate()
         if self.rule is not None and not self.reason and self.step % self.rule.every == 0 and len(losses):
             if self.step > self.not_before:
-                self._follow(self.rule.observe(self.step, self.state.flat(), losses))
+                self._follow(processes.from_main(self.rule.observe(self.step, self.state.flat(), losses)))
             self._since_look.clear()
         elif self.rule is None:
             self._since_look.clear()
@@ -428,7 +431,7 @@ class Loop:
     # Checkpoints
 
     def _save_if_due(self, began: float) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not processes.is_main():
             return
         if self.checkpoint_every is not None:
             due = self.step % self.checkpoint_every == 0
@@ -457,6 +460,7 @@ class Loop:
             "loop": {name: getattr(self, name) for name in _OWN},
             "good": self._good,
             "watch": self._watch.state_dict(),
+            "svi": self.svi.state_dict() if isinstance(self.svi, DistributedSVI) else None,
             "random": random_state(),
         }
 
@@ -488,6 +492,10 @@ class Loop:
             setattr(self, name, value)
         self._good = content["good"]
         self._watch.load_state_dict(content["watch"])
+        if isinstance(self.svi, DistributedSVI):
+            if content["svi"] is None:
+                raise ValueError(f"{self.checkpoint} was written by a single process: resume in one")
+            self.svi.load_state_dict(content["svi"])
         if self.reason == "interrupted" or self.reason.startswith("all "):
             self.reason = ""  # there may be more steps to take now
         set_random_state(content["random"])

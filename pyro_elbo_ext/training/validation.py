@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_elbo_ext.draws import seeded
 from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.batches import Batches, Call, check_batch
 from pyro_elbo_ext.training.state import training_modes
 
@@ -52,9 +54,10 @@ class Validation:
         finally:
             for module, training in modes:
                 module.training = training
-        if weight == 0:
+        sums = processes.gather(np.array([total, weight])).sum(0)
+        if sums[1] == 0:
             raise ValueError("validation is empty: there is no held-out data")
-        return total / weight
+        return float(sums[0] / sums[1])
 
     def _call(self, batch: Any, index: int) -> Call:
         if isinstance(batch, Mapping):
