@@ -63,6 +63,30 @@ def effective_size(draws: NDArray[np.float64]) -> float:
     return float(arviz.ess(np.asarray(draws, dtype=np.float64), method="mean"))
 
 
+def split_r_hat(draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Split R-hat of one chain's draws, not of their ranks: the first half as one chain, the second as another.
+
+    Parameters
+    ----------
+    draws
+        Shape ``(S, P)``, S >= 8; the first one is left out where S is odd.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of each column, shape ``(P,)``; NaN where the column is constant.
+
+    References
+    ----------
+    Gelman and Rubin (1992), Inference from iterative simulation using multiple sequences.
+    """
+    import arviz
+
+    half = len(draws) // 2
+    halves = np.asarray(draws, dtype=np.float64)[-2 * half :].reshape(2, half, -1)
+    return np.array([float(arviz.rhat(halves[..., p], method="identity")) for p in range(halves.shape[-1])])
+
+
 def leave_one_out(data: Any, name: str) -> tuple[xr.DataArray, xr.DataArray, str]:
     """Expected log predictive density of each observation, by Pareto-smoothed importance sampling.
 
