@@ -23,6 +23,7 @@ from pyro_elbo_ext.model_runs import check_callable
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.terms import trace_pair
 from pyro_elbo_ext.training import processes
+from pyro_elbo_ext.training.adaptive import AdaptiveStopping
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
@@ -33,6 +34,7 @@ from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.scaling import check_scale
 from pyro_elbo_ext.training.settings import describe_run
 from pyro_elbo_ext.training.state import parameters_of_programs, random_state, set_random_state
+from pyro_elbo_ext.training.stopping import Patience, StoppingRule
 from pyro_elbo_ext.training.validation import Validation, true_objective
 from pyro_elbo_ext.weighting import check_reaches_one
 
@@ -52,7 +54,7 @@ def fit(
     dataset_size: int | None = None,
     validation: Any = None,
     validate_every: int | None = None,
-    stopping: Any = None,
+    stopping: StoppingRule | None = None,
     callbacks: Iterable[Callback] = (),
     log_every: int = LOOK_EVERY,
     checkpoint: str | Path | None = None,
@@ -100,7 +102,9 @@ def fit(
     validate_every
         Steps between validations; by default once an epoch, without ``batches`` at each look.
     stopping
-        Rule that ends the training.
+        Rule that ends the training, before ``num_steps`` are taken. Where ``num_steps`` is "auto": :class:`Patience` if
+        there are held-out data, else :class:`AdaptiveStopping`, which lowers the learning rate again and again until that
+        changes little, and leaves the average of the last iterates in the guide.
     callbacks
         Trackers, such as ``CSVTracker``, or other :class:`Callback` objects.
     log_every
@@ -167,6 +171,8 @@ def fit(
     if size is not None and batched:
         _check_scale(model, guide, call, size)
     most = _steps(num_steps, num_epochs, max_steps, data)
+    if stopping is None and num_steps == "auto" and num_epochs is None:
+        stopping = AdaptiveStopping() if validation is None else Patience()
     weight = getattr(loss, "kl_weight", 1.0)
     if isinstance(loss, Objective):
         check_reaches_one(weight, most, first_step=loss.num_steps)

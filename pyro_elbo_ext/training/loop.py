@@ -33,6 +33,7 @@ from pyro_elbo_ext.training.state import (
     random_state,
     set_random_state,
 )
+from pyro_elbo_ext.training.stopping import Decision, Patience, StoppingRule
 from pyro_elbo_ext.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Loop:
     data: Whole | Batches
     example: Call
     max_steps: int
-    rule: Any = None
+    rule: StoppingRule | None = None
     not_before: int = 0
     validation: Validation | None = None
     validate_every: int | None = None
@@ -342,7 +343,8 @@ class Loop:
             self._report()
         self._save_if_due(began)
 
-    def _follow(self, decision: Any) -> None:
+    def _follow(self, decision: Decision) -> None:
+        assert self.rule is not None
         if decision.action == "stop":
             self.reason, self.converged = decision.reason, bool(self.rule.converged)
         elif decision.action == "lower":
@@ -372,7 +374,7 @@ class Loop:
         optim = self.svi.optim
         if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is _PLATEAU:
             optim.step(-elbo)
-        if self.rule is not None and hasattr(self.rule, "observe_validation") and self.step > self.not_before:
+        if isinstance(self.rule, Patience) and self.step > self.not_before:
             self._follow(self.rule.observe_validation(self.step, elbo))
 
     def _metrics(self) -> dict[str, float]:

@@ -257,7 +257,7 @@ class FitResult:
         how = "compiled steps" if self.uncompiled is None else f"steps by Pyro ({self.uncompiled})"
         found = [
             f"{self.num_steps:,} steps in {self.seconds:.1f} s, {how}",
-            f"stopped: {self.reason} ({state})",
+            f"stopped: {self.reason}" + ("" if self.reason.startswith("converged") else f" ({state})"),
             f"ELBO {self.elbo:.6g} nats",
         ]
         if len(self.validation):

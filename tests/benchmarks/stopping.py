@@ -102,7 +102,8 @@ def logistic() -> Problem:
 
     optimizer.step(negative_elbo)
     negative_elbo()
-    assert mean.grad is not None and mean.grad.abs().max() < 1e-6
+    assert mean.grad is not None
+    assert mean.grad.abs().max() < 1e-6
     return Problem(model, AutoNormal(model), Moments(mean.detach(), log_sd.detach()))
 
 
