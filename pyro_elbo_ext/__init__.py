@@ -31,15 +31,20 @@ from pyro_elbo_ext.multi_sample import (
     ThermodynamicELBO,
 )
 from pyro_elbo_ext.terms import Term, Terms
+from pyro_elbo_ext.training.adaptive import AdaptiveStopping
 from pyro_elbo_ext.training.callbacks import Callback
+from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
+from pyro_elbo_ext.training.stopping import FixedSteps, Patience
 from pyro_elbo_ext.training.trackers import CSVTracker, MLflowTracker, TensorBoardTracker, WandbTracker
+from pyro_elbo_ext.weighting import CyclicalWarmup, Geco, LinearWarmup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActiveUnits",
+    "AdaptiveStopping",
     "AmortizationGap",
     "CSVTracker",
     "Calibration",
@@ -47,17 +52,23 @@ __all__ = [
     "ChiUpperBound",
     "Comparison",
     "CompiledSVI",
+    "CyclicalWarmup",
     "DecomposedELBO",
     "Diagnosis",
+    "DistributedSVI",
     "ElboSurgery",
     "EvidenceBounds",
     "FitResult",
+    "FixedSteps",
+    "Geco",
     "History",
     "ImportanceSample",
     "ImportanceWeightedELBO",
+    "LinearWarmup",
     "LogDensity",
     "MLflowTracker",
     "MultiSampleELBO",
+    "Patience",
     "PredictiveComparison",
     "RenyiELBO",
     "TensorBoardTracker",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_elbo_ext import Callback, CompiledSVI, DecomposedELBO
+from pyro_elbo_ext import AdaptiveStopping, Callback, CompiledSVI, DecomposedELBO, Patience
 from pyro_elbo_ext.training.batches import Batches
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
@@ -618,3 +618,59 @@ def test_geco_is_resumed(tmp_path: Path) -> None:
     assert loss.history is not None
     assert whole.history is not None
     assert loss.history.to_xarray().identical(whole.history.to_xarray())
+
+
+def test_run_with_a_stopping_rule_is_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"compiled": {"backend": "eager"}, "progress": False, "seed": 4, "max_steps": 20_000}
+
+    def rule() -> AdaptiveStopping:
+        return AdaptiveStopping(accuracy=0.3)
+
+    def run(at: int | None, **more: Any) -> FitResult:
+        guide = fresh(line)
+        return interrupted_at(
+            at, model=line, guide=guide, x=X, y=Z, optim=adam(0.1), stopping=rule(), **more, **options
+        )
+
+    whole = run(None)
+    expected = values()
+    assert whole.converged
+    for step in (700, 1300, None):
+        resumed = run(step, checkpoint=tmp_path / "c.pt", resume=True)
+    assert resumed.reason == whole.reason
+    assert resumed.num_steps == whole.num_steps
+    assert_same(expected, values())
+    # line is conjugate: posterior precision and mean by hand
+    design = torch.stack([torch.ones_like(X), X], -1).double()
+    precision = torch.eye(2) + design.T @ design / 0.25
+    mean = torch.linalg.solve(precision, design.T @ Z.double() / 0.25)
+    sds = precision.diagonal() ** -0.5
+    found = torch.stack([resumed.guide.median()[name] for name in ("a", "b")])  # type: ignore[attr-defined]
+    assert bool(((found - mean).abs() < 0.3 * sds).all())
+
+
+def test_patience_gives_back_the_best(tmp_path: Path) -> None:
+    def model(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0).expand(x.shape).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None: ...
+
+    pyro.clear_param_store()
+    # the training mean is 1, the held-out one 0.5: gradient descent goes past it
+    result = fit(
+        model,
+        guide,
+        torch.ones(10),
+        validation=torch.full((10,), 0.5),
+        validate_every=1,
+        optim=pyro.optim.SGD({"lr": 0.001}),
+        stopping=Patience(5),
+        compiled=False,
+        progress=False,
+        seed=0,
+    )
+    assert result.converged
+    best = result.validation["elbo"].idxmax()
+    assert 0 < best == len(result.validation) - 6
+    assert pyro.param("mean").item() == pytest.approx(0.5, abs=0.01)
+    assert "validation ELBO" in result.reason
