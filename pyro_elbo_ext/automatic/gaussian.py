@@ -10,11 +10,15 @@ import numpy as np
 from scipy.special import ndtri
 from scipy.stats import qmc
 
-from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
+from pyro_elbo_ext.automatic.evaluations import Array, Evaluations, TooManyGradients
 
-LEAST_DRAWS = 128  # of the first batch
+AIM = 0.01  # standard error of a mean or log sd, in sds, that batches grow for
+TOLERANCE = 0.04  # the same where more than ENOUGH_DRAWS would be needed
+SMALL_GAIN = 1e-5  # nats: the symmetrized KL of a mean that is 0.003 sd off
+LEAST_DRAWS, ENOUGH_DRAWS, MOST_DRAWS = 256, 8192, 65536  # of a batch
 PER_DIM = 4  # draws for each coordinate, at least: fewer do not tell a full covariance
 GROWTH = 8  # most times that a batch becomes larger
+MAX_STEPS = 300
 WIDEN, NARROW = 8.0, 8.0  # most times that a variance grows or falls in one step
 LONGEST = 10.0  # longest move of the mean in one step, in sds
 HALVINGS = 12  # of a step that does not raise the ELBO
@@ -80,6 +84,10 @@ class Errors(NamedTuple):
     log_sd: Array
     gain: float
 
+    @property
+    def largest(self) -> float:
+        return float(max(self.mean.max(), self.log_sd.max()))
+
 
 @dataclass(eq=False)
 class Fit:
@@ -122,7 +130,7 @@ def standard_draws(rng: np.random.Generator, count: int, dim: int, diagonal: boo
     with_sobol = dim <= qmc.Sobol.MAXDIM and dim * count < 1 << 20
     half = count // 2
     if with_sobol:
-        noise = ndtri(np.clip(qmc.Sobol(dim, rng=rng).random(half), 1e-12, 1 - 1e-12))
+        noise = ndtri(np.clip(qmc.Sobol(dim, seed=rng).random(half), 1e-12, 1 - 1e-12))
     else:
         noise = rng.standard_normal((half, dim))
     if diagonal:
@@ -193,57 +201,163 @@ def fit_gaussian(
     start: Gaussian,
     rng: np.random.Generator,
     *,
-    tolerance: float = 0.01,
-    most_draws: int = 1 << 15,
-    max_steps: int = 200,
+    max_steps: int = MAX_STEPS,
     after_step: Callable[[dict[str, float]], None] | None = None,
 ) -> Fit:
-    dim = evaluate.dim
-    least = max(LEAST_DRAWS, 2 ** int(np.ceil(np.log2(PER_DIM * dim))) if not start.diagonal else 0)
+    """The Gaussian of greatest ELBO from a starting one, of the same shape: full or diagonal.
+
+    On one batch of draws the ELBO is a deterministic function, which steps must raise (sample average approximation). When
+    what a step would gain is as small as the batch's noise, another batch follows, as large as the errors ask for. It ends
+    when both the gain and the Monte Carlo errors are small.
+
+    Parameters
+    ----------
+    evaluate
+        Log density and gradients.
+    start
+        Where to start.
+    rng
+        Of the draws.
+    max_steps
+        Cap on the number of steps.
+    after_step
+        Called with each entry of the path.
+
+    Returns
+    -------
+    Fit
+        The last Gaussian, also where it has not converged.
+
+    Raises
+    ------
+    ValueError
+        If the log density is nowhere finite at draws of ``start``, or does not fall off: the posterior is improper. The
+        message names coordinates.
+
+    References
+    ----------
+    Khan, Lin (2023), The Bayesian learning rule. Roeder, Wu, Duvenaud (2017), Sticking the landing. Giordano, Ingram,
+    Broderick (2024), Black box variational inference with a deterministic objective.
+    """
     fit = Fit(start, False, "")
-    widening, size = 0, 1.0
-    noise = standard_draws(rng, least, dim, start.diagonal)
-    values, gradients = evaluate(start.at(noise))
-    here = start
+    try:
+        _ascend(fit, evaluate, rng, max_steps, after_step)
+    except TooManyGradients:
+        fit.reason = f"not converged: {evaluate.gradients} gradients were not enough"
+    return fit
+
+
+def _ascend(
+    fit: Fit,
+    evaluate: Evaluations,
+    rng: np.random.Generator,
+    max_steps: int,
+    after_step: Callable[[dict[str, float]], None] | None,
+) -> None:
+    here, dim, diagonal = fit.gaussian, evaluate.dim, fit.gaussian.diagonal
+    least = LEAST_DRAWS if diagonal else max(LEAST_DRAWS, _power_of_two(PER_DIM * dim))
+    noise = standard_draws(rng, least, dim, diagonal)
+    values, gradients = _finite(*evaluate(here.at(noise)))
+    first, size, widened = 1.0, 1.0, 0
     for number in range(max_steps):
         step, residuals = natural_step(here, noise, gradients)
         errors = errors_of(here, step, noise, residuals)
-        error = float(max(errors.mean.max(), errors.log_sd.max()))
-        elbo = float(values.mean() + here.entropy)
-        entry = {"step": number, "elbo": elbo, "gradients": evaluate.gradients, "draws": len(noise), "step_size": size,
-                 "gain": step.gain, "error": error}
+        error, elbo = errors.largest, float(values.mean() + here.entropy)
+        entry = {
+            "step": number,
+            "elbo": elbo,
+            "gradients": evaluate.gradients,
+            "draws": len(noise),
+            "step_size": size,
+            "gain": step.gain,
+            "error": error,
+        }
         fit.path.append(entry)
         if after_step is not None:
             after_step(entry)
-        precise = error <= tolerance
-        small = max(1e-5 if precise else 0.0, (0.1 if precise else 0.3) * errors.gain)
+        precise = error <= (AIM if len(noise) < ENOUGH_DRAWS else TOLERANCE)
+        small = max(SMALL_GAIN, 0.1 * errors.gain) if precise else 0.3 * min(errors.gain, 1.0)
         stuck = False
         if step.gain > small:
-            size = 1.0
+            size = first
             for _ in range(HALVINGS):
                 there = taken(here, step, size)
-                new_values, new_gradients = evaluate(there.at(noise))
+                new_values, new_gradients = _finite(*evaluate(there.at(noise)))
                 rise = new_values.mean() + there.entropy - elbo
-                if rise >= 1e-4 * size * step.slope - 1e-9 * abs(elbo):
+                if rise >= 1e-4 * size * step.slope - 1e-12 * abs(elbo):
                     break
                 size /= 2
             else:
                 stuck = True
             if not stuck:
+                widened = widened + 1 if size == 1 and step.raw.min() < 1 / WIDEN else 0
+                if widened >= RUNAWAY:
+                    raise _improper(evaluate, here, step)
+                first = min(1.0, size * _overshoot(step, size, there, noise, new_gradients))
                 here, values, gradients = there, new_values, new_gradients
                 fit.gaussian = here
                 continue
         if precise and not stuck:
-            fit.gaussian = here
-            fit.converged, fit.reason = True, "converged"
-            return fit
-        if len(noise) >= most_draws:
-            fit.reason = "most draws"
-            return fit
-        wanted = len(noise) * (error / tolerance) ** 2 * 1.2
-        count = int(min(most_draws, max(2 * len(noise), min(GROWTH * len(noise), wanted))))
-        count = 2 ** int(np.ceil(np.log2(count)))
-        noise = standard_draws(rng, count, dim, here.diagonal)
-        values, gradients = evaluate(here.at(noise))
-    fit.reason = "steps"
-    return fit
+            fit.converged = True
+            fit.reason = f"converged: a step gains {step.gain:.1g} nats, standard errors are {error:.2g} sd at most"
+            return
+        if len(noise) >= MOST_DRAWS:
+            fit.reason = (
+                f"not converged: no step raises the ELBO of {len(noise)} draws"
+                if stuck
+                else f"not converged: with {len(noise)} draws standard errors are {error:.2g} sd"
+            )
+            return
+        wanted = 1.2 * len(noise) * (error / AIM) ** 2
+        limit = ENOUGH_DRAWS if len(noise) < ENOUGH_DRAWS else MOST_DRAWS
+        count = min(limit, _power_of_two(max(2 * len(noise), min(GROWTH * len(noise), wanted))))
+        noise = standard_draws(rng, max(count, least), dim, diagonal)
+        values, gradients = _finite(*evaluate(here.at(noise)))
+    fit.reason = f"not converged: {max_steps} steps were not enough"
+
+
+def _overshoot(step: Step, size: float, there: Gaussian, noise: Array, gradients: Array) -> float:
+    """By which factor the step was too long (below 1), or may become longer, by the secant of the ELBO's slopes."""
+    residuals = there.whitened(gradients) + noise
+    stretch = step.precisions ** (0.5 * size)
+    force = residuals.mean(0)
+    if step.axes is None:
+        shift, rise = stretch * step.shift, (residuals * noise).mean(0)
+    else:
+        shift = step.axes @ (stretch * (step.axes.T @ step.shift))
+        rise = ((residuals @ step.axes) * (noise @ step.axes)).mean(0)
+    slope = float(force @ shift - 0.5 * (rise * np.log(step.precisions)).sum())
+    if slope >= 0 or step.slope <= 0:
+        return 2.0
+    return max(0.25, step.slope / (step.slope - slope))
+
+
+def _finite(values: Array, gradients: Array) -> tuple[Array, Array]:
+    """Draws at which the density is not finite, which have no gradient here, count as worse than any other."""
+    bad = values == -np.inf
+    if not bad.any():
+        return values, gradients
+    if bad.all():
+        return np.full_like(values, -np.inf), gradients
+    worst = values[~bad].min()
+    values = np.where(bad, worst - max(100.0, abs(worst)), values)
+    return values, gradients
+
+
+def _power_of_two(number: float) -> int:
+    return 1 << int(np.ceil(np.log2(number)))
+
+
+def _improper(evaluate: Evaluations, gaussian: Gaussian, step: Step) -> ValueError:
+    """The error of a variance that grows without end, with the coordinates in which it does."""
+    least = int(step.raw.argmin())
+    share = np.zeros(evaluate.dim)
+    if step.axes is None:
+        share[least] = 1.0
+    else:
+        share = (gaussian.factor @ step.axes[:, least]) ** 2 / gaussian.sd**2
+    names = [evaluate.density.coordinates[i] for i in np.argsort(-share)[:3] if share[i] > 0.5 * share.max()]
+    return ValueError(
+        f"the posterior seems to be improper: the ELBO rises without end as the guide widens along {', '.join(names)}. "
+        "Give the sites a proper prior, or data that tell them."
+    )
