@@ -20,7 +20,8 @@ from pyro_elbo_ext.unconstrained import UnconstrainedModel, isolated
 logger = logging.getLogger(__name__)
 
 CHECK_POINTS = 4  # random points at which a graph must equal the model run by Pyro
-CHUNK = 256  # points of a batch computed at a time
+CHUNK = 256  # points of a batch computed at a time, at least
+AT_ONCE = 1 << 20  # numbers that are computed at a time, if that is more
 
 
 def compiled_log_density(model: Callable[..., Any], *args: Any, **kwargs: Any) -> LogDensity:
@@ -155,12 +156,14 @@ class LogDensity:
         return True
 
     @property
+    def num_entries(self) -> int:
+        """Entries of all latent and deterministic sites together."""
+        return sum(self.program.sites[name]["value"].numel() for name in self.names)
+
+    @property
     def size(self) -> int:
         """Numbers that are computed on the way to one density and its gradient; 0 where it is not a graph."""
-        if not isinstance(self._graph, torch.fx.GraphModule):
-            return 0
-        values = tree_leaves([node.meta.get("val") for node in self._graph.graph.nodes])
-        return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
+        return _size(self._graph) if isinstance(self._graph, torch.fx.GraphModule) else 0
 
     def log_density(self, u: Any) -> Any:
         """Log density at ``u``.
@@ -277,7 +280,7 @@ class LogDensity:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                    return torch.vmap(graph, chunk_size=CHUNK)(x)
+                    return torch.vmap(graph, chunk_size=max(CHUNK, AT_ONCE // max(1, _size(graph))))(x)
             except torch.linalg.LinAlgError:  # no density at some points, which halving finds
                 halves = [self._batch(half, graph, one) for half in x.tensor_split(2)]
                 return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
@@ -285,6 +288,12 @@ class LogDensity:
                 logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
         rows = [one(row) for row in x] or [one(x.new_zeros(self.dim))]
         return tuple(torch.stack(column)[: len(x)] for column in zip(*rows, strict=True))
+
+
+def _size(graph: torch.fx.GraphModule) -> int:
+    """Numbers that a graph computes."""
+    values = tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+    return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
 
 
 class _Differentiable(torch.autograd.Function):

@@ -40,6 +40,14 @@ extern "C" long log_density(unsigned long dim, const double* x, double* gradient
     return __builtin_isfinite(*value) ? 0 : 4;
 }}
 
+extern "C" long log_densities(unsigned long count, unsigned long dim, const double* x, double* gradients, double* values,
+                              void* data)
+{{
+    for (unsigned long i = 0; i < count; i++)
+        if (log_density(dim, x + i * dim, gradients + i * dim, values + i, data) < 0) return -1;
+    return 0;
+}}
+
 extern "C" long copy(unsigned long dim, unsigned long expanded, const double* x, double* out, void* data)
 {{
     if (dim != {dim} || expanded != {dim}) return -1;
@@ -130,6 +138,8 @@ class NativeDensity:
         self.function, self.copy = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.log_density, library.copy))
         pointers = [ctypes.c_void_p] * 4
         self._call = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_ulong, *pointers)(self.function or 0)
+        many = ctypes.cast(library.log_densities, ctypes.c_void_p).value or 0
+        self._call_rows = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_ulong, ctypes.c_ulong, *pointers)(many)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Value and gradient at ``x``, float64 and contiguous of shape (dim,)."""
@@ -140,3 +150,14 @@ class NativeDensity:
         if self._call(self._dim, x.ctypes.data, at + 8, at, self._data) < 0:
             raise RuntimeError("a compiled kernel of the log density failed")
         return float(result[0]), result[1:]
+
+    def rows(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values, shape (S,), and gradients, shape (S, dim), at the rows of ``x``, one after the other without Python."""
+        if x.ndim != 2 or x.shape[1] != self._dim:
+            raise ValueError(f"the density takes rows of shape (S, {self._dim}), got {x.shape}")
+        x = np.ascontiguousarray(x, np.float64)
+        values, gradients = np.empty(len(x)), np.empty_like(x)
+        at = x.ctypes.data, gradients.ctypes.data, values.ctypes.data
+        if self._call_rows(len(x), self._dim, *at, self._data) < 0:
+            raise RuntimeError("a compiled kernel of the log density failed")
+        return values, gradients

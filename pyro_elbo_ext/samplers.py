@@ -59,12 +59,12 @@ def starting_point(density: LogDensity, rng: np.random.Generator, init: float | 
         if np.isfinite(value) and np.isfinite(gradient).all():
             return x
     raise ValueError(
-        f"no starting point with finite log density and gradient in {tries} tries: {_culprit(density, x)}. "
+        f"no starting point with finite log density and gradient in {tries} tries: {culprit(density, x)}. "
         "Check the data and supports of that site, or give starting values by init={site: value}."
     )
 
 
-def _culprit(density: LogDensity, x: np.ndarray) -> str:
+def culprit(density: LogDensity, x: np.ndarray) -> str:
     """The site to blame for a log density or gradient that is not finite at ``x``."""
     try:
         trace, _ = density.program.run_at(torch.from_numpy(x))

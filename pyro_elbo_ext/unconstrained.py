@@ -171,7 +171,7 @@ class UnconstrainedModel:
     def __init__(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, points: int
     ) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
+        self.model, self.args, self.kwargs = model, args, kwargs
         self._rng = np.random.default_rng(seed)
         self.layout: dict[str, _Latent] = {}
         self._evaluator: TraceEinsumEvaluator | None = None
@@ -201,12 +201,12 @@ class UnconstrainedModel:
 
     def run(self, supply: Callable[[Any, Any], torch.Tensor]) -> tuple[poutine.Trace, list[torch.Tensor]]:
         """Trace of the model with unconstrained values ``supply(site, bijection)``, and its log Jacobians."""
-        model = self._model
+        model = self.model
         if self._evaluator is not None:
             model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
         unconstrain = _Unconstrain(supply)
         with poutine.block(), self.precision(), unconstrain:
-            trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
             return trace, unconstrain.terms
 
     def run_at(self, x: torch.Tensor) -> tuple[poutine.Trace, list[torch.Tensor]]:
@@ -311,10 +311,10 @@ class UnconstrainedModel:
         if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
             frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
             self._plate_nesting = -min((f.dim for f in frames), default=0)
-            model = poutine.enum(self._model, first_available_dim=-1 - self._plate_nesting)
+            model = poutine.enum(self.model, first_available_dim=-1 - self._plate_nesting)
             self.layout = {}
             with poutine.block(), self.precision(), _Unconstrain(supply):
-                enumerated = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+                enumerated = poutine.trace(model).get_trace(*self.args, **self.kwargs)
             self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
         return sites
 

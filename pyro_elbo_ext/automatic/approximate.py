@@ -1,0 +1,190 @@
+"""A guide for a log density, made and fitted without tuning, and what is known about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pyro_elbo_ext.automatic.evaluations import Evaluations, TooManyGradients
+from pyro_elbo_ext.automatic.gaussian import Fit, Gaussian, fit_gaussian
+from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
+from pyro_elbo_ext.automatic.moments import Weighted, match_moments, weigh
+from pyro_elbo_ext.automatic.starting import Start, find_start
+from pyro_elbo_ext.evidence.importance import khat_threshold
+from pyro_elbo_ext.log_density import LogDensity
+
+FULL_COVARIANCE = 500  # coordinates up to which the covariance is a full one
+CHECK_DRAWS = 4000  # for the ELBO and k-hat of the result
+GOOD = 0.1  # distance up to which a guide is good, as `diagnose` has it
+MODE_RIVALS = 5.0  # nats of the ELBO by which another mode may be worse and still be worth a word
+
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """A fitted guide.
+
+    Attributes
+    ----------
+    guide : UnconstrainedGuide
+        A Pyro guide: an ``nn.Module`` with its parameters.
+    family : str
+        "gaussian" (full covariance), "diagonal" or "flow".
+    elbo, elbo_se : float
+        In nats, with its standard error, from draws that had no part in the fit.
+    converged : bool
+        Whether what could still be gained and the Monte Carlo errors were small at the end.
+    reason : str
+        Why it ended.
+    notes : list of str
+        What else should be known: other modes, moments that were matched, draws without a density.
+    gradients : int
+        Gradient evaluations, all included.
+    seconds : float
+        Without tracing and compiling the density.
+    path : list of dict
+        One entry per step: ``step``, ``elbo``, ``gradients``, ``draws``, ``step_size``, ``gain``, ``error``; see `Fit`.
+    khat, khat_threshold, num_draws
+        Pareto k-hat of the importance weights of ``num_draws`` draws, and what it must stay below.
+    distance : float
+        Largest difference in a mean, in sds, or in a log sd between guide and posterior, by importance weights; NaN where
+        these cannot tell, or where it has not converged.
+    next_guide : str
+        What to try where the family is not enough, else empty.
+    """
+
+    guide: UnconstrainedGuide
+    family: str
+    elbo: float
+    elbo_se: float
+    converged: bool
+    reason: str
+    gradients: int
+    seconds: float
+    khat: float
+    khat_threshold: float
+    num_draws: int
+    distance: float
+    path: list[dict[str, float]] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    next_guide: str = ""
+
+
+def approximate(
+    density: LogDensity,
+    *,
+    family: Literal["auto", "gaussian", "diagonal", "flow"] = "auto",
+    seed: int = 0,
+    max_gradients: int = 2_000_000,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> Approximation:
+    """Fit a guide to a log density.
+
+    A Gaussian on unconstrained space starts from the best Laplace approximation along several climbs (`find_start`) and
+    moves to the greatest ELBO by natural-gradient steps (`fit_gaussian`). Where the importance weights are good and say that
+    its means or sds are off, they are set to the weighted draws' (`match_moments`), which costs a little of the ELBO.
+
+    Parameters
+    ----------
+    density
+        Log density, compiled or not: what is not compiled is evaluated as a graph on whole batches, which takes no
+        compilation.
+    family
+        "gaussian", with full covariance; "diagonal"; "flow", a normalizing flow from the Gaussian; "auto": "gaussian" up to
+        `FULL_COVARIANCE` coordinates, else "diagonal".
+    seed
+        Same seed, same guide.
+    max_gradients
+        Cap on gradient evaluations.
+    progress
+        Called after each step with its entry of the path.
+
+    Returns
+    -------
+    Approximation
+        Also where it has not converged, which ``converged`` and ``reason`` say.
+
+    Raises
+    ------
+    ValueError
+        For arguments out of range; a density that is nowhere finite, or improper; a site whose support depends on another
+        latent site. Each names the site.
+    """
+    if family not in ("auto", "gaussian", "diagonal", "flow"):
+        raise ValueError(f"family must be 'auto', 'gaussian', 'diagonal' or 'flow', got {family!r}")
+    if max_gradients < 1:
+        raise ValueError(f"max_gradients must be at least 1, got {max_gradients}")
+    began = time.perf_counter()
+    diagonal = family == "diagonal" or (family == "auto" and density.dim > FULL_COVARIANCE)
+    evaluate, rng = Evaluations(density, max_gradients), np.random.default_rng(seed)
+    try:
+        start = find_start(evaluate, rng, diagonal=diagonal)
+    except TooManyGradients:
+        raise ValueError(f"max_gradients={max_gradients} is not enough to find a starting point") from None
+    fit = fit_gaussian(evaluate, start.gaussian, rng, after_step=progress)
+    check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
+    weighted = weigh(check, fit.gaussian, rng, CHECK_DRAWS)
+    gaussian, distance, notes = fit.gaussian, np.nan, []
+    if fit.converged:
+        gaussian, weighted, distance, notes = match_moments(check, gaussian, weighted, rng)
+    return _result(density, evaluate, check, fit, gaussian, weighted, distance, start, notes, began)
+
+
+def _result(
+    density: LogDensity,
+    evaluate: Evaluations,
+    check: Evaluations,
+    fit: Fit,
+    gaussian: Gaussian,
+    weighted: Weighted,
+    distance: float,
+    start: Start,
+    notes: list[str],
+    began: float,
+) -> Approximation:
+    loc = torch.from_numpy(gaussian.loc)
+    guide: UnconstrainedGuide
+    if gaussian.diagonal:
+        guide = DiagonalGuide(density, loc, torch.from_numpy(np.abs(gaussian.factor)))
+    else:
+        lower = np.linalg.qr(gaussian.factor.T, mode="r").T
+        guide = GaussianGuide(density, loc, torch.from_numpy(lower * np.sign(np.diag(lower))))
+    family = "diagonal" if gaussian.diagonal else "gaussian"
+    rivals = [elbo for _, elbo in start.modes[1:] if elbo > start.modes[0][1] - MODE_RIVALS]
+    if rivals:
+        notes.append(
+            f"the posterior has other modes: {len(rivals)} more with an ELBO of "
+            f"{', '.join(f'{elbo - start.modes[0][1]:+.1f}' for elbo in rivals)} nats; this guide is about the best one only"
+        )
+    if weighted.outside:
+        notes.append(f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws")
+    threshold = khat_threshold(weighted.num_draws)
+    advice = ""
+    if not weighted.good:
+        advice = f"k-hat {weighted.khat:.2f} is not below {threshold:.2f}"
+    elif distance > GOOD:
+        advice = f"a mean or log sd is {distance:.2f} off, by importance weights"
+    if advice:
+        more = "family='gaussian' or 'flow'" if family == "diagonal" else "family='flow', or run_nuts"
+        advice = f"A {family} guide is not enough: {advice}. Try {more}."
+    return Approximation(
+        guide=guide,
+        family=family,
+        elbo=weighted.elbo,
+        elbo_se=weighted.elbo_se,
+        converged=fit.converged and not weighted.outside,
+        reason=fit.reason,
+        gradients=evaluate.gradients + check.gradients,
+        seconds=time.perf_counter() - began,
+        khat=weighted.khat,
+        khat_threshold=threshold,
+        num_draws=weighted.num_draws,
+        distance=distance,
+        path=fit.path,
+        notes=notes,
+        next_guide=advice,
+    )

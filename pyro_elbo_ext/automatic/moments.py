@@ -1,0 +1,179 @@
+"""Weighted draws of a Gaussian, and means and covariance moved to what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyro_elbo_ext.arviz_statistics import pareto_smoothed
+from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
+from pyro_elbo_ext.automatic.gaussian import Gaussian
+from pyro_elbo_ext.evidence.importance import khat_threshold
+
+WORTH = 0.04  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
+MATCH_DRAWS = 8192
+LEAST_PER_DIM = 100  # effective draws per coordinate with which a covariance is told well enough
+WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
+EVEN = 0.95  # effective share of draws from which on weights are so even that their tail does not matter
+PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way from one Gaussian to the other
+MOST_ENTRIES = 20_000_000  # of all sites at all draws
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Draws with Pareto-smoothed importance weights.
+
+    Attributes
+    ----------
+    draws : ndarray
+        In unconstrained space, shape (S, dim).
+    weights, own : ndarray
+        For the posterior, smoothed; and for the Gaussian itself, which are all equal if the draws are its own. Both sum to
+        one, shape (S,).
+    khat, ess : float
+        Pareto k-hat, and effective sample size.
+    elbo, elbo_se : float
+        Mean of the log weights with its standard error, in nats; of the Gaussian if the draws are its own.
+    outside : int
+        Draws at which the log density is not finite. They have weight zero and no part in ``elbo``.
+    """
+
+    draws: Array
+    weights: Array
+    own: Array
+    khat: float
+    ess: float
+    elbo: float
+    elbo_se: float
+    outside: int
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.draws)
+
+    @property
+    def good(self) -> bool:
+        """Whether k-hat is below its threshold, or the weights so even that their tail does not matter."""
+        return self.khat < khat_threshold(self.num_draws) or self.ess > EVEN * self.num_draws
+
+    @property
+    def reliable(self) -> bool:
+        """Whether they tell the posterior's moments."""
+        return self.good and not self.outside
+
+
+def weigh(
+    evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int, wider: float = 0.0
+) -> Weighted:
+    """Independent draws of a Gaussian, half of them ``1 + wider`` times as far from its mean, with their weights."""
+    dim = evaluate.dim
+    noise = rng.standard_normal((count, dim))
+    noise[: count // 2] *= 1 + wider
+    draws = gaussian.at(noise)
+    values, _ = evaluate(draws)
+    squares, constant = (noise**2).sum(1), -0.5 * dim * np.log(2 * np.pi) - gaussian.log_volume
+    log_own = constant - 0.5 * squares
+    log_wide = constant - 0.5 * squares / (1 + wider) ** 2 - dim * np.log1p(wider)
+    log_proposal = np.logaddexp(log_own, log_wide) - np.log(2)
+    log_weights = values - log_proposal
+    inside = np.isfinite(log_weights)
+    if not inside.any():
+        raise ValueError("the log density is finite at none of the guide's draws")
+    kept = log_weights[inside]
+    size = 1 + float(np.abs(log_proposal).mean() + np.abs(values[inside]).mean())
+    rounding = 4 * np.finfo(np.float64 if evaluate.density.float64 else np.float32).eps * size
+    smoothed, khat = pareto_smoothed(log_weights, rounding)
+    weights, own = np.exp(smoothed), np.exp(log_own - log_proposal)
+    return Weighted(
+        draws=draws,
+        weights=weights,
+        own=own / own.sum(),
+        khat=khat,
+        ess=float(1 / (weights**2).sum()),
+        elbo=float(kept.mean()),
+        elbo_se=float(kept.std() / np.sqrt(len(kept))),
+        outside=int((~inside).sum()),
+    )
+
+
+def match_moments(
+    evaluate: Evaluations, gaussian: Gaussian, weighted: Weighted, rng: np.random.Generator
+) -> tuple[Gaussian, Weighted, float, list[str]]:
+    """A Gaussian between that of the greatest ELBO and that of the weighted draws' mean and covariance.
+
+    The greatest ELBO has too small sds where the posterior has heavier tails than a Gaussian, and a shift where it is skew.
+    With good importance weights the posterior's own moments are known. Of some Gaussians from the first to the second the
+    one is taken whose means and sds of all latent and deterministic sites, on their constrained scale, are nearest to the
+    weighted draws' at their worst.
+
+    Returns
+    -------
+    tuple
+        The chosen Gaussian, its own weighted draws, its estimated distance from the posterior, which is the largest
+        difference in a mean, in sds, or in a log sd (NaN where the weights cannot tell), and a note if it is another.
+
+    References
+    ----------
+    Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
+    """
+    dim = evaluate.dim
+    off = _off(weighted.draws, weighted.own, weighted.draws, weighted.weights)
+    if weighted.reliable and off < WORTH:
+        return gaussian, weighted, off, []
+    many = weigh(evaluate, gaussian, rng, MATCH_DRAWS, min(WIDER, 1.5 / np.sqrt(dim)))
+    if not many.reliable:
+        return gaussian, weighted, np.nan, []
+    sites = _constrained(evaluate, many.draws)
+    before = _off(sites, many.own, sites, many.weights)
+    if gaussian.diagonal or many.ess < LEAST_PER_DIM * dim:
+        return gaussian, weighted, before, []
+    noise = np.linalg.solve(gaussian.factor, (many.draws - gaussian.loc).T).T
+    # both of the same draws, whose noise they share
+    shift = many.weights @ noise - many.own @ noise
+    variances, axes = np.linalg.eigh(np.eye(dim) + _covariance(noise, many.weights) - _covariance(noise, many.own))
+    variances = np.clip(variances, 0.1, None)
+    best, least = gaussian, before
+    for part in PARTS:
+        turned = (axes * variances ** (part / 2)) @ axes.T
+        between = Gaussian(gaussian.loc + part * gaussian.factor @ shift, gaussian.factor @ turned)
+        distance = _off(_constrained(evaluate, between.at(noise)), many.own, sites, many.weights)
+        if distance < least:
+            best, least = between, distance
+    if not least < before - WORTH / 2:
+        return gaussian, weighted, before, []
+    of_best = weigh(evaluate, best, rng, weighted.num_draws)
+    if of_best.outside:
+        return gaussian, weighted, before, []
+    note = (
+        f"means and covariance are moved towards the posterior's by importance weights (k-hat {many.khat:.2f}, "
+        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; the ELBO is "
+        f"{max(weighted.elbo - of_best.elbo, 0):.2g} nats below the greatest"
+    )
+    return best, of_best, least, [note]
+
+
+def _constrained(evaluate: Evaluations, draws: Array) -> Array:
+    """All entries of all sites at the first of the draws, as many as fit, shape (T, entries)."""
+    count = max(1, min(len(draws), MOST_ENTRIES // max(1, evaluate.density.num_entries)))
+    sites = evaluate.density.constrain(draws[:count])
+    return np.concatenate([np.asarray(site, float).reshape(count, -1) for site in sites.values()], 1)
+
+
+def _off(values: Array, own: Array, draws: Array, weights: Array) -> float:
+    """Worst difference in mean, in sds, or in log sd, between weighted ``values`` and weighted ``draws`` of the same noise."""
+    varying = (draws.std(0) > 1e-12 * np.abs(draws).max(0)) & np.isfinite(draws).all(0) & np.isfinite(values).all(0)
+    mean, sd = _moments(values[:, varying], own)
+    right_mean, right_sd = _moments(draws[:, varying], weights)
+    return float(max((np.abs(mean - right_mean) / right_sd).max(), np.abs(np.log(sd / right_sd)).max()))
+
+
+def _moments(values: Array, weights: Array) -> tuple[Array, Array]:
+    weights = weights[: len(values)] / weights[: len(values)].sum()
+    mean = weights @ values
+    return mean, np.sqrt(weights @ (values - mean) ** 2)
+
+
+def _covariance(values: Array, weights: Array) -> Array:
+    centred = values - weights @ values
+    return centred.T * weights @ centred
