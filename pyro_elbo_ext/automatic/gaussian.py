@@ -180,7 +180,9 @@ def taken(gaussian: Gaussian, step: Step, size: float) -> Gaussian:
 def errors_of(gaussian: Gaussian, step: Step, noise: Array, residuals: Array) -> Errors:
     """Monte Carlo errors of a step, from the spread over the pairs of draws."""
     half = len(noise) // 2
-    solved = residuals / step.precisions if step.axes is None else ((residuals @ step.axes) / step.precisions) @ step.axes.T
+    solved = (
+        residuals / step.precisions if step.axes is None else ((residuals @ step.axes) / step.precisions) @ step.axes.T
+    )
     sd = gaussian.sd
     own, draws = gaussian.at(solved) - gaussian.loc, gaussian.at(noise) - gaussian.loc
     means = (own[:half] + own[half:]) / (2 * sd)

@@ -24,6 +24,7 @@ from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.terms import trace_pair
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.adaptive import AdaptiveStopping
+from pyro_elbo_ext.training.automatic_fit import fit_automatically
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
@@ -159,6 +160,23 @@ def fit(
     if operator.index(max_rollbacks) < 0:
         raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")
     listeners = CallbackList(callbacks)
+    if isinstance(guide, str):
+        given = {
+            "loss": loss,
+            "optim": optim,
+            "num_epochs": num_epochs,
+            "batches": batches,
+            "validation": validation,
+            "stopping": stopping,
+            "checkpoint": checkpoint,
+            "distributed": distributed,
+            "num_steps": None if num_steps == "auto" else num_steps,
+        }
+        _refuse(guide, {name: value for name, value in given.items() if value is not None})
+        settings = describe_run(model, guide, DecomposedELBO, None, None, num_steps=num_steps, seed=seed)
+        return fit_automatically(
+            model, guide, args, kwargs, seed=seed, progress=progress, callbacks=listeners, settings=settings
+        )
     data, args = _data(args, kwargs, batches)
     batched = isinstance(data, Batches)
     check_callable(guide, "guide", *data.first())
@@ -236,6 +254,14 @@ def _data(args: tuple[Any, ...], kwargs: dict[str, Any], batches: Any) -> tuple[
     if batches is None:
         return Whole(args, kwargs), args
     return Batches(batches, args, kwargs), args
+
+
+def _refuse(guide: str, given: Mapping[str, Any]) -> None:
+    if given:
+        raise TypeError(
+            f"guide='{guide}' is fitted to all the data by a method of its own, which takes no {', '.join(given)}. Leave "
+            "out what it does not take, or give a guide, such as AutoMultivariateNormal(model)."
+        )
 
 
 def _check_counts(**counts: int | None) -> None:

@@ -46,7 +46,7 @@ class Rollback(NamedTuple):
     factor: float
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """A fitted guide, and how it was fitted.
 
@@ -273,7 +273,7 @@ class FitResult:
         return found
 
     def __repr__(self) -> str:
-        return "\n".join(["FitResult", *(f"  {line}" for line in self.lines())])
+        return "\n".join([type(self).__name__, *(f"  {line}" for line in self.lines())])
 
     def _repr_html_(self) -> str:
         import html
@@ -282,7 +282,7 @@ class FitResult:
         table = ""
         if self.history is not None and len(self.history):
             table = self.history._repr_html_()
-        return f"<p><b>FitResult</b></p><ul>{items}</ul>{table}"
+        return f"<p><b>{type(self).__name__}</b></p><ul>{items}</ul>{table}"
 
 
 def check_same_parameters(live: dict[str, Tensor], saved: dict[str, Tensor], path: str) -> None:

@@ -1,0 +1,221 @@
+"""`fit` with ``guide="auto"``: a guide made from the model, fitted on its log density."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_elbo_ext.automatic.approximate import Approximation, approximate
+from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.draws import seeded, untouched
+from pyro_elbo_ext.history import History
+from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.model_runs import check_callable
+from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL, pyplot
+from pyro_elbo_ext.training.callbacks import CallbackList
+from pyro_elbo_ext.training.progress import Progress
+from pyro_elbo_ext.training.result import FitResult
+from pyro_elbo_ext.unconstrained import isolated
+
+Family = Literal["auto", "gaussian", "diagonal", "flow"]
+FAMILIES = ("auto", "gaussian", "diagonal", "flow")
+_PARTICLES, _RECORDS = 32, 50  # of the history
+
+
+@dataclass(repr=False)
+class AutomaticFit(FitResult):
+    """A guide that `fit` has made.
+
+    Attributes
+    ----------
+    density : LogDensity
+        What it was fitted to.
+    approximation : Approximation
+        Family, gradient evaluations, k-hat, what to try next.
+    """
+
+    density: LogDensity = field(default=None, repr=False)  # type: ignore[assignment]  # always given
+    approximation: Approximation = field(default=None, repr=False)  # type: ignore[assignment]
+    before: AutomaticFit | None = field(default=None, repr=False)
+
+    @property
+    def path(self) -> pd.DataFrame:
+        """One row per step: ELBO of its batch, gradients so far, draws, step size, what a whole step would gain."""
+        return pd.DataFrame(self.approximation.path)
+
+    @property
+    def elbo(self) -> float:
+        """ELBO in nats, from draws that had no part in the fit."""
+        return self.approximation.elbo
+
+    @property
+    def history(self) -> History:
+        """The terms at the fitted guide, evaluated when first asked for."""
+        if self.loss.history.num_recorded == 0:
+            self._record()
+        return cast(History, self.loss.history)
+
+    def _record(self) -> None:
+        with seeded(0), torch.no_grad():
+            for _ in range(_RECORDS):
+                evaluation = self.loss._evaluate(self.model, self.guide, self.args, self.kwargs, with_gradient=False)
+                self.loss._record(evaluation)
+        self.loss.forget()
+
+    def refine(self, *, seed: int | None = None, progress: bool = True, **options: Any) -> AutomaticFit:
+        """The next guide up: a short normalizing flow that starts from this Gaussian.
+
+        Returns
+        -------
+        AutomaticFit
+            Whose ``before`` is this result; printed, it says what the flow has bought.
+
+        Raises
+        ------
+        ValueError
+            If this is a flow already.
+        """
+        if self.approximation.family == "flow":
+            raise ValueError("this guide is a flow already; there is no next one. Use run_nuts, or write a guide.")
+        return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, before=self, **options)
+
+    def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """As :meth:`FitResult.draws`."""
+        if operator.index(num_draws) < 1:
+            raise ValueError(f"the number of draws must be at least 1, not {num_draws!r}")
+        with untouched(seed):
+            posterior = self.approximation.guide.get_posterior()
+            return self.density.constrain(posterior.sample((num_draws,)))
+
+    def plot(self, axes: Any = None) -> NDArray[np.object_]:
+        """ELBO and predicted gain by gradient evaluations, and the terms at the fitted guide.
+
+        Parameters
+        ----------
+        axes
+            Two matplotlib axes; by default a new figure.
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        """
+        if axes is None:
+            _, axes = pyplot().subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        left, right = np.ravel(axes)
+        path = self.path
+        left.plot(path["gradients"], path["elbo"], marker=".", color=COLOURS[0])
+        left.set(xlabel="gradient evaluations", ylabel="nats", title="ELBO of each step's draws")
+        worst = path["elbo"].iloc[len(path) // 3]
+        span = self.elbo - worst
+        if span > 0:
+            left.set_ylim(worst - 0.5 * span, self.elbo + 0.5 * span)
+        table = self.summary()
+        right.barh(table.index, table["mean"], xerr=table["se"], color=[OTHER] * (len(table) - 1) + [TOTAL])
+        right.invert_yaxis()
+        right.set(xlabel="nats", title="reconstruction - KL(q || prior), by site")
+        return np.array([left, right], object)
+
+    def lines(self) -> list[str]:
+        """The account in a few lines."""
+        a = self.approximation
+        found = [
+            f"{a.family} guide in {self.seconds:.2f} s, {a.gradients:,} gradient evaluations",
+            f"stopped: {self.reason}",
+            f"ELBO {a.elbo:.6g} +- {a.elbo_se:.2g} nats, k-hat {a.khat:.2f} (good below {a.khat_threshold:.2f})",
+            *a.notes,
+        ]
+        if self.before is not None:
+            b = self.before.approximation
+            error = float(np.hypot(a.elbo_se, b.elbo_se))
+            found.append(
+                f"over the {b.family} guide: ELBO {a.elbo - b.elbo:+.3g} +- {error:.2g} nats, "
+                f"k-hat {b.khat:.2f} -> {a.khat:.2f}"
+            )
+        if a.next_guide:
+            found.append(a.next_guide)
+        return found
+
+
+def fit_automatically(
+    model: Callable[..., Any] | LogDensity,
+    family: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    seed: int | None = None,
+    progress: bool = True,
+    callbacks: CallbackList | None = None,
+    settings: Mapping[str, Any] | None = None,
+    before: AutomaticFit | None = None,
+    **options: Any,
+) -> AutomaticFit:
+    """Make a guide for a model and fit it; see `fit`."""
+    began = time.monotonic()
+    if family not in FAMILIES:
+        raise ValueError(f"guide must be a Pyro guide or one of {', '.join(map(repr, FAMILIES))}, not {family!r}")
+    if isinstance(model, LogDensity):
+        if args or kwargs:
+            raise TypeError("a LogDensity has its model's arguments already: pass none")
+        density = model
+    else:
+        check_callable(model, "model", args, kwargs)
+        with isolated(0):
+            density = LogDensity(model, args, kwargs, 0)
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    callbacks = CallbackList(()) if callbacks is None else callbacks
+    bar = Progress(None, 0, progress)
+    callbacks.start(dict(settings or {}))
+
+    def step(entry: dict[str, float]) -> None:
+        bar.advance(1)
+        if bar.is_due:
+            bar.show(entry, f"{int(entry['gradients']):,} gradients")
+        callbacks.log(int(entry["step"]), entry)
+
+    try:
+        found = approximate(density, family=cast(Any, family), seed=seed, progress=step, **options)
+    except BaseException as error:
+        callbacks.finish({"status": "failed", "reason": f"{type(error).__name__}: {error}"}, error)
+        raise
+    finally:
+        bar.close()
+    guide, program = found.guide, density.program
+    seconds = time.monotonic() - began
+    callbacks.finish(
+        {
+            "status": "finished",
+            "reason": found.reason,
+            "converged": found.converged,
+            "steps": len(found.path),
+            "seconds": seconds,
+            "elbo": found.elbo,
+        }
+    )
+    return AutomaticFit(
+        model=program.model,
+        guide=guide,
+        args=program.args,
+        kwargs=program.kwargs,
+        loss=DecomposedELBO(_PARTICLES, vectorize_particles="vmap"),
+        reason=found.reason,
+        converged=found.converged,
+        num_steps=len(found.path),
+        seconds=seconds,
+        uncompiled=None if density.traced else "the model is not a graph",
+        parameters=dict(guide.named_parameters()),
+        buffers=dict(guide.named_buffers()),
+        density=density,
+        approximation=found,
+        before=before,
+    )
