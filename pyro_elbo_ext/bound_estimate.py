@@ -344,7 +344,7 @@ def _describe(
     for site in sites:
         node = site.p or site.q[-1]
         count: float | int = 0.0
-        if site.kind == "observed" or (counts_latent and site.kind == "latent"):
+        if site.kind == "observed" or (counts_latent and site.kind == "latent" and not site.is_point):
             count = num_observations(node, log_prob(node, drawn.model_trace, max_plate_nesting), ledger)
         scale = node["scale"]
         descriptions.append(

@@ -16,6 +16,7 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_elbo_ext import bounds
+from pyro_elbo_ext.batched_draws import call_key
 from pyro_elbo_ext.bound_estimate import Particles, estimate_bound
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.estimate import Ledger, Particle, evaluate, row, sums_by_site
@@ -23,6 +24,7 @@ from pyro_elbo_ext.gradients import Gradient, GradientName, Pathwise
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.kl import KLChoice, KLPrior, Structure, kl_prior
 from pyro_elbo_ext.objective import (
+    MAX_STRUCTURES,
     Args,
     Evaluation,
     Kwargs,
@@ -84,6 +86,7 @@ class DecomposedELBO(WeightedObjective):
         site's plates: in the objective its sum over them is ``max(kl_prior, free_bits * elements)``, subsampled elements
         counting for those they stand for. So the mean over the minibatch is compared, site by site (Kingma et al. 2016);
         a site outside of plates is one element. Where the floor is the greater the gradient of that ``kl_prior`` is 0.
+        A Delta in the guide has none: its ``kl_prior`` is infinite but for a constant, above any floor.
         A sampled ``kl_prior`` is compared by its estimate, the mean over particles, and ``E[max(estimate, floor)]`` is
         above ``max(kl_prior, floor)``: there the objective is biased downwards, and the gradient's gate is open or shut by
         chance, which matters near the floor only. Use analytic ones, or several particles.
@@ -251,7 +254,7 @@ class DecomposedELBO(WeightedObjective):
         repeats, model, guide = self._programs(model, guide, args, kwargs)
         for _ in range(repeats):
             ledger.begin_particle()
-            tracker = DependencyTracker() if self._tracks_dependencies and pair.track_next else None
+            tracker = DependencyTracker() if self._is_tracked(pair, args, kwargs) else None
             with tracker or nullcontext():
                 model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker)
                 signature = signature_of(model_trace, guide_trace, args, kwargs)
@@ -279,6 +282,20 @@ class DecomposedELBO(WeightedObjective):
                 )
             )
         return signature, particles, infos
+
+    def _is_tracked(self, pair: Pair, args: Args, kwargs: Kwargs) -> bool:
+        """Whether the next run is to find out the dependencies of its sites."""
+        if not self._tracks_dependencies:
+            return False
+        if not self._weighs_by_site:
+            return pair.track_next
+        # new sites may be sampled once and tracked in the next run, but then an autoguide's are not known apart
+        key = call_key(args, kwargs)
+        is_new = key not in pair.tracked
+        if len(pair.tracked) >= MAX_STRUCTURES:
+            pair.tracked.clear()
+        pair.tracked.add(key)
+        return is_new or pair.track_next
 
     def _evaluate_batch(
         self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger

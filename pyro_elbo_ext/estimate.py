@@ -189,7 +189,7 @@ def evaluate(
                 if not is_identically_zero(score):
                     scored.append((site.name, node, score, kl.value))
         kl_at = None if kl.value is None else ledger.add(kl.value, -1.0, site.name)
-        counted = counts_latent and site.p is not None and log_p is not None
+        counted = counts_latent and log_p is not None and not site.is_point
         count = num_observations(site.p, log_p, ledger) if counted else 0.0  # type: ignore[arg-type]
         slots.append(Slots(p_at, q_at, kl_at, scale_of(site.p or site.q[-1], ledger), count))
         terms.append(_term(site, log_p, log_qs, kl))

@@ -37,7 +37,7 @@ Totals = tuple[float, float, Values]  # reconstruction (or the bound), kl_prior,
 Read = Callable[[list[float]], Totals]
 Weight = float | list[float]  # of ``kl_prior``: one, or those of the sites that are named
 
-_MAX_STRUCTURES = 64  # of a program whose sites vary without end
+MAX_STRUCTURES = 64  # of a program whose sites vary without end
 
 
 @dataclass(slots=True)
@@ -47,6 +47,7 @@ class Pair:
     structures: dict[Signature, Structure] = field(default_factory=dict)
     infos: dict[Signature, tuple[SiteInfo, ...]] = field(default_factory=dict)
     track_next: bool = True  # the dependencies of the sites last seen are not known
+    tracked: set[CallKey] = field(default_factory=set)  # where weights by site need the dependencies in every run
     registered: set[Signature] = field(default_factory=set)
     max_plate_nesting: int | None = None
     batches: dict[CallKey, Batch] = field(default_factory=dict)
@@ -109,6 +110,7 @@ class Objective(ELBO):
     """
 
     maximized = True  # the loss is the negative objective
+    weighting: tuple[object, ...] = ()  # what a compiled graph has taken from kl_weight and free_bits
     _weighs_by_site = False  # whether the objective is other than reconstruction - kl_weight * kl_prior
     _tracks_dependencies = False  # what closed forms need
 
@@ -286,7 +288,7 @@ class Objective(ELBO):
                 signature = signature_of(model_trace, guide_trace, args, kwargs)
                 self._remember(pair, signature, model_trace, guide_trace, tracker)
 
-            if len(pair.batches) >= _MAX_STRUCTURES:
+            if len(pair.batches) >= MAX_STRUCTURES:
                 pair.batches.clear()
             tracker = DependencyTracker() if self._tracks_dependencies else None
             batch = pair.batches[key] = Batch.start(model, guide, args, kwargs, tracker, read)
@@ -302,7 +304,7 @@ class Objective(ELBO):
     ) -> Structure:
         """Read the structure of the traces and keep it."""
         structure = read_structure(model_trace, guide_trace, tracker)
-        if len(pair.structures) >= _MAX_STRUCTURES:
+        if len(pair.structures) >= MAX_STRUCTURES:
             pair.structures.clear()
             pair.infos.clear()
         pair.structures[signature] = structure

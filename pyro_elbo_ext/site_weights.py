@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_elbo_ext.record import VALUES, SiteInfo
@@ -80,46 +79,42 @@ def _greater(kl: Number, floor: Number) -> Number:
     if not isinstance(kl, Tensor):
         return torch.maximum(floor.new_tensor(kl), floor) if isinstance(floor, Tensor) else max(kl, floor)
     floor = torch.as_tensor(floor, dtype=kl.dtype, device=kl.device)
-    return torch.where(
-        torch.isfinite(kl), torch.maximum(kl, floor), kl
-    )  # what is not finite must not hide in the floor
+    # what is not finite must not hide in the floor
+    return torch.where(torch.isfinite(kl), torch.maximum(kl, floor), kl)
 
 
 def check_sites(kl_weight: KLWeight, free_bits: FreeBits | None, sites: Sequence[Site]) -> None:
     """Raise ValueError if weights or free bits name a site without ``kl_prior``, or part what is known only together."""
     kinds = {site.name: site.kind for site in sites}
+    points = [site.name for site in sites if site.is_point]
     weights = kl_weight if isinstance(kl_weight, Mapping) else {}
+    floors = free_bits if isinstance(free_bits, Mapping) else {}
     for argument, named, known in (
         ("kl_weight", weights, [name for name, kind in kinds.items() if kind != "observed"]),
-        ("free_bits", free_bits if isinstance(free_bits, Mapping) else {}, _of_kind("latent", sites)),
+        ("free_bits", floors, [site.name for site in sites if site.kind == "latent" and not site.is_point]),
     ):
         for name in named:
             if name not in known:
                 kind = kinds.get(name)
                 what = "which the model and guide do not have" if kind is None else f"which is {kind}"
+                if name in points:
+                    what = "which is a Delta in the guide: its kl_prior is infinite but for a constant, above any floor"
                 raise ValueError(
                     f"{argument} names site '{name}', {what}. No parameter has been changed. Sites that it can name: "
                     f"{', '.join(map(repr, known)) or 'none'}."
                 )
-    auxiliary = _of_kind("auxiliary", sites)
+    auxiliary = [site.name for site in sites if site.kind == "auxiliary"]
     # a Delta has no log q of its own where an auxiliary draw, such as an autoguide's vector, holds that of several sites
-    deltas = [site.name for site in sites if site.kind == "latent" and [type(node["fn"]) for node in site.q] == [Delta]]
-    if not auxiliary or not deltas:
+    if not auxiliary or not points:
         return
-    together = [*deltas, *auxiliary]
-    given = [weights.get(name, 1.0) for name in together]
-    floors = [free_bits.get(name) if isinstance(free_bits, Mapping) else free_bits for name in deltas]
-    if any(weight != given[0] for weight in given) or any(floors):
+    given = [weights.get(name, 1.0) for name in (*points, *auxiliary)]
+    if any(weight != given[0] for weight in given) or (free_bits is not None and not floors):
         raise ValueError(
-            f"the log q of {', '.join(map(repr, deltas))} is that of the guide's {', '.join(map(repr, auxiliary))}: their "
+            f"the log q of {', '.join(map(repr, points))} is that of the guide's {', '.join(map(repr, auxiliary))}: their "
             "kl_prior is known only together, so that neither weights by site nor free bits exist for them. No parameter "
             "has been changed. Use one kl_weight for all sites; with a Gaussian autoguide kl='auto' and "
             "gradient='pathwise', which know each site's share; or a guide that draws each site by itself."
         )
-
-
-def _of_kind(kind: str, sites: Sequence[Site]) -> list[str]:
-    return [site.name for site in sites if site.kind == kind]
 
 
 def recorded(

@@ -212,6 +212,11 @@ class Site:
     p: Node | None
     q: tuple[Node, ...]
 
+    @property
+    def is_point(self) -> bool:
+        """Whether it is latent and all that the guide has of it is a Delta."""
+        return self.kind == "latent" and len(self.q) == 1 and type(self.q[0]["fn"]) is Delta
+
 
 Outline = tuple[tuple[str, Kind, tuple[str, ...]], ...]  # name, kind, and the guide nodes of each site
 

@@ -23,6 +23,7 @@ class WeightedObjective(Objective):
 
     def __init__(self, *args: Any, kl_weight: KLWeight, free_bits: FreeBits | None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._free_bits: FreeBits | None = None
         self.kl_weight = kl_weight
         self.free_bits = free_bits
 
@@ -34,8 +35,12 @@ class WeightedObjective(Objective):
     @kl_weight.setter
     def kl_weight(self, kl_weight: KLWeight) -> None:
         check_kl_weight(kl_weight)
-        self._kl_weight = dict(kl_weight) if isinstance(kl_weight, Mapping) else kl_weight
-        self.weighted_sites = tuple(kl_weight) if isinstance(kl_weight, Mapping) else ()
+        self._kl_weight: KLWeight
+        if isinstance(kl_weight, Mapping):
+            self._kl_weight = dict(kl_weight)
+        else:
+            self._kl_weight = kl_weight if callable(kl_weight) else float(kl_weight)
+        self._describe_weights()
 
     @property
     def free_bits(self) -> FreeBits | None:
@@ -46,10 +51,14 @@ class WeightedObjective(Objective):
     def free_bits(self, free_bits: FreeBits | None) -> None:
         check_free_bits(free_bits)
         self._free_bits = dict(free_bits) if isinstance(free_bits, Mapping) else free_bits
+        self._describe_weights()
 
-    @property
-    def _weighs_by_site(self) -> bool:  # type: ignore[override]
-        return bool(self.weighted_sites) or self._free_bits is not None
+    def _describe_weights(self) -> None:
+        weight, bits = self._kl_weight, self._free_bits
+        self.weighted_sites = tuple(weight) if isinstance(weight, Mapping) else ()
+        self.weighting = self.weighted_sites, tuple(bits.items()) if isinstance(bits, Mapping) else bits
+        self._weighs_by_site = bool(self.weighted_sites) or bits is not None
+        self._geco = weight if isinstance(weight, Geco) else None
 
     def kl_weight_at(self, step: int) -> Weight:
         """The weight of ``kl_prior`` at a step (0, 1, ...); of a mapping, those of its sites in order."""
@@ -82,7 +91,7 @@ class WeightedObjective(Objective):
         return recorded(sites, rows, objective, given, self.weighted_sites, has_floor=self._free_bits is not None)
 
     def _follow(self, sites: tuple[SiteInfo, ...], values: Floats) -> None:
-        if isinstance(self._kl_weight, Geco):
+        if self._geco is not None:
             observed = [site.kind == "observed" for site in sites]
             of = values[observed].sum(0).tolist()
-            self._kl_weight.update(of[VALUES.index("log_p")], of[VALUES.index("num_observations")])
+            self._geco.update(of[VALUES.index("log_p")], of[VALUES.index("num_observations")])

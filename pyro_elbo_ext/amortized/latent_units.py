@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 AT_PRIOR = 0.01  # nats per datum: a unit's kl_prior below it is about 0
 REMEDIES = (
-    "warm up the weight of kl_prior in training, DecomposedELBO(kl_weight=lambda step: min(1.0, step / 2000)) "
-    "(Bowman et al. 2016)",
-    "free bits: do not penalize the first part of a nat of kl_prior per unit (Kingma et al. 2016)",
+    "warm up the weight of kl_prior in training, DecomposedELBO(kl_weight=LinearWarmup(2000)) (Bowman et al. 2016)",
+    "free bits: do not penalize the first part of a nat of kl_prior per site, DecomposedELBO(free_bits=0.5) (Kingma et "
+    "al. 2016)",
     "a weaker decoder: one that models the data well without z leaves nothing for z to do (Chen et al. 2017)",
     "no remedy, if the data need no more units: with too many, the best ELBO leaves some inactive (Lucas et al. 2019)",
 )

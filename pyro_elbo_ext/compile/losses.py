@@ -7,7 +7,7 @@ summed in double precision as Python sums them, so that the value is the same to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +20,10 @@ from torch.distributions import kl_divergence
 
 from pyro_elbo_ext.compile.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.errors import CannotCompile
-from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.objective import Objective, Program, Read, Traced, Weight
 from pyro_elbo_ext.record import SiteInfo
+from pyro_elbo_ext.weighted import WeightedObjective
 from pyro_elbo_ext.weighting import Geco
-
-Weighting = tuple[object, ...]
 
 
 class Value(NamedTuple):
@@ -56,7 +54,7 @@ class TracedLoss:
     sites : tuple of SiteInfo
         What the rows of the table are.
     weighting : tuple
-        The sites whose ``kl_prior`` has a weight of its own, and what else of the weights is written into a graph.
+        What a graph has taken from the loss's weights: the sites that have their own, and free bits.
     one_by_one : bool
         Whether the weight of a step depends on the step before.
     """
@@ -65,8 +63,8 @@ class TracedLoss:
     sites: tuple[SiteInfo, ...] = ()
 
     @property
-    def weighting(self) -> Weighting:
-        return (), None
+    def weighting(self) -> tuple[object, ...]:
+        return ()
 
     @property
     def one_by_one(self) -> bool:
@@ -249,20 +247,18 @@ class _OfObjective(TracedLoss):
         return Value(-value if objective.maximized else value, surrogate, table)
 
     @property
-    def weighting(self) -> Weighting:
-        if not isinstance(self._loss, DecomposedELBO):
-            return (), None
-        free_bits = self._loss.free_bits
-        return self._loss.weighted_sites, tuple(free_bits.items()) if isinstance(free_bits, Mapping) else free_bits
+    def weighting(self) -> tuple[object, ...]:
+        return self._loss.weighting
 
     @property
     def one_by_one(self) -> bool:
-        return isinstance(self._loss, DecomposedELBO) and isinstance(self._loss.kl_weight, Geco)
+        return isinstance(self._loss, WeightedObjective) and isinstance(self._loss.kl_weight, Geco)
 
     def kl_weights(self, start: int, steps: int) -> list[Weight]:
         objective = self._loss
-        if not isinstance(objective, DecomposedELBO):
+        if not isinstance(objective, WeightedObjective):
             return [1.0] * steps
-        if isinstance(objective.kl_weight, float | int):
-            return [float(objective.kl_weight)] * steps
+        weight = objective.kl_weight
+        if isinstance(weight, float):
+            return [weight] * steps
         return [objective.kl_weight_at(objective.num_steps + start + i) for i in range(steps)]

@@ -83,6 +83,7 @@ class NativeSteps:
         self._width = table.numel()
         self._of_weights = tuple(inputs[good + 1].shape[1:])  # of one step
         self._num_weights = inputs[good + 1].numel()
+        self._all_weights = slice(None) if self._of_weights else 0
         self._num_seeds = sum(seeds.numel() for _, _, seeds in calls.seeds)
         self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
         self._addresses = [tensor.data_ptr() for tensor in inputs]
@@ -168,7 +169,7 @@ class NativeSteps:
     def once(self, weight: Weight, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites, 6)``, in memory that the next step writes to."""
         numbers, addresses, seeds = self._single
-        self._weights[:] = weight
+        self._weights[self._all_weights] = weight
         if self._num_seeds:
             torch.randint(*self._bounds, seeds.shape, out=seeds)
         self._run(1, inputs, *addresses)
