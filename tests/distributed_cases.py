@@ -88,7 +88,9 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor, noise: Tensor) -> None:
         pyro.module("vae", self)
-        pyro.sample("offset", dist.Delta(pyro.param("offset_loc", torch.ones(3, dtype=torch.float64)), event_dim=1))
+        # a parameter that no module holds, if this one does not
+        offset = self.offset if hasattr(self, "offset") else pyro.param("offset_loc", torch.ones_like(x[0]))
+        pyro.sample("offset", dist.Delta(offset, event_dim=1))
         with pyro.plate("row", N, subsample_size=len(x)):
             loc, log_scale = self.encoder(x).chunk(2, -1)
             pyro.sample("z", GivenNoise(loc, log_scale.exp(), noise).to_event(1))

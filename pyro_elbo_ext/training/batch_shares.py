@@ -150,9 +150,9 @@ def check_reports(reports: Sequence[Report]) -> bool:
         if others:
             raise ValueError(
                 f"site '{name}' has other data in process {others[0]} than in process 0, but its weight is 1, while other "
-                f"sites are shared by all data: the mean over {count} processes would count the data {count} times too little. Give "
-                "the plate of the batch its full size, pyro.plate(name, N, subsample_size=len(batch)), where N is the size "
-                "of the whole data set, not of the process's part."
+                f"sites are shared by all data: the mean over {count} processes would count the data {count} times too "
+                "little. Give the plate of the batch its full size, pyro.plate(name, N, subsample_size=len(batch)), where "
+                "N is the size of the whole data set, not of the process's part."
             )
     return False
 

@@ -147,7 +147,7 @@ class JointLoss:
         count, purpose = self._place(with_gradient)
         for _ in range(3):
             with self.streams.at(count, purpose):
-                run = self._run(args, kwargs, with_gradient)
+                run = self.run(args, kwargs, with_gradient=with_gradient)
             merged = self._merge(run, with_gradient)
             if merged is not None:
                 self.evaluations += not with_gradient
@@ -189,7 +189,8 @@ class JointLoss:
         """Which of the streams of random numbers comes next."""
         return (self.steps, "step") if with_gradient else (self.evaluations, "evaluation")
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_gradient: bool) -> Run:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_gradient: bool) -> Run:
+        """Evaluate in this process alone; an error is kept in the run."""
         run = Run(Survey())
         try:
             with poutine.trace(param_only=True) as captured, run.survey:
