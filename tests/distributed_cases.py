@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributions import constraints
 from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed import DistributedSVI
+from pyro_elbo_ext.weighting import Geco
 
 N, BATCH = 40, 8
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -86,7 +88,9 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor, noise: Tensor) -> None:
         pyro.module("vae", self)
-        pyro.sample("offset", dist.Delta(pyro.param("offset_loc", torch.ones(3, dtype=torch.float64)), event_dim=1))
+        # a parameter that no module holds, if this one does not
+        offset = self.offset if hasattr(self, "offset") else pyro.param("offset_loc", torch.ones_like(x[0]))
+        pyro.sample("offset", dist.Delta(offset, event_dim=1))
         with pyro.plate("row", N, subsample_size=len(x)):
             loc, log_scale = self.encoder(x).chunk(2, -1)
             pyro.sample("z", GivenNoise(loc, log_scale.exp(), noise).to_event(1))
@@ -200,6 +204,32 @@ def uneven(svi_class: Any = DistributedSVI) -> Result:
     return {"losses": train(svi, 4, (5, 3)), "parameters": parameters(), "table": table(loss)}
 
 
+def unscaled(svi_class: Any = DistributedSVI) -> Result:
+    """All sites inside the plate of the batch, which nothing scales: the loss is that of the batch."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("row", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.1, dtype=torch.float64))
+        with pyro.plate("row", len(x)):
+            pyro.sample("z", dist.Delta(slope * x))
+
+    loss = DecomposedELBO()
+    svi = svi_class(model, guide, pyro.optim.SGD({"lr": 1e-2}), loss)
+    losses = [svi.step(part(Y[index], (5, 3))) for index in batches(3)]
+    return {"losses": losses, "parameters": parameters(), "table": table(loss)}
+
+
+def geco(svi_class: Any = DistributedSVI) -> Result:
+    """A weight that follows the reconstruction of all batches together."""
+    guide, loss = ready(AutoDelta(regression)), DecomposedELBO(kl_weight=Geco(-1.2, rate=0.5))
+    svi = svi_class(regression, guide, pyro.optim.Adam({"lr": 0.05}), loss)
+    return {"losses": train(svi, 4), "parameters": parameters(), "table": table(loss)}
+
+
 def branches(svi_class: Any = DistributedSVI) -> Result:
     """Each of two networks is used in some steps only; the second appears late."""
     pyro.set_rng_seed(7)
@@ -285,6 +315,7 @@ def errors() -> Result:
     ):
         other = DistributedSVI(model, of, pyro.optim.Adam({"lr": 0.05}), DecomposedELBO(), seed=1)
         found[name] = message(lambda other=other: other.step(x, y))
+    found["free bits"] = message(lambda: DistributedSVI(regression, guide, svi.optim, DecomposedELBO(free_bits=0.1)))
     now = parameters()
     same = all(torch.equal(now[name], value) for name, value in start.items())
     return {"errors": found, "unchanged": same, "goes on": svi.step(x, y)}
@@ -323,6 +354,8 @@ CASES: list[Callable[[], Result]] = [
     vae,
     shared_plain_parameters,
     uneven,
+    unscaled,
+    geco,
     branches,
     own_draws,
     resumed,
@@ -330,7 +363,7 @@ CASES: list[Callable[[], Result]] = [
     gradient,
     helpers,
 ]
-SINGLE = {"vae": lambda: vae(SVI), "uneven": lambda: uneven(SVI), "branches": lambda: branches(SVI)}
+SINGLE = {case.__name__: partial(case, SVI) for case in (vae, uneven, unscaled, geco, branches)}  # nothing is drawn
 
 
 def run(case: Callable[[], Result]) -> Result:

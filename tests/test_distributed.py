@@ -68,10 +68,11 @@ def compare(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["shared_auto_normal", "pyro_loss", "bound", "vae", "shared_plain_parameters", "uneven", "branches"]
+    "case",
+    ["shared_auto_normal", "pyro_loss", "bound", "shared_plain_parameters", *cases.SINGLE],
 )
 def test_two_processes_equal_one(case: str, two: list[dict[str, Any]]) -> None:
-    one = cases.run(cases.SINGLE.get(case, getattr(cases, case)))  # Pyro's own SVI where nothing is drawn
+    one = cases.run(cases.SINGLE.get(case, getattr(cases, case)))
     compare(one, [results[case] for results in two])
 
 
@@ -124,6 +125,7 @@ def test_an_error_in_one_process_is_raised_in_all(two: list[dict[str, Any]]) -> 
         "plates": "ValueError: the batches of processes 0 to 1 have sizes 4, 5 in plate 'other' but 4, 4 in plate 'row'",
         "sites": "ValueError: processes 0 and 1 have different sites: extra",
         "parameters": "ValueError: parameter 'sized' is in process 0: shape (2,), in process 1: shape (3,)",
+        "free bits": "ValueError: free_bits compares the kl_prior of a whole batch",
     }
     for results in two:
         found = results["errors"]

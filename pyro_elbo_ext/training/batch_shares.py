@@ -12,6 +12,9 @@ B = sum_r B_r and weights w_r = B_r / B, which sum to 1,
 which is the ELBO of all batches taken together. It is linear in them, so that gradients average alike; batches of one size
 have equal weights. If the processes draw the latents outside the plate anew, g and f_n are averages over those draws, as
 with several particles.
+
+A model that does not scale its batch is right too if all its sites are inside the plate of the batch, as in many
+autoencoders: its ELBO is that of the batch, and that of all batches together is the sum, so that all weights are 1.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_elbo_ext.terms import PARTICLE_PLATE
 from pyro_elbo_ext.training.random_streams import is_split
 
 Floats = NDArray[np.float64]
@@ -47,6 +51,8 @@ class Survey(Messenger):
         The sites inside these.
     unscaled : dict of str to Tensor
         The values of observed sites that have weight 1, outside these.
+    shared : set of str, or None
+        The plates that every site is inside; None before the first site.
     """
 
     def __init__(self) -> None:
@@ -55,10 +61,13 @@ class Survey(Messenger):
         self.split: set[str] = set()
         self.sites_in_split: set[str] = set()
         self.unscaled: dict[str, Tensor] = {}
+        self.shared: set[str] | None = None
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
+        around = {frame.name for frame in msg["cond_indep_stack"]} - {PARTICLE_PLATE}
+        self.shared = around if self.shared is None else self.shared & around
         for frame in msg["cond_indep_stack"]:
             full = frame.size if frame.full_size is None else frame.full_size
             self.plates[frame.name] = int(frame.size), int(full)
@@ -92,6 +101,8 @@ class Report:
         Names and kinds of the sites that the history records.
     plates, split : tuple of str
         All plates, and those that hold a part of their data.
+    shared : tuple of str
+        The plates that every site is inside.
     digests : dict of str to str
         Of the data that nothing scales.
     parameters : dict of str to tuple
@@ -101,12 +112,16 @@ class Report:
     sites: tuple[tuple[str, str], ...]
     plates: tuple[str, ...]
     split: tuple[str, ...]
+    shared: tuple[str, ...]
     digests: Mapping[str, str]
     parameters: Mapping[str, tuple[int, ...]]
 
 
-def check_reports(reports: Sequence[Report]) -> None:
-    """Raise ValueError, the same in all processes, if they do not train the same model, or would train it wrongly."""
+def check_reports(reports: Sequence[Report]) -> bool:
+    """Whether the ELBOs of the processes are to be summed, not averaged: those of batches that nothing scales.
+
+    Raises ValueError, the same in all processes, if they do not train the same model, or would train it wrongly.
+    """
     count = len(reports)
     first = reports[0]
     for number, report in enumerate(reports):
@@ -130,13 +145,16 @@ def check_reports(reports: Sequence[Report]) -> None:
                 )
     for name, digest in first.digests.items():
         others = [number for number, report in enumerate(reports) if report.digests.get(name, digest) != digest]
+        if others and not first.split and set(first.shared).intersection(*(of.shared for of in reports)):
+            return True
         if others:
             raise ValueError(
-                f"site '{name}' has other data in process {others[0]} than in process 0, but its weight is 1: the mean over "
-                f"{count} processes would count the data {count} times too little. Give the plate of the batch its full "
-                "size, pyro.plate(name, N, subsample_size=len(batch)), where N is the size of the whole data set, not of "
-                "the process's part; to sum over a batch as it is, N = world_size() * len(batch)."
+                f"site '{name}' has other data in process {others[0]} than in process 0, but its weight is 1, while other "
+                f"sites are shared by all data: the mean over {count} processes would count the data {count} times too "
+                "little. Give the plate of the batch its full size, pyro.plate(name, N, subsample_size=len(batch)), where "
+                "N is the size of the whole data set, not of the process's part."
             )
+    return False
 
 
 def weights_of(plates: Sequence[str], sizes: Floats, full_sizes: Floats) -> Floats:
@@ -193,15 +211,16 @@ def merge(values: Floats, weights: Floats, split: NDArray[np.bool_]) -> Floats:
     values : (R, S, 6) array
         In the columns of :data:`pyro_elbo_ext.record.VALUES`.
     weights : (R,) array
-        Of :func:`weights_of`.
+        Of :func:`weights_of`, or ones.
     split : (S,) array
         Whether each site is inside a plate that holds a part of its data.
 
     Returns
     -------
     (S, 6) array
-        Weighted means; but the scale of a site in a split plate is N over the size of all batches together.
+        Weighted sums; but scales are means, and that of a site in a split plate is N over the size of all batches together.
     """
     merged = np.einsum("r,rsv->sv", weights, values)
+    merged[:, 3] = weights @ values[:, :, 3] / weights.sum()
     merged[split, 3] = 1 / (1 / values[:, split, 3]).sum(0)
     return merged

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO, SVI
 from pyro.infer.util import zero_grads
@@ -19,7 +18,14 @@ from pyro_elbo_ext.registration import check_registered
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.joint_loss import JointLoss, Run
 from pyro_elbo_ext.training.random_streams import RandomStreams
-from pyro_elbo_ext.training.replica import average_gradients, data_parallel, gradients_of, name_of, send_from_main
+from pyro_elbo_ext.training.replica import (
+    average_gradients,
+    data_parallel,
+    gradients_of,
+    is_parameter,
+    name_of,
+    send_from_main,
+)
 
 
 class DistributedSVI(SVI):
@@ -217,9 +223,8 @@ class _Parameters(JointLoss):
 
     def _trained(self, run: Run) -> list[Tensor]:
         """The leaves that Pyro, a module or the optimizer knows; the others were made on the way."""
-        known = pyro.get_param_store()._param_to_name
         own = {id(p) for p in self.of_optimizer()} | self._of_modules
-        return [p for p in run.leaves if id(p) in own or p in known or isinstance(p, torch.nn.Parameter)]
+        return [p for p in run.leaves if id(p) in own or is_parameter(p)]
 
     def _knows_parameters(self, run: Run) -> bool:
         leaves = self._trained(run)

@@ -86,6 +86,7 @@ class _Agreed(NamedTuple):
     sites: tuple[tuple[str, str], ...] = ()
     split: tuple[str, ...] = ()
     own_split: frozenset[str] = frozenset()
+    summed: bool = False  # whether the losses are to be summed, not averaged
 
 
 class JointLoss:
@@ -114,6 +115,11 @@ class JointLoss:
                 f"the loss {type(loss).__name__} has no differentiable_loss, so that its gradients cannot wait for the "
                 "other processes. Use an objective of pyro_elbo_ext, Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO."
             )
+        if processes.world_size() > 1 and getattr(loss, "free_bits", None) is not None:
+            raise ValueError(
+                "free_bits compares the kl_prior of a whole batch with a floor, but each process sees a part of it only. "
+                "Use kl_weight instead, or a single process."
+            )
         self.model, self.guide, self.objective, self.streams = model, guide, loss, streams
         self.replica = Replica(model, guide, loss)
         self.steps = self.evaluations = 0
@@ -141,7 +147,7 @@ class JointLoss:
         count, purpose = self._place(with_gradient)
         for _ in range(3):
             with self.streams.at(count, purpose):
-                run = self._run(args, kwargs, with_gradient)
+                run = self.run(args, kwargs, with_gradient=with_gradient)
             merged = self._merge(run, with_gradient)
             if merged is not None:
                 self.evaluations += not with_gradient
@@ -183,7 +189,8 @@ class JointLoss:
         """Which of the streams of random numbers comes next."""
         return (self.steps, "step") if with_gradient else (self.evaluations, "evaluation")
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_gradient: bool) -> Run:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_gradient: bool) -> Run:
+        """Evaluate in this process alone; an error is kept in the run."""
         run = Run(Survey())
         try:
             with poutine.trace(param_only=True) as captured, run.survey:
@@ -258,7 +265,9 @@ class JointLoss:
             self._agree(run, with_gradient)
             return None
         by_plate, by_site = np.split(table[:, _HEAD:], [2 * len(agreed.split)], 1)
-        weights = weights_of(agreed.split, by_plate[:, ::2], by_plate[:, 1::2])
+        weights = np.ones(len(table))
+        if not agreed.summed:
+            weights = weights_of(agreed.split, by_plate[:, ::2], by_plate[:, 1::2])
         split = np.array([site in run.survey.sites_in_split for site, _ in agreed.sites], bool)
         return Merged(
             float(weights @ table[:, 1]),
@@ -287,12 +296,12 @@ class JointLoss:
             run.sites,
             tuple(sorted(run.survey.plates)),
             tuple(sorted(run.survey.split)),
+            tuple(sorted(run.survey.shared or ())),
             run.survey.digests(),
             {name: tuple(p.shape) for name, p in {**parameters, **state}.items() if isinstance(p, Tensor)},
         )
         reports = processes.gather_objects(own)
-        if processes.is_distributed():
-            check_reports(reports)
+        summed = check_reports(reports)
         split = tuple(sorted({name for of in reports for name in of.split}))
-        self._agreed[with_gradient] = _Agreed(run.sites, split, frozenset(run.survey.split))
+        self._agreed[with_gradient] = _Agreed(run.sites, split, frozenset(run.survey.split), summed)
         self._agree_on_parameters(run)

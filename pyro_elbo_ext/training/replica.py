@@ -34,16 +34,17 @@ class Replica(ELBOModule):
 
     def adopt(self, leaves: Iterable[Tensor]) -> list[Tensor]:
         """Take in the modules that hold these parameters; those that no module holds are given back."""
-        strays = self._missing(leaves)
+        strays = self.missing(leaves)
         if strays:
             for _, module in modules_of({"model": self.model, "guide": self.guide}):
                 held = {id(parameter) for parameter in module.parameters()}
                 if any(id(leaf) in held for leaf in strays):
                     self.others.append(module)
-                    strays = self._missing(strays)
+                    strays = self.missing(strays)
         return strays
 
-    def _missing(self, leaves: Iterable[Tensor]) -> list[Tensor]:
+    def missing(self, leaves: Iterable[Tensor]) -> list[Tensor]:
+        """Those of these parameters that it does not hold."""
         own = {id(parameter) for parameter in self.parameters()}
         return [leaf for leaf in leaves if id(leaf) not in own]
 
@@ -53,6 +54,11 @@ class Replica(ELBOModule):
             return torch.as_tensor(super().forward(*args, **kwargs))
         self.evaluation = self.elbo._evaluate(self.model, self.guide, args, kwargs, with_gradient=True)
         return self.evaluation.surrogate().sum()
+
+
+def is_parameter(leaf: Tensor) -> bool:
+    """Whether Pyro or a module knows a leaf: it was not made on the way."""
+    return isinstance(leaf, nn.Parameter) or leaf in pyro.get_param_store()._param_to_name
 
 
 def name_of(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> str:
