@@ -1,0 +1,76 @@
+"""A run that was killed and resumed equals the one that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_elbo_ext.training import checkpoints
+from tests.killed_runs import differences, run
+
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process that forks has one thread
+
+
+@pytest.mark.parametrize(
+    ("case", "kills"),
+    [
+        ("batches", 3),
+        pytest.param("batches", 14, marks=pytest.mark.slow),
+        pytest.param("schools", 6, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_runs_end_identically(case: str, kills: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed_runs", case, str(tmp_path), str(kills), "7"],
+        env=ALONE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    identical = [
+        line
+        for line in lines
+        if re.fullmatch(r"run \d+: killed after step \d+, resumed at step \d+, ends identical", line)
+    ]
+    assert len(identical) == kills, done.stdout + done.stderr
+    assert lines == identical
+    print(done.stdout)
+
+
+def test_differences_are_found() -> None:
+    a = {"x": torch.tensor([1.0, 2.0]), "y": [np.array([np.nan, 1.0]), {"z": float("nan")}], "seconds": 3.0}
+    b = copy.deepcopy(a)
+    b["seconds"] = 4.0
+    assert list(differences(a, b, "")) == []
+    b["x"][1] = torch.nextafter(b["x"][1], torch.tensor(3.0))
+    b["y"][0][1] = np.nextafter(1.0, 2.0)  # type: ignore[index]
+    b["y"][1]["z"] = 0.0  # type: ignore[index]
+    assert list(differences(a, b, "")) == [
+        "/x: tensors differ",
+        "/y[0]: arrays differ",
+        "/y[1]/z: nan and 0.0",
+    ]
+    assert list(differences([1], [1.0], "")) == ["[0]: int and float"]
+    assert list(differences([1], [1, 2], "")) == [": 1 and 2 items"]
+    assert list(differences({"a": 1}, {"b": 1}, "")) == [": ['a', 'b'] in one only"]
+
+
+def test_a_checkpoint_has_all_that_is_compared(tmp_path: Path) -> None:
+    assert run("batches", tmp_path) == 0
+    content = checkpoints.read(tmp_path / "checkpoint.pt")
+    assert content["loop"]["step"] == 240
+    assert len(content["training"]["parameters"]) == 6
+    assert len(content["training"]["optimizers"]) == 6
+    assert content["objective"]["history"].num_recorded == 240
+    assert content["random"].keys() >= {"torch", "numpy", "python"}
+    assert content["loop"]["validated"]
+    assert content["callbacks"][0]["state"]["rows"] == 24
