@@ -29,7 +29,7 @@ from pyro_elbo_ext.training.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
-from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
+from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop, uncompiled
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.scaling import check_scale
@@ -233,7 +233,7 @@ def fit(
         converged=loop.converged,
         num_steps=loop.step,
         seconds=loop.seconds,
-        uncompiled=_uncompiled(loop.svi),
+        uncompiled=uncompiled(loop.svi),
         parameters=loop.state.parameters,
         buffers=loop.state.buffers,
         rollbacks=loop.rollbacks,
@@ -344,9 +344,3 @@ def _warm_up(kl_weight: Any) -> int:
     """Steps until every weight of ``kl_prior`` stays at 1, as far as that is known."""
     weights = kl_weight.values() if isinstance(kl_weight, Mapping) else [kl_weight]
     return max([getattr(weight, "reaches_one_at", None) or 0 for weight in weights], default=0)
-
-
-def _uncompiled(svi: SVI) -> str | None:
-    if isinstance(svi, DistributedSVI):
-        return "several processes"
-    return svi.eager_reason if isinstance(svi, CompiledSVI) else "compiled=False"

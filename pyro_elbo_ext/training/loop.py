@@ -215,6 +215,10 @@ class Loop:
             self._count([float(self._step(args, kwargs))])
             self._step_schedule()
         self._bar.describe(None)
+        if not self._said:
+            self._said = True
+            reason = uncompiled(svi)
+            self._bar.say(f"fit: {'compiled steps' if reason is None else f'steps by Pyro, uncompiled: {reason}'}")
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         with interrupts_wait():
@@ -233,6 +237,7 @@ class Loop:
         if steps == self._piece and not _PIECE / 4 < seconds < _PIECE:
             self._piece = max(1, min(int(steps * _PIECE / (2 * max(seconds, 1e-6))), 8 * steps))
 
+    _said = False  # whether the steps are compiled
     _piece = 16  # steps that take about _PIECE seconds
 
     def _prime(self, call: Call) -> None:
@@ -501,6 +506,13 @@ class Loop:
         if self.reason == "interrupted" or self.reason.startswith("all "):
             self.reason = ""  # there may be more steps to take now
         set_random_state(content["random"])
+
+
+def uncompiled(svi: SVI) -> str | None:
+    """Why Pyro takes the steps; None if they are compiled."""
+    if isinstance(svi, DistributedSVI):
+        return "several processes"
+    return svi.eager_reason if isinstance(svi, CompiledSVI) else "compiled=False"
 
 
 _OWN = (

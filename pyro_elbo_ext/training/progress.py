@@ -98,7 +98,7 @@ class Progress:
         means = sum(early) / half, sum(late) / half
         squares = [sum((v - m) ** 2 for v in of) for of, m in zip((early, late), means, strict=True)]
         error = math.sqrt(sum(squares) / (half - 1) / half)
-        if abs(means[1] - means[0]) <= 2 * error:
+        if abs(means[1] - means[0]) <= 3 * error:
             return "(level)"
         return "(rising)" if means[1] > means[0] else "(falling)"
 
