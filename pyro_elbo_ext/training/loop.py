@@ -43,7 +43,6 @@ LOOK_EVERY = 100  # steps between two looks, where no stopping rule asks for oth
 _LOOK_IN_C = 10  # times that, where steps are repeated without Python
 _PIECE = 0.2  # seconds of compiled steps between two chances to interrupt
 _CHECKPOINT_SECONDS = 60.0
-_SAVED_EVERY = 100  # least steps between two states to go back to
 
 
 @dataclass
@@ -333,7 +332,7 @@ class Loop:
         if len(self.looks) > 20_000:  # a long run keeps every other one
             del self.looks[1::2]
         assert self._good is not None
-        if self.step - self._good[0] >= _SAVED_EVERY:
+        if self.step - self._good[0] >= self._look_every:
             self._good = self.step, self.state.capture()
             self._captured_factor = self._factor
         if self.validation is not None and self._is_validation_due():
