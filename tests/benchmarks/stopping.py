@@ -24,7 +24,7 @@ from pyro_elbo_ext.training.adaptive import AdaptiveStopping
 from pyro_elbo_ext.training.guide_moments import GuideMoments, Moments, flatten, unflatten
 from pyro_elbo_ext.training.stopping import CONTINUE, Decision, StoppingRule
 
-VERBOSE = False
+VERBOSE = True
 FALSE_STOP = 0.1  # sd: the worst mean's distance from the best guide's
 
 
