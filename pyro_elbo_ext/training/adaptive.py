@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,12 @@ class Phase:
     noise: float
     loss: float
     loss_error: float
+
+
+class _Prediction(NamedTuple):
+    error: float  # of the latest average; infinite after the first phase
+    inefficiency: float  # of the next phase
+    reason: str
 
 
 class AdaptiveStopping:
@@ -110,7 +116,7 @@ class AdaptiveStopping:
         *,
         elbo_tolerance: float = 0.1,
         factor: float = 0.5,
-        inefficiency: float = 5.0,
+        inefficiency: float = 10.0,
         r_hat: float = 1.1,
         min_ess: int = 16,
         every: int = 20,
@@ -125,14 +131,18 @@ class AdaptiveStopping:
         self.accuracy, self.elbo_tolerance = float(accuracy), float(elbo_tolerance)
         self.factor, self.inefficiency, self.r_hat = float(factor), float(inefficiency), float(r_hat)
         self.min_ess, self.every = check_count(min_ess, "min_ess"), check_count(every, "every")
-        self.converged = False
-        self.phases: list[Phase] = []
         self.measure = ""
         self._parameters: dict[str, Tensor] = {}
         self._moments: GuideMoments | None = None
         self._learning_rate: float | None = None
-        self._iterates = Iterates(0)
-        self._begun = 0  # step at which the phase began
+        self._keeps_all = True
+        self._begin_anew(0)
+
+    def _begin_anew(self, width: int) -> None:
+        self.converged = False
+        self.phases: list[Phase] = []
+        self._iterates = Iterates(width)
+        self._begun: int | None = None  # step at which the phase began
         self._next_look = 0  # in rows added
         self._found = math.nan  # R-hat at the last look
         self._average: Tensor | None = None  # of the last phase that is done
@@ -168,7 +178,7 @@ class AdaptiveStopping:
             except NotImplementedError as error:
                 self.measure = f"ELBO, for {error}"
         self._keeps_all = Iterates.fit(width + 1)
-        self._iterates = Iterates(width + 1 if self._keeps_all else 1)
+        self._begin_anew(width + 1 if self._keeps_all else 1)
 
     def observe(self, step: int, iterate: Tensor, losses: NDArray[np.float64]) -> Decision:
         """See `StoppingRule`."""
@@ -178,6 +188,8 @@ class AdaptiveStopping:
                 f"the losses of the steps up to {step} are not all finite, or there is none; the stopping rule has taken "
                 "no note of them."
             )
+        if self._begun is None:
+            self._begun = step - len(losses)
         loss = iterate.new_tensor([float(np.mean(losses))], dtype=torch.float64)
         self._iterates.add(torch.cat([iterate.double(), loss]) if self._keeps_all else loss)
         if self._tail is not None:
@@ -272,11 +284,11 @@ class AdaptiveStopping:
             noise = math.sqrt(float(variance.max()))
             distance = math.sqrt(max(float((squared - variance).max()), 0.0))
         phase = self._phase(step, to_numpy(rows[:, -1]), distance, noise)
-        predicted, reason = self._predict(phase)
-        if predicted <= self.accuracy and largest > self.accuracy / 2:
+        predicted = self._predict(phase)
+        if predicted.error <= self.accuracy and largest > self.accuracy / 2:
             return self._wait((2 * largest / self.accuracy) ** 2)  # it only wants a longer average
         self._average, self._error = average, error
-        return self._close(phase, predicted <= self.accuracy, reason)
+        return self._close(phase, predicted.error <= self.accuracy, predicted.reason, predicted.inefficiency)
 
     def _wait(self, longer: float) -> Decision:
         """Look again when the window is so many times as long, but no later than at half as many rows again."""
@@ -311,42 +323,44 @@ class AdaptiveStopping:
             f"the last reduction of the learning rate gained {phase.distance:.3g} nats of ELBO, +- {phase.noise:.2g}"
         )
         self._average = rows[:, :-1].mean(0) if self._keeps_all else self._tail
-        return self._close(phase, enough, reason)
+        return self._close(phase, enough, reason, 0.0)
 
     def _phase(self, step: int, losses: NDArray[np.float64], distance: float, noise: float) -> Phase:
         size = effective_size(losses[None]) if losses.std() > 0 else float(len(losses))
         error = float(losses.std(ddof=1)) / math.sqrt(size)
         rate = self.factor ** len(self.phases)
+        assert self._begun is not None
         return Phase(rate, step - self._begun, distance, noise, float(losses.mean()), error)
 
-    def _predict(self, phase: Phase) -> tuple[float, str]:
-        """Predicted distance of this phase's average from the limit, infinite after the first phase; and in words."""
+    def _predict(self, phase: Phase) -> _Prediction:
         if math.isnan(phase.distance):
-            return math.inf, ""
+            return _Prediction(math.inf, 0.0, "")
         measured = [*self.phases[1:], phase]
         fit = fit_power_law(
             [max(of.distance, _LEAST_DISTANCE * of.noise, _TINY) for of in measured],
             [of.rate for of in measured],
             self.factor,
         )
-        reason = f"the guide's marginals are predicted to be within {fit.error:.2g} sd of their limit"
         relative = self.factor**fit.power + self.accuracy / fit.error
         steps = predicted_steps([of.steps for of in measured], self.factor)
-        self._index = relative * steps / (phase.steps + _FREE_STEPS)
-        return fit.error, reason
+        return _Prediction(
+            fit.error,
+            relative * steps / (phase.steps + _FREE_STEPS),
+            f"the guide's marginals are predicted to be within {fit.error:.2g} sd of their limit",
+        )
 
-    def _close(self, phase: Phase, enough: bool, reason: str) -> Decision:
+    def _close(self, phase: Phase, enough: bool, reason: str, inefficiency: float) -> Decision:
         """End the phase, and the run if that is enough or the next one would cost too much."""
         self.phases.append(phase)
         if enough and not math.isnan(phase.distance):
             self.converged = True
             return Decision("stop", reason=f"converged: {reason}")
-        if self._moments is not None and len(self.phases) > 2 and self._index > self.inefficiency:
+        if len(self.phases) > 3 and inefficiency > self.inefficiency:
             return Decision(
-                "stop", reason=f"a lower learning rate would cost too many steps (index {self._index:.2g}): {reason}"
+                "stop", reason=f"a lower learning rate would cost too many steps ({inefficiency:.2g}): {reason}"
             )
         self._iterates.clear()
-        self._begun += phase.steps
+        self._begun = None
         self._next_look, self._found, self._tail = 0, math.nan, None
         assert self._average is not None
         parameters = self._average.to(next(iter(self._parameters.values())).dtype)

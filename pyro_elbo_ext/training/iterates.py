@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 MAX_BYTES = 1 << 27  # of the rows that are kept
 MOST_ROWS, FEWEST_ROWS = 1024, 256  # with fewer, the largest R-hat of many parameters never comes near 1
-_LEAST_HALF = 12  # rows in each half of the shortest window
+_LEAST_HALF = 24  # rows in each half of the shortest window
 _NUM_WINDOWS = 5
 _LONGEST = 0.95  # of all rows
 _CANDIDATES = 16  # columns that are worst by a quick estimate, for which ArviZ is asked
@@ -141,7 +141,8 @@ def best_window(rows: Array) -> Window | None:
 def largest_r_hat(window: Array) -> float:
     """The largest split R-hat of the columns of a window, shape ``(n, P)``, by ArviZ; a constant column has 1."""
     worst = _worst(_excess_of_halves(window))
-    return float(np.nanmax(split_r_hat(window[:, worst]), initial=1.0))
+    varying = window[:, worst[np.ptp(window[:, worst], axis=0) > 0]]
+    return float(np.max(split_r_hat(varying), initial=1.0))
 
 
 def smallest_ess(window: Array) -> float:
@@ -154,8 +155,9 @@ def smallest_ess(window: Array) -> float:
     means = window[-(count // blocks) * blocks :].reshape(blocks, -1, window.shape[1]).mean(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         inefficiency = np.nan_to_num(means.var(0, ddof=1) / window.var(0, ddof=1), nan=0.0)
-    sizes = [effective_size(window[None, :, p]) for p in _worst(inefficiency)]
-    return float(np.nanmin(sizes, initial=count))
+    worst = _worst(inefficiency)
+    sizes = [effective_size(window[None, :, p]) for p in worst[np.ptp(window[:, worst], axis=0) > 0]]
+    return float(np.min(sizes, initial=count))
 
 
 def _excess_of_halves(window: Array) -> Array:
