@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.optim import Adam, PyroLRScheduler  # type: ignore[attr-defined]  # Pyro defines it at run time
+from pyro.optim import Adam, PyroLRScheduler, RMSprop  # type: ignore[attr-defined]  # Pyro defines it at run time
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, History
@@ -457,12 +457,18 @@ def test_histories_without_weights_of_sites_have_no_such_column() -> None:
 
 
 def fitted(
-    make: Callable[[], Any], steps: int, svi: Callable[..., Any], *, by_run: bool = False, programs: Any = None
+    make: Callable[[], Any],
+    steps: int,
+    svi: Callable[..., Any],
+    *,
+    by_run: bool = False,
+    programs: Any = (model, guide),
+    optim: Any = Adam,
 ) -> tuple[Any, ...]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     objective = make()
-    one = svi(*(programs or (model, guide)), Adam({"lr": 0.05}), objective)
+    one = svi(*programs, optim({"lr": 0.05}), objective)
     losses = one.run(steps, BATCH, progress=False).tolist() if by_run else [one.step(BATCH) for _ in range(steps)]
     return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}, objective
 
@@ -498,11 +504,24 @@ def test_compiled_steps_equal_pyros(name: str) -> None:
     make = WEIGHTS[name]
 
     def compiled(*args: Any) -> Any:
-        return CompiledSVI(*args, backend="eager", same_draws=True)
+        steps = 4 if name == "by site" else 1  # of a graph
+        return CompiledSVI(*args, backend="eager", same_draws=True, steps_per_call=steps)
 
     expected = fitted(make, 12, SVI)
     assert_same_fit(fitted(make, 12, compiled), expected)
     assert_same_fit(fitted(make, 12, compiled, by_run=True), expected)
+
+
+def test_an_optimizer_outside_the_graph_takes_weights_of_sites() -> None:
+    made: list[CompiledSVI] = []
+
+    def compiled(*args: Any) -> Any:
+        made.append(CompiledSVI(*args, backend="eager", same_draws=True))
+        return made[-1]
+
+    expected = fitted(WEIGHTS["both"], 6, SVI, optim=RMSprop)
+    assert_same_fit(fitted(WEIGHTS["both"], 6, compiled, optim=RMSprop), expected)
+    assert made[0].optimizer_reason is not None
 
 
 def apart(x: Tensor) -> None:
