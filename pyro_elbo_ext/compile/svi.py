@@ -221,7 +221,7 @@ class CompiledSVI(SVI):
                     compiling = self.eager_reason is None and not self._is_compiled(args, kwargs)
                     bar.set_description("compiling" if compiling else None)
                 many = self._many(num_steps - taken, args, kwargs)
-                if many is None:  # Pyro's first step, or all of them where something is not compiled, or with Geco
+                if many is None:  # Pyro's first step, or all of them where something is not compiled
                     many = torch.tensor([self.step(*args, **kwargs)], dtype=torch.float64)
                 losses.append(many)
                 taken += len(many)
@@ -233,13 +233,14 @@ class CompiledSVI(SVI):
         return torch.cat([of.to(device) for of in losses]) if losses else torch.zeros(0, dtype=torch.float64)
 
     def _many(self, num_steps: int, args: Args, kwargs: Kwargs) -> Tensor | None:
-        """Losses of up to ``num_steps`` steps; None if the next one is to be taken by itself."""
+        """Losses of up to ``num_steps`` steps; None if the next one is not a step of a graph."""
         program = self._known(args, kwargs)
         if program is None or not self._bind(program) or self.optimizer_reason is not None:
             return None
         assert self._traced is not None
         if self._traced.one_by_one:
-            return None
+            steps = min(num_steps, _CALLS_PER_CHECK)
+            return torch.tensor([self.step(*args, **kwargs) for _ in range(steps)], dtype=torch.float64)
         tensors = take_apart(args, kwargs).tensors
         native = program.native(tensors)
         if native is None:
