@@ -22,7 +22,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO
+from pyro_elbo_ext import CSVTracker, DecomposedELBO, FitResult, ImportanceWeightedELBO, fit
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.weighting import Geco
@@ -346,6 +346,49 @@ def helpers() -> Result:
     }
 
 
+def fitted() -> Result:
+    """Two epochs of fit with held-out data; and again, stopped in the first and resumed."""
+    folder = Path(sys.argv[1])
+    data = torch.utils.data.TensorDataset(X, Y)
+    sampler = torch.utils.data.DistributedSampler(data) if processes.is_distributed() else None
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH // 2, sampler=sampler)
+
+    def run_to(num_steps: int, name: str, resume: bool = False) -> FitResult:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(processes.rank())  # other initial values in each process
+        scale = 0.1 + processes.rank()
+        guide = AutoNormal(regression, init_scale=scale)
+        callbacks = [CSVTracker(folder / f"{name}.csv")]
+        return fit(
+            regression,
+            guide,
+            loader,
+            num_steps=num_steps,
+            validation=(X[processes.rank() :: 2], Y[processes.rank() :: 2]),
+            checkpoint=folder / f"{name}.pt",
+            resume=resume,
+            callbacks=callbacks,
+            log_every=2,
+            progress=False,
+        )
+
+    def found(result: FitResult) -> Result:
+        return {"parameters": parameters(), "table": table(result.loss), "validation": result.validation}
+
+    whole = found(run_to(10, "whole"))
+    run_to(4, "halved")
+    resumed = run_to(10, "halved", resume=True)
+    halved = found(resumed)
+    bad = Y.clone()
+    bad[39] = float("nan")  # of process 1, which has the odd rows
+    pyro.clear_param_store()
+    pairs = [(X[processes.rank() :: 2], of[processes.rank() :: 2]) for of in (Y, bad)]
+    with pyro.validation_enabled(False):
+        guide = ready(AutoNormal(regression))
+        nan = message(lambda: fit(regression, guide, batches=pairs, num_steps=4, progress=False, dataset_size=N))
+    return {"whole": whole, "halved": halved, "reason": resumed.reason, "nan": nan}
+
+
 CASES: list[Callable[[], Result]] = [
     shared_auto_normal,
     lazy_auto_normal,
@@ -361,6 +404,7 @@ CASES: list[Callable[[], Result]] = [
     resumed,
     errors,
     gradient,
+    fitted,
     helpers,
 ]
 SINGLE = {case.__name__: partial(case, SVI) for case in (vae, uneven, unscaled, geco, branches)}  # nothing is drawn

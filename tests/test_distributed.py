@@ -142,6 +142,21 @@ def test_infinite_gradient_changes_nothing(two: list[dict[str, Any]]) -> None:
         assert results["gradient"]["root"] == 0
 
 
+def test_fit_in_two_processes(two: list[dict[str, Any]]) -> None:
+    found = [results["fitted"] for results in two]
+    for kind in ("whole", "halved"):
+        for name, value in found[0]["whole"]["parameters"].items():
+            assert all(torch.equal(of[kind]["parameters"][name], value) for of in found)
+        for table in ("table", "validation"):
+            for of in found:
+                pd.testing.assert_frame_equal(of[kind][table], found[0]["whole"][table], check_exact=True)
+    assert len(found[0]["whole"]["validation"]) == 3
+    assert found[0]["reason"] == found[1]["reason"] == "all 10 steps were taken"
+    for of in found:
+        assert "process 1 of 2 at step 1: site 'y' (observed) has log_p = nan" in of["nan"]
+        assert "argument 1" in of["nan"]
+
+
 def test_decisions_and_files_are_those_of_process_0(two: list[dict[str, Any]]) -> None:
     for rank, results in enumerate(two):
         found = results["helpers"]

@@ -134,15 +134,7 @@ def check_reports(reports: Sequence[Report]) -> bool:
         lacking = sorted({name for other in reports for name in other.split} - set(report.plates))
         if lacking:
             raise ValueError(f"plate '{lacking[0]}' is in another process, but not in process {number}")
-        for name in sorted(set(report.parameters) | set(first.parameters)):
-            shapes = [dict(of.parameters).get(name) for of in (first, report)]
-            if shapes[0] != shapes[1]:
-                found = [f"shape {shape}" if shape is not None else "not used" for shape in shapes]
-                raise ValueError(
-                    f"parameter '{name}' is in process 0: {found[0]}, in process {number}: {found[1]}. Parameters must "
-                    "be the same in every process: do not let them depend on the process's own data; size them by the "
-                    "whole data set."
-                )
+        check_shapes(first.parameters, report.parameters, number)
     for name, digest in first.digests.items():
         others = [number for number, report in enumerate(reports) if report.digests.get(name, digest) != digest]
         if others and not first.split and set(first.shared).intersection(*(of.shared for of in reports)):
@@ -155,6 +147,18 @@ def check_reports(reports: Sequence[Report]) -> bool:
                 "N is the size of the whole data set, not of the process's part."
             )
     return False
+
+
+def check_shapes(first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]], number: int) -> None:
+    """Raise ValueError if the parameters of process ``number`` are not those of process 0, by name and shape."""
+    for name in sorted(set(first) | set(other)):
+        shapes = [of.get(name) for of in (first, other)]
+        if shapes[0] != shapes[1]:
+            found = [f"shape {shape}" if shape is not None else "not used" for shape in shapes]
+            raise ValueError(
+                f"parameter '{name}' is in process 0: {found[0]}, in process {number}: {found[1]}. Parameters must be the "
+                "same in every process: do not let them depend on the process's own data; size them by the whole data set."
+            )
 
 
 def weights_of(plates: Sequence[str], sizes: Floats, full_sizes: Floats) -> Floats:

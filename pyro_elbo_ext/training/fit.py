@@ -30,6 +30,7 @@ from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop, uncompiled
+from pyro_elbo_ext.training.replica import start_alike
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.scaling import check_scale
@@ -215,7 +216,8 @@ def fit(
             model, guide, loss, optim, stopping, num_steps=num_steps, max_steps=most, seed=seed, compiled=bool(compiled)
         ),
     )
-    if loop.checkpoint is not None and loop.checkpoint.exists():
+    start_alike({**loop.state.parameters, **loop.state.buffers})
+    if loop.checkpoint is not None and processes.from_main(loop.checkpoint.exists()):
         if not resume:
             raise FileExistsError(
                 f"{checkpoint} exists: pass resume=True to go on from it, or another path to begin anew"

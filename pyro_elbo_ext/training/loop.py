@@ -299,6 +299,7 @@ class Loop:
             for name, value in (*((f"argument {i}", v) for i, v in enumerate(self._call[0])), *self._call[1].items())
             if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
         ]
+        bad = sorted({name for of_process in processes.gather_objects(bad) for name in of_process})
         assert self._good is not None
         to_step, captured = self._good
         self.state.restore(captured)
@@ -479,7 +480,8 @@ class Loop:
             If it is of other programs, or of another kind of loss, stopping rule or callbacks.
         """
         assert self.checkpoint is not None
-        content = checkpoints.read(self.checkpoint)
+        path = self.checkpoint
+        content = processes.on_main(lambda: checkpoints.read(path))
         if content.get("kind") != "checkpoint":
             raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
         check_same_parameters(self.parameters, content["training"]["parameters"], str(self.checkpoint))
@@ -487,7 +489,8 @@ class Loop:
             raise ValueError(
                 f"{self.checkpoint} was written with another stopping rule: resume with the same arguments"
             )
-        self.callbacks.load_state_dict(content["callbacks"])
+        if processes.is_main():  # the others have none
+            self.callbacks.load_state_dict(content["callbacks"])
         self.state.restore(content["training"])
         load_objective(self.objective, content["objective"])
         self.data.load_state_dict(content["data"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyro_elbo_ext.objective import Evaluation, Objective
 from pyro_elbo_ext.registration import modules_of
-from pyro_elbo_ext.training.processes import bounded
+from pyro_elbo_ext.training import processes
+from pyro_elbo_ext.training.batch_shares import check_shapes
 
 
 class Replica(ELBOModule):
@@ -73,16 +74,32 @@ def name_of(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> str:
 
 def send_from_main(tensors: Iterable[Tensor]) -> None:
     """Give tensors the values that they have in process 0."""
-    with bounded("the parameters' initial values"), torch.no_grad():
+    with processes.bounded("the parameters' initial values"), torch.no_grad():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
+
+
+def start_alike(tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers, by name, the values that they have in process 0.  Every process must call it.
+
+    Raises
+    ------
+    ValueError
+        In every process, if the names or shapes differ between processes.
+    """
+    if not processes.is_distributed():
+        return
+    shapes = processes.gather_objects({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for number, other in enumerate(shapes):
+        check_shapes(shapes[0], other, number)
+    send_from_main([tensors[name] for name in sorted(tensors)])
 
 
 def data_parallel(replica: Replica, unused: bool) -> DistributedDataParallel | None:
     """The replica in DistributedDataParallel; None if it has nothing to train."""
     if not any(parameter.requires_grad for parameter in replica.parameters()):
         return None
-    with bounded("the start of DistributedDataParallel"):
+    with processes.bounded("the start of DistributedDataParallel"):
         return DistributedDataParallel(replica, init_sync=False, find_unused_parameters=unused)
 
 
