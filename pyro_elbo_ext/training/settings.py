@@ -23,7 +23,7 @@ def describe_run(
         "model": name_of(model),
         "guide": name_of(guide),
         "loss": name_of(loss),
-        "optimizer": name_of(getattr(optim, "pt_optim_constructor", optim)),
+        "optimizer": None if optim is None else name_of(getattr(optim, "pt_optim_constructor", optim)),
         "learning_rate": options.pop("lr", None),
         "optimizer_options": options,
         "scheduler": None if scheduler is None else name_of(scheduler),
@@ -37,7 +37,9 @@ def describe_run(
 
 
 def name_of(program: Any) -> str:
-    """The name of a function or class, of a function that was wrapped, or of an object's class."""
+    """The name of a function or class, of a function that was wrapped, or of an object's class; text as it is."""
+    if isinstance(program, str):
+        return program
     while isinstance(program, functools.partial):
         program = program.func
     return str(getattr(program, "__qualname__", type(program).__name__))
