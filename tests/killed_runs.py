@@ -28,7 +28,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_elbo_ext import Callback, CSVTracker, DecomposedELBO
+from pyro_elbo_ext import AdaptiveStopping, Callback, CSVTracker, DecomposedELBO, Patience
 from pyro_elbo_ext.training import checkpoints
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.weighting import LinearWarmup
@@ -68,15 +68,16 @@ class Autoencoder(nn.Module):
 
 
 def fit_schools(**options: Any) -> None:
-    """Compiled steps, thousands in a second; a learning rate that falls."""
+    """Compiled steps, thousands in a second; a learning rate that falls, and is lowered by a rule."""
     fit(
         schools,
         AutoNormal(schools),
         Y,
         SIGMA,
-        optim=pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.999}),
-        loss=DecomposedELBO(kl_weight=LinearWarmup(1000)),
+        optim=pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9999}),
+        loss=DecomposedELBO(kl_weight=LinearWarmup(300)),
         num_steps=4000,
+        stopping=AdaptiveStopping(accuracy=0.1, inefficiency=1e9, r_hat=2.0, min_ess=4),  # lowers the learning rate only
         checkpoint_every=100,
         **options,
     )
@@ -94,6 +95,7 @@ def fit_batches(**options: Any) -> None:
         optim=pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.98}),
         loss=DecomposedELBO(kl_weight=LinearWarmup(100)),
         num_steps=160,
+        stopping=Patience(100),
         checkpoint_every=10,
         compiled=False,
         **options,

@@ -15,7 +15,7 @@ _PACKAGES = ("pyro_elbo_ext", "pyro-ppl", "torch")
 
 
 def describe_run(
-    model: Any, guide: Any, loss: Any, optim: PyroOptim | torch.optim.Optimizer, rule: Any, **others: Any
+    model: Any, guide: Any, loss: Any, optim: PyroOptim | torch.optim.Optimizer | None, rule: Any, **others: Any
 ) -> dict[str, Any]:
     """Names of the programs and of what trains them, the optimizer's options, versions, and ``others`` as they are."""
     options, scheduler = _options(optim), getattr(optim, "pt_scheduler_constructor", None)
@@ -45,11 +45,12 @@ def name_of(program: Any) -> str:
     return str(getattr(program, "__qualname__", type(program).__name__))
 
 
-def _options(optim: PyroOptim | torch.optim.Optimizer) -> dict[str, Any]:
+def _options(optim: PyroOptim | torch.optim.Optimizer | None) -> dict[str, Any]:
     """The optimizer's options; with several groups those of the first. None are known if they depend on the parameter."""
     if isinstance(optim, torch.optim.Optimizer):
         return {name: value for name, value in optim.param_groups[0].items() if name != "params"}
-    if getattr(optim, "optimizer", None) is not None:
-        return _options(optim.optimizer)
+    inner = getattr(optim, "optimizer", None)
+    if inner is not None:
+        return _options(inner)
     given = getattr(optim, "pt_optim_args", {})
     return dict(given) if isinstance(given, Mapping) else {}
