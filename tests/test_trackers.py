@@ -260,6 +260,18 @@ def test_fit_tells_its_callbacks() -> None:
     assert "50 steps" in summary["reason"]
 
 
+def test_automatic_fit_tells_its_callbacks(tmp_path: Path) -> None:
+    found = Recorder()
+    options: dict[str, Any] = {"callbacks": [CSVTracker(tmp_path / "run.csv"), found], "progress": False, "seed": 0}
+    result = fit(pair, "auto", torch.tensor([0.5, 1.5]), **options)
+    table = pd.read_csv(tmp_path / "run.csv")
+    assert table["step"].tolist() == list(range(1, result.num_steps + 1))
+    assert {"elbo", "gradients", "gain"} <= set(table.columns)
+    assert (found.calls[0][1]["guide"], found.calls[0][1]["optimizer"]) == ("auto", None)
+    assert found.calls[-1][1]["status"] == "finished"
+    assert found.calls[-1][1]["elbo"] == result.elbo
+
+
 def test_exception_in_a_callback_ends_the_run() -> None:
     class Full(Callback):
         def log(self, step: int, metrics: Mapping[str, float]) -> None:

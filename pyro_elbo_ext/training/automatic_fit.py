@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import time
 from collections.abc import Callable, Mapping
@@ -175,18 +176,20 @@ def fit_automatically(
         seed = int(torch.randint(2**31, ()))
     callbacks = CallbackList(()) if callbacks is None else callbacks
     bar = Progress(None, 0, progress)
-    callbacks.start(dict(settings or {}))
+    taken = itertools.count(1)
 
     def step(entry: dict[str, float]) -> None:
         bar.advance(1)
         if bar.is_due:
             bar.show(entry, f"{int(entry['gradients']):,} gradients")
-        callbacks.log(int(entry["step"]), entry)
+        callbacks.log(next(taken), {name: value for name, value in entry.items() if name != "step"})
 
     try:
+        callbacks.start(dict(settings or {}))
         found = approximate(density, family=cast(Any, family), seed=seed, progress=step, **options)
     except BaseException as error:
-        callbacks.finish({"status": "failed", "reason": f"{type(error).__name__}: {error}"}, error)
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        callbacks.finish({"status": status, "reason": f"{type(error).__name__}: {error}"}, error)
         raise
     finally:
         bar.close()
