@@ -674,3 +674,13 @@ def test_patience_gives_back_the_best(tmp_path: Path) -> None:
     assert 0 < best == len(result.validation) - 6
     assert pyro.param("mean").item() == pytest.approx(0.5, abs=0.01)
     assert "validation ELBO" in result.reason
+
+
+def test_first_step_that_fails_halves_the_step_too() -> None:
+    pyro.clear_param_store()
+    spoiled = Spoiled(lambda calls: calls == 2)  # the first is before anything changes
+    optim = adam(0.08)
+    result = fit(spoiled.model, spoiled.guide, num_steps=300, optim=optim, compiled=False, progress=False, seed=0)
+    assert [rollback.factor for rollback in result.rollbacks] == [0.5]
+    (group,) = next(iter(optim.optim_objs.values())).param_groups
+    assert group["lr"] == pytest.approx(0.04)

@@ -212,6 +212,8 @@ class Loop:
             self._run(min(most, self._piece), call)
         else:
             self._count([float(self._step(args, kwargs))])
+            if self.step == 1 and self._factor != self._captured_factor:  # it failed before there was an optimizer
+                self.state.scale_learning_rates(self._factor / self._captured_factor)
             self._step_schedule()
         self._bar.describe(None)
         if not self._said:
@@ -311,7 +313,9 @@ class Loop:
                 f"given; the last time: {error} Parameters are those after step {to_step}."
             ) from error
         self._factor /= 2
-        self.state.scale_learning_rates(self._factor / self._captured_factor)
+        if self.state.has_stepped:
+            self.state.scale_learning_rates(self._factor / self._captured_factor)
+            self._captured_factor = self._factor
         rollback = Rollback(self.step, to_step, str(error), self._factor)
         self.rollbacks.append(rollback)
         logger.info("back to step %d with half the learning rate: %s", to_step, error)
@@ -321,7 +325,6 @@ class Loop:
         self._unchecked.clear()
         self._watch.forget()
         self._good = to_step, self.state.capture()
-        self._captured_factor = self._factor
 
     _captured_factor = 1.0  # of the learning rates in ``_good``
 
