@@ -19,9 +19,9 @@ from pyro_elbo_ext.evidence.importance import khat_threshold
 from pyro_elbo_ext.log_density import LogDensity
 
 FULL_COVARIANCE = 500  # coordinates up to which the covariance is a full one
-CHECK_DRAWS = 4000  # for the ELBO and k-hat of the result
+CHECK_DRAWS = 4000  # for the ELBO and k-hat of the result; half of it where a gradient is not machine code alone
 GOOD = 0.1  # distance up to which a guide is good, as `diagnose` has it
-MODE_RIVALS = 5.0  # nats of the ELBO by which another mode may be worse and still be worth a word
+MODE_RIVALS = 3.0  # nats of the ELBO by which another mode may be worse and still be worth a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def approximate(
     *,
     family: Literal["auto", "gaussian", "diagonal", "flow"] = "auto",
     seed: int = 0,
-    max_gradients: int = 2_000_000,
+    max_gradients: int = 1_000_000,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Approximation:
     """Fit a guide to a log density.
@@ -127,7 +127,7 @@ def approximate(
         raise ValueError(f"max_gradients={max_gradients} is not enough to find a starting point") from None
     fit = fit_gaussian(evaluate, start.gaussian, rng, after_step=progress)
     check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
-    weighted = weigh(check, fit.gaussian, rng, CHECK_DRAWS)
+    weighted = weigh(check, fit.gaussian, rng, CHECK_DRAWS if density.native is not None else CHECK_DRAWS // 2)
     gaussian, distance, notes = fit.gaussian, np.nan, []
     if fit.converged:
         gaussian, weighted, distance, notes = match_moments(check, gaussian, weighted, rng)
@@ -163,14 +163,17 @@ def _result(
     if weighted.outside:
         notes.append(f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws")
     threshold = khat_threshold(weighted.num_draws)
+    reasons = []
+    if rivals:
+        reasons.append("there are other modes")
+    if distance > GOOD:
+        reasons.append(f"a mean or log sd is {distance:.2f} off, by importance weights")
+    elif np.isnan(distance) and not weighted.good:
+        reasons.append(f"k-hat {weighted.khat:.2f} is not below {threshold:.2f}")
     advice = ""
-    if not weighted.good:
-        advice = f"k-hat {weighted.khat:.2f} is not below {threshold:.2f}"
-    elif distance > GOOD:
-        advice = f"a mean or log sd is {distance:.2f} off, by importance weights"
-    if advice:
+    if reasons:
         more = "family='gaussian' or 'flow'" if family == "diagonal" else "family='flow', or run_nuts"
-        advice = f"A {family} guide is not enough: {advice}. Try {more}."
+        advice = f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more}."
     return Approximation(
         guide=guide,
         family=family,

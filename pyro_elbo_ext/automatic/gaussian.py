@@ -15,7 +15,7 @@ from pyro_elbo_ext.automatic.evaluations import Array, Evaluations, TooManyGradi
 AIM = 0.01  # standard error of a mean or log sd, in sds, that batches grow for
 TOLERANCE = 0.04  # the same where more than ENOUGH_DRAWS would be needed
 SMALL_GAIN = 1e-5  # nats: the symmetrized KL of a mean that is 0.003 sd off
-LEAST_DRAWS, ENOUGH_DRAWS, MOST_DRAWS = 256, 8192, 65536  # of a batch
+LEAST_DRAWS, ENOUGH_DRAWS, MOST_DRAWS = 256, 8192, 32768  # of a batch
 PER_DIM = 4  # draws for each coordinate, at least: fewer do not tell a full covariance
 GROWTH = 8  # most times that a batch becomes larger
 MAX_STEPS = 300

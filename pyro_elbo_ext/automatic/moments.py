@@ -11,7 +11,7 @@ from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian
 from pyro_elbo_ext.evidence.importance import khat_threshold
 
-WORTH = 0.04  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
+WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
 MATCH_DRAWS = 8192
 LEAST_PER_DIM = 100  # effective draws per coordinate with which a covariance is told well enough
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
@@ -118,12 +118,13 @@ def match_moments(
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     dim = evaluate.dim
-    off = _off(weighted.draws, weighted.own, weighted.draws, weighted.weights)
-    if weighted.reliable and off < WORTH:
+    sites = _constrained(evaluate, weighted.draws)
+    off = _off(sites, weighted.own, sites, weighted.weights) if weighted.reliable else np.nan
+    if off < WORTH:
         return gaussian, weighted, off, []
     many = weigh(evaluate, gaussian, rng, MATCH_DRAWS, min(WIDER, 1.5 / np.sqrt(dim)))
     if not many.reliable:
-        return gaussian, weighted, np.nan, []
+        return gaussian, weighted, off, []
     sites = _constrained(evaluate, many.draws)
     before = _off(sites, many.own, sites, many.weights)
     if gaussian.diagonal or many.ess < LEAST_PER_DIM * dim:
