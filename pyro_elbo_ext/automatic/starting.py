@@ -19,7 +19,9 @@ ALONG = 6  # points of a climb that are tried
 DRAWS = 32  # for the ELBO of a candidate
 SHRINKS = (1.0, 0.3)  # sds of a candidate, over those of the Laplace approximation
 SAME, APART = 0.5, 4.0  # sds between ends of climbs that are one mode, and that are two
-CLOSE = 1.0  # nats per square root of a coordinate between the ELBO at a mode and what it would be for a Gaussian density
+CLOSE = (
+    1.0  # nats per square root of a coordinate between the ELBO at a mode and what it would be for a Gaussian density
+)
 
 
 @dataclass(frozen=True, eq=False)
