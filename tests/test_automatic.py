@@ -62,7 +62,7 @@ def test_conjugate_posterior_is_exact(compiled: bool) -> None:
     assert found.elbo == pytest.approx(evidence, abs=1e-8)
     assert found.elbo_se < 1e-8
     assert found.khat == -math.inf
-    assert found.distance < 1e-6
+    assert found.distance < 1e-3  # of the smoothing of the weights
     assert found.converged
     assert found.next_guide == ""
     assert found.gradients < 10_000
