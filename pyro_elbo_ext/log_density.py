@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -124,19 +125,39 @@ class LogDensity:
             for name, latent in self.layout.items()
             for index in np.ndindex(*latent.shape)
         ]
-        rtol, points = 1e-8 if self.float64 else 1e-4, self.program.points
-        self._graph = trace(self.program.value_and_grad, points, rtol, "log density")
-        self._values = trace(self.program.values, points, rtol, "deterministic sites")
+        self._rtol, points = 1e-8 if self.float64 else 1e-4, self.program.points
+        self._graph = trace(self.program.value_and_grad, points, self._rtol, "log density")
         self.native: NativeDensity | None = None
         self._value_and_grad: Graph = self._graph
         self.compiled = False
-        if compile and isinstance(self._graph, torch.fx.GraphModule):
-            with short_vectors_only():
-                machine_code = to_machine_code(self._graph, points, rtol, "log density", one_thread)
-                if machine_code is not None:
-                    self.compiled, self._value_and_grad = True, machine_code
-                    self.native = _native(machine_code, points)
         self.compile_time = time.perf_counter() - began
+        if compile:
+            self.compile(one_thread)
+            _ = self._values
+
+    def compile(self, one_thread: bool = False) -> None:
+        """Turn the graph into machine code, where there is one and it has not been done.
+
+        Parameters
+        ----------
+        one_thread
+            Whether the code runs in the caller's thread alone, instead of as many as torch is set to.
+        """
+        if self.compiled or not isinstance(self._graph, torch.fx.GraphModule):
+            return
+        began, points = time.perf_counter(), self.program.points
+        with short_vectors_only():
+            machine_code = to_machine_code(self._graph, points, self._rtol, "log density", one_thread)
+            if machine_code is not None:
+                self.compiled, self._value_and_grad = True, machine_code
+                self.native = _native(machine_code, points)
+        self.compile_time += time.perf_counter() - began
+
+    @cached_property
+    def _values(self) -> Graph:
+        """Latent and deterministic sites of a point, traced when first asked for."""
+        with isolated(0):
+            return trace(self.program.values, self.program.points, self._rtol, "deterministic sites")
 
     @property
     def traced(self) -> bool:

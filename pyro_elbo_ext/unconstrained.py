@@ -180,9 +180,9 @@ class UnconstrainedModel:
         self.dim = max((latent.stop for latent in self.layout.values()), default=0)
         self._check_sites()
         tried = [torch.from_numpy(self._rng.uniform(-2, 2, self.dim)) for _ in range(points)]
-        self._check_precision(tried)
-        self._check_repeats(tried)
-        self.points = [x for x in tried if np.isfinite(self._try_value(x))] or tried
+        values = self._check_precision(tried)
+        self._check_repeats(tried, values)
+        self.points = [x for x, value in zip(tried, values, strict=True) if np.isfinite(value)] or tried
         self.names = [
             name
             for name, site in self.sites.items()
@@ -334,10 +334,11 @@ class UnconstrainedModel:
                     "the gradient even under a mask. Drop them, or replace them by numbers and mask them or pass obs_mask."
                 )
 
-    def _check_precision(self, points: list[torch.Tensor]) -> None:
-        if not self.float64:
-            return
+    def _check_precision(self, points: list[torch.Tensor]) -> list[float]:
+        """Choose the dtype; the log density at the points in it."""
         wide = [self._try_value(x) for x in points]
+        if not self.float64:
+            return wide
         self.float64 = False
         try:
             own = [self._try_value(x) for x in points]
@@ -349,6 +350,7 @@ class UnconstrainedModel:
         )
         if not self.float64:
             logger.info("sampling in the model's own dtype: in float64 its log density is %s, not %s", wide, own)
+        return wide if self.float64 else own
 
     def _try_value(self, x: torch.Tensor) -> float:
         try:
@@ -356,9 +358,9 @@ class UnconstrainedModel:
         except torch.linalg.LinAlgError:
             return float("-inf")
 
-    def _check_repeats(self, points: list[torch.Tensor]) -> None:
-        for x in points:
-            first, second = self._try_value(x), self._try_value(x)
+    def _check_repeats(self, points: list[torch.Tensor], values: list[float]) -> None:
+        for x, first in zip(points, values, strict=True):
+            second = self._try_value(x)
             if first != second and not np.isnan([first, second]).all():
                 raise ValueError(
                     "the model's log density differs between two runs at the same latent values: it draws random "

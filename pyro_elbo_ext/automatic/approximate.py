@@ -10,18 +10,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pyro_elbo_ext.automatic.evaluations import Evaluations, TooManyGradients
+from pyro_elbo_ext.automatic.evaluations import LARGE, Evaluations, TooManyGradients
 from pyro_elbo_ext.automatic.gaussian import Fit, Gaussian, fit_gaussian
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
-from pyro_elbo_ext.automatic.moments import Weighted, match_moments, weigh
+from pyro_elbo_ext.automatic.moments import Weighted, look, match_moments
 from pyro_elbo_ext.automatic.starting import Start, find_start
 from pyro_elbo_ext.evidence.importance import khat_threshold
 from pyro_elbo_ext.log_density import LogDensity
 
 FULL_COVARIANCE = 500  # coordinates up to which the covariance is a full one
-CHECK_DRAWS = 4000  # for the ELBO and k-hat of the result
+CHECK_DRAWS = 4000  # for ELBO, k-hat and moments of the result; half of it where these are dear
 GOOD = 0.1  # distance up to which a guide is good, as `diagnose` has it
-MODE_RIVALS = 5.0  # nats of the ELBO by which another mode may be worse and still be worth a word
+MODE_RIVALS = 3.0  # nats of the ELBO by which another mode may be worse and still be worth a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def approximate(
     *,
     family: Literal["auto", "gaussian", "diagonal", "flow"] = "auto",
     seed: int = 0,
-    max_gradients: int = 2_000_000,
+    max_gradients: int = 1_000_000,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Approximation:
     """Fit a guide to a log density.
@@ -120,6 +120,8 @@ def approximate(
         raise ValueError(f"max_gradients must be at least 1, got {max_gradients}")
     began = time.perf_counter()
     diagonal = family == "diagonal" or (family == "auto" and density.dim > FULL_COVARIANCE)
+    if not density.compiled and density.traced and not density.batched:
+        density.compile()  # point by point, a graph is slow
     evaluate, rng = Evaluations(density, max_gradients), np.random.default_rng(seed)
     try:
         start = find_start(evaluate, rng, diagonal=diagonal)
@@ -127,10 +129,12 @@ def approximate(
         raise ValueError(f"max_gradients={max_gradients} is not enough to find a starting point") from None
     fit = fit_gaussian(evaluate, start.gaussian, rng, after_step=progress)
     check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
-    weighted = weigh(check, fit.gaussian, rng, CHECK_DRAWS)
-    gaussian, distance, notes = fit.gaussian, np.nan, []
+    count = CHECK_DRAWS if density.native is not None or density.size <= LARGE else CHECK_DRAWS // 2
+    gaussian, distance, notes = fit.gaussian, np.nan, list[str]()
     if fit.converged:
-        gaussian, weighted, distance, notes = match_moments(check, gaussian, weighted, rng)
+        gaussian, weighted, distance, notes = match_moments(check, gaussian, rng, count)
+    else:
+        weighted, _ = look(check, gaussian, rng, count)
     return _result(density, evaluate, check, fit, gaussian, weighted, distance, start, notes, began)
 
 
@@ -151,8 +155,8 @@ def _result(
     if gaussian.diagonal:
         guide = DiagonalGuide(density, loc, torch.from_numpy(np.abs(gaussian.factor)))
     else:
-        lower = np.linalg.qr(gaussian.factor.T, mode="r").T
-        guide = GaussianGuide(density, loc, torch.from_numpy(lower * np.sign(np.diag(lower))))
+        lower = torch.linalg.qr(torch.from_numpy(gaussian.factor.T), mode="r").R.T
+        guide = GaussianGuide(density, loc, lower * lower.diagonal().sign())
     family = "diagonal" if gaussian.diagonal else "gaussian"
     rivals = [elbo for _, elbo in start.modes[1:] if elbo > start.modes[0][1] - MODE_RIVALS]
     if rivals:
@@ -163,14 +167,17 @@ def _result(
     if weighted.outside:
         notes.append(f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws")
     threshold = khat_threshold(weighted.num_draws)
+    reasons = []
+    if rivals:
+        reasons.append("there are other modes")
+    if distance > GOOD:
+        reasons.append(f"a mean or log sd is {distance:.2f} off, by importance weights")
+    elif np.isnan(distance) and not weighted.good:
+        reasons.append(f"k-hat {weighted.khat:.2f} is not below {threshold:.2f}")
     advice = ""
-    if not weighted.good:
-        advice = f"k-hat {weighted.khat:.2f} is not below {threshold:.2f}"
-    elif distance > GOOD:
-        advice = f"a mean or log sd is {distance:.2f} off, by importance weights"
-    if advice:
+    if reasons:
         more = "family='gaussian' or 'flow'" if family == "diagonal" else "family='flow', or run_nuts"
-        advice = f"A {family} guide is not enough: {advice}. Try {more}."
+        advice = f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more}."
     return Approximation(
         guide=guide,
         family=family,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributions import biject_to
 
 from pyro_elbo_ext.log_density import LogDensity
 
@@ -63,3 +64,15 @@ class Evaluations:
             values, gradients = values.copy(), gradients.copy()
             values[bad], gradients[bad] = -np.inf, 0.0
         return values, gradients
+
+    def constrain(self, x: Array) -> dict[str, Array]:
+        """Values of the latent and deterministic sites, shape (S, *site shape), at ``x`` of shape (S, dim)."""
+        density = self.density
+        if density.compiled or not set(density.names) <= set(density.layout):
+            return density.constrain(x)
+        u = torch.from_numpy(x)  # without deterministic sites, bijections do, and nothing need be traced
+        sites: dict[str, Array] = {}
+        for name, place in density.layout.items():
+            transform = biject_to(density.program.sites[name]["fn"].support)
+            sites[name] = transform(u[:, place.start : place.stop].reshape(-1, *place.shape)).numpy()
+        return sites

@@ -14,8 +14,9 @@ from pyro_elbo_ext.automatic.evaluations import Array, Evaluations, TooManyGradi
 
 AIM = 0.01  # standard error of a mean or log sd, in sds, that batches grow for
 TOLERANCE = 0.04  # the same where more than ENOUGH_DRAWS would be needed
-SMALL_GAIN = 1e-5  # nats: the symmetrized KL of a mean that is 0.003 sd off
-LEAST_DRAWS, ENOUGH_DRAWS, MOST_DRAWS = 256, 8192, 65536  # of a batch
+SMALL_GAIN = 1e-14  # nats, where there is no noise
+ROUNDING = 1e-6  # nats: of a step this small the rise may be lost in rounding errors
+LEAST_DRAWS, ENOUGH_DRAWS, MOST_DRAWS = 256, 8192, 32768  # of a batch
 PER_DIM = 4  # draws for each coordinate, at least: fewer do not tell a full covariance
 GROWTH = 8  # most times that a batch becomes larger
 MAX_STEPS = 300
@@ -78,7 +79,7 @@ class Step(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Standard errors of one batch's step: of the means and log sds of the coordinates, in sds; and ``gain`` that is noise."""
+    """Standard errors of one batch's step: of means and log sds of the coordinates, in sds; and ``gain`` that is noise."""
 
     mean: Array
     log_sd: Array
@@ -143,7 +144,7 @@ def standard_draws(rng: np.random.Generator, count: int, dim: int, diagonal: boo
 def natural_step(gaussian: Gaussian, noise: Array, gradients: Array) -> tuple[Step, Array]:
     r"""The step that solves for a Gaussian posterior, and the residuals it is made of.
 
-    With whitened gradients ``h`` at draws ``e``, the gradient of the ELBO is ``E[h]`` in the mean, and ``E[h e'] + I`` in the
+    With whitened gradients ``h`` at draws ``e``, the ELBO's gradient is ``E[h]`` in the mean and ``E[h e'] + I`` in the
     factor: by Stein's identity ``-E[h e']`` is the mean curvature. Both are taken from the residuals ``r = h + e``, which
     are zero where the density is this very Gaussian, so that their noise vanishes with the distance (sticking the landing;
     Roeder, Wu, Duvenaud 2017). The step is that of the variational online Newton method (Khan, Lin 2023).
@@ -299,7 +300,7 @@ def _ascend(
                 here, values, gradients = there, new_values, new_gradients
                 fit.gaussian = here
                 continue
-        if precise and not stuck:
+        if precise and (not stuck or step.gain < ROUNDING):
             fit.converged = True
             fit.reason = f"converged: a step gains {step.gain:.1g} nats, standard errors are {error:.2g} sd at most"
             return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -18,6 +20,9 @@ from pyro_elbo_ext.log_density import LogDensity
 from pyro_elbo_ext.unconstrained import isolated
 
 POINTS = 1  # other ones at which the guide's sites must be those of the density
+
+
+_NUMBERS = itertools.count(1)
 
 
 class UnconstrainedGuide(AutoContinuous):
@@ -54,6 +59,7 @@ class UnconstrainedGuide(AutoContinuous):
             for dtype in (preferred, torch.float64 if preferred is torch.float32 else torch.float32):
                 values = {name: traces[0].nodes[name]["value"].to(dtype) for name in names}
                 super().__init__(poutine.block(program.model, hide_fn=other), init_to_value(values=values))
+                self._pyro_name = f"{type(self).__name__}_{next(_NUMBERS)}"  # or the parameter store mixes guides up
                 try:
                     self._setup_prototype(*program.args, **program.kwargs)
                 except RuntimeError as error:  # dtypes that the model does not mix
@@ -72,6 +78,11 @@ class UnconstrainedGuide(AutoContinuous):
                             f"the support of site '{site['name']}' depends on another latent site: an automatic guide has "
                             "fixed supports. Write it as a site of fixed support, and the rest as pyro.deterministic."
                         )
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A draw of the auxiliary vector."""
+        name = f"_{type(self).__name__}_latent"
+        return pyro.sample(name, self.get_posterior(*args, **kwargs), infer={"is_auxiliary": True})
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with poutine.block():

@@ -11,7 +11,7 @@ from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian
 from pyro_elbo_ext.evidence.importance import khat_threshold
 
-WORTH = 0.04  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
+WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
 MATCH_DRAWS = 8192
 LEAST_PER_DIM = 100  # effective draws per coordinate with which a covariance is told well enough
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
@@ -34,7 +34,7 @@ class Weighted:
     khat, ess : float
         Pareto k-hat, and effective sample size.
     elbo, elbo_se : float
-        Mean of the log weights with its standard error, in nats; of the Gaussian if the draws are its own.
+        Mean of the log weights with its standard error, in nats: the ELBO if the draws are the Gaussian's own.
     outside : int
         Draws at which the log density is not finite. They have weight zero and no part in ``elbo``.
     """
@@ -63,26 +63,48 @@ class Weighted:
         return self.good and not self.outside
 
 
-def weigh(
-    evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int, wider: float = 0.0
-) -> Weighted:
-    """Independent draws of a Gaussian, half of them ``1 + wider`` times as far from its mean, with their weights."""
-    dim = evaluate.dim
+def look(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int) -> tuple[Weighted, Weighted]:
+    """Independent draws with their weights: some of the Gaussian alone, and those with as many of a wider one.
+
+    Parameters
+    ----------
+    evaluate
+        Log density.
+    gaussian
+        The Gaussian.
+    rng
+        Of the draws.
+    count
+        Number of all draws; half are the Gaussian's.
+
+    Returns
+    -------
+    tuple of Weighted
+        The Gaussian's own draws, from which ELBO and k-hat are; and all, as draws of the mixture of both, which tell the
+        posterior's moments better, since the weights of its tails are smaller.
+    """
+    dim, half = evaluate.dim, count // 2
+    wider = min(WIDER, 1.5 / np.sqrt(dim))
     noise = rng.standard_normal((count, dim))
-    noise[: count // 2] *= 1 + wider
+    noise[half:] *= 1 + wider
     draws = gaussian.at(noise)
     values, _ = evaluate(draws)
     squares, constant = (noise**2).sum(1), -0.5 * dim * np.log(2 * np.pi) - gaussian.log_volume
     log_own = constant - 0.5 * squares
     log_wide = constant - 0.5 * squares / (1 + wider) ** 2 - dim * np.log1p(wider)
-    log_proposal = np.logaddexp(log_own, log_wide) - np.log(2)
+    log_mixture = np.logaddexp(log_own, log_wide) - np.log(2)
+    eps = float(np.finfo(np.float64 if evaluate.density.float64 else np.float32).eps)
+    own = _weighted(draws[:half], values[:half], log_own[:half], log_own[:half], eps)
+    return own, _weighted(draws, values, log_mixture, log_own, eps)
+
+
+def _weighted(draws: Array, values: Array, log_proposal: Array, log_own: Array, eps: float) -> Weighted:
     log_weights = values - log_proposal
     inside = np.isfinite(log_weights)
     if not inside.any():
         raise ValueError("the log density is finite at none of the guide's draws")
     kept = log_weights[inside]
-    size = 1 + float(np.abs(log_proposal).mean() + np.abs(values[inside]).mean())
-    rounding = 4 * np.finfo(np.float64 if evaluate.density.float64 else np.float32).eps * size
+    rounding = 4 * eps * (1 + float(np.abs(log_proposal).mean() + np.abs(values[inside]).mean()))
     smoothed, khat = pareto_smoothed(log_weights, rounding)
     weights, own = np.exp(smoothed), np.exp(log_own - log_proposal)
     return Weighted(
@@ -98,7 +120,7 @@ def weigh(
 
 
 def match_moments(
-    evaluate: Evaluations, gaussian: Gaussian, weighted: Weighted, rng: np.random.Generator
+    evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int
 ) -> tuple[Gaussian, Weighted, float, list[str]]:
     """A Gaussian between that of the greatest ELBO and that of the weighted draws' mean and covariance.
 
@@ -106,6 +128,17 @@ def match_moments(
     With good importance weights the posterior's own moments are known. Of some Gaussians from the first to the second the
     one is taken whose means and sds of all latent and deterministic sites, on their constrained scale, are nearest to the
     weighted draws' at their worst.
+
+    Parameters
+    ----------
+    evaluate
+        Log density.
+    gaussian
+        The one of greatest ELBO.
+    rng
+        Of the draws.
+    count
+        Number of draws with which to see whether it is worth it.
 
     Returns
     -------
@@ -118,17 +151,19 @@ def match_moments(
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     dim = evaluate.dim
-    off = _off(weighted.draws, weighted.own, weighted.draws, weighted.weights)
-    if weighted.reliable and off < WORTH:
-        return gaussian, weighted, off, []
-    many = weigh(evaluate, gaussian, rng, MATCH_DRAWS, min(WIDER, 1.5 / np.sqrt(dim)))
+    weighted, many = look(evaluate, gaussian, rng, count)
+    sites = _constrained(evaluate, many.draws)
+    before = _off(sites, many.own, sites, many.weights) if many.reliable else np.nan
+    if before < WORTH:
+        return gaussian, weighted, before, []
+    _, many = look(evaluate, gaussian, rng, MATCH_DRAWS)
     if not many.reliable:
-        return gaussian, weighted, np.nan, []
+        return gaussian, weighted, before, []
     sites = _constrained(evaluate, many.draws)
     before = _off(sites, many.own, sites, many.weights)
     if gaussian.diagonal or many.ess < LEAST_PER_DIM * dim:
         return gaussian, weighted, before, []
-    noise = np.linalg.solve(gaussian.factor, (many.draws - gaussian.loc).T).T
+    noise = np.asarray(np.linalg.solve(gaussian.factor, (many.draws - gaussian.loc).T).T, np.float64)
     # both of the same draws, whose noise they share
     shift = many.weights @ noise - many.own @ noise
     variances, axes = np.linalg.eigh(np.eye(dim) + _covariance(noise, many.weights) - _covariance(noise, many.own))
@@ -142,7 +177,7 @@ def match_moments(
             best, least = between, distance
     if not least < before - WORTH / 2:
         return gaussian, weighted, before, []
-    of_best = weigh(evaluate, best, rng, weighted.num_draws)
+    of_best, _ = look(evaluate, best, rng, count)
     if of_best.outside:
         return gaussian, weighted, before, []
     note = (
@@ -156,12 +191,12 @@ def match_moments(
 def _constrained(evaluate: Evaluations, draws: Array) -> Array:
     """All entries of all sites at the first of the draws, as many as fit, shape (T, entries)."""
     count = max(1, min(len(draws), MOST_ENTRIES // max(1, evaluate.density.num_entries)))
-    sites = evaluate.density.constrain(draws[:count])
+    sites = evaluate.constrain(draws[:count])
     return np.concatenate([np.asarray(site, float).reshape(count, -1) for site in sites.values()], 1)
 
 
 def _off(values: Array, own: Array, draws: Array, weights: Array) -> float:
-    """Worst difference in mean, in sds, or in log sd, between weighted ``values`` and weighted ``draws`` of the same noise."""
+    """Worst difference in mean, in sds, or in log sd, of weighted ``values`` from weighted ``draws`` of the same noise."""
     varying = (draws.std(0) > 1e-12 * np.abs(draws).max(0)) & np.isfinite(draws).all(0) & np.isfinite(values).all(0)
     mean, sd = _moments(values[:, varying], own)
     right_mean, right_sd = _moments(draws[:, varying], weights)
