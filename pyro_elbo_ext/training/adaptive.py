@@ -202,15 +202,24 @@ class AdaptiveStopping:
 
     @property
     def average(self) -> Tensor | None:
-        """Average of the stationary iterates at the last learning rate; None if they never became stationary."""
+        """What to write into the parameters at the end, shape ``(P,)``.
+
+        Where the run ends before the rule stops it, that is the average of the stationary iterates at the last learning
+        rate, or at the one before it where they were observed for longer. Where the iterates never became stationary, it is
+        the average of the last fifth of them, or None if only the ELBO is looked at.
+        """
         found = self._average
-        if not self.converged and self._keeps_all:
-            rows = self._iterates.rows()
-            window = best_window(self._watched(rows))
-            if window is not None and window.r_hat <= self.r_hat:
+        rows = self._iterates.rows()
+        if self.converged:
+            pass
+        elif not self._keeps_all:
+            found = self._tail if found is None else found
+        elif (window := best_window(self._watched(rows))) is not None:
+            steps = window.length * self._iterates.stride * self.every
+            if window.r_hat <= self.r_hat and (found is None or 2 * steps >= self.phases[-1].steps):
                 found = rows[-window.length :, :-1].mean(0)
-        elif not self.converged and self._tail is not None:
-            found = self._tail
+            elif found is None and self._moments is not None:
+                found = rows[-(len(rows) // 5) :, :-1].mean(0)
         return None if found is None else found.to(next(iter(self._parameters.values())).dtype)
 
     @property
