@@ -265,7 +265,8 @@ def test_adaptive_does_not_take_a_drift_for_stationary(guide: Callable[[], None]
     rule.start(parameters(), guide=guide)
     # the noise has sd 0.2 and forgets itself within about 3 looks; the drift is 1 sd of the guide in 100 looks
     assert follow(rule, 0, 40_000, drift=0.01 / rule.every) == []
-    assert rule.average is None
+    # the last fifth of a drift from 0 to 20, 0.4 off
+    assert torch.allclose(rule.average, torch.full((4,), 18.4), atol=0.2)  # type: ignore[arg-type]
     assert not rule.converged
     assert "R-hat" in rule.status
 
@@ -286,7 +287,7 @@ def test_the_average_is_that_of_the_window(guide: Callable[[], None]) -> None:
     assert torch.allclose(decision.parameters.double(), stacked[-window.length :].mean(0), atol=1e-6)
 
 
-@pytest.mark.parametrize("cut", [37, 300, 1500])
+@pytest.mark.parametrize("cut", [37, 1500])
 def test_adaptive_goes_on_from_its_state_bit_for_bit(guide: Callable[[], None], cut: int) -> None:
     whole = AdaptiveStopping()
     whole.start(parameters(), guide=guide)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_elbo_ext.arviz_statistics import effective_size
 from pyro_elbo_ext.draws import to_numpy
 from pyro_elbo_ext.training.guide_moments import GuideMoments, symmetrized_kl
-from pyro_elbo_ext.training.iterates import Iterates, best_window, largest_r_hat, smallest_ess
+from pyro_elbo_ext.training.iterates import LONGEST, Iterates, Window, best_window, largest_r_hat, smallest_ess
 from pyro_elbo_ext.training.power_law import fit_power_law, predicted_steps
 from pyro_elbo_ext.training.stopping import CONTINUE, Decision, check_count, check_iterate
 
@@ -24,6 +24,7 @@ _BLOCKS = 8  # of a window, whose averages' scatter gives the Monte Carlo standa
 _FIRST_ERROR = 0.1  # sds that an average at the first learning rate may be uncertain by; less and less later
 _TINY = 1e-9
 _FREE_STEPS = 1000  # a phase this short is cheap
+_HARDLY = 0.25  # of the accuracy: once started from an average, iterates whose averages scatter less need no R-hat
 _LEAST_DISTANCE = 0.3  # of its noise: what a distance that drowns in it is taken as
 
 
@@ -68,8 +69,10 @@ class AdaptiveStopping:
     At one learning rate, the iterates of a stochastic optimizer come to scatter around a point that is a little off the
     optimum. That they do is seen by the split R-hat of all parameters over windows of iterates. Their average over the
     window is kept once its Monte Carlo standard error is small and its effective sample size large enough. Then the
-    learning rate is multiplied by ``factor``, and it begins anew from the average. The distances between successive
-    averages are fitted by a power of the learning rate, which predicts how far the last one is from the limit.
+    learning rate is multiplied by ``factor``, and it begins anew from the average; from then on it is also enough that the
+    average's standard error is below a quarter of ``accuracy``, for parameters that matter little may wander for long. The
+    distances between successive averages are fitted by a power of the learning rate, which predicts how far the last one
+    is from the limit.
 
     Distances and errors are measured on what the guide draws, whatever its parameters are: as the square root of the
     symmetrized KL between the marginals of two guides, the largest of all (`guide_moments.symmetrized_kl`). 0.05 is a mean
@@ -202,15 +205,24 @@ class AdaptiveStopping:
 
     @property
     def average(self) -> Tensor | None:
-        """Average of the stationary iterates at the last learning rate; None if they never became stationary."""
+        """What to write into the parameters at the end, shape ``(P,)``.
+
+        Where the run ends before the rule stops it, that is the average of the stationary iterates at the last learning
+        rate, or at the one before it where they were observed for longer. Where the iterates never became stationary, it is
+        the average of the last fifth of them, or None if only the ELBO is looked at.
+        """
         found = self._average
-        if not self.converged and self._keeps_all:
-            rows = self._iterates.rows()
-            window = best_window(self._watched(rows))
-            if window is not None and window.r_hat <= self.r_hat:
+        rows = self._iterates.rows()
+        if self.converged:
+            pass
+        elif not self._keeps_all:
+            found = self._tail if found is None else found
+        elif (window := best_window(self._watched(rows))) is not None:
+            steps = window.length * self._iterates.stride * self.every
+            if window.r_hat <= self.r_hat and (found is None or 2 * steps >= self.phases[-1].steps):
                 found = rows[-window.length :, :-1].mean(0)
-        elif not self.converged and self._tail is not None:
-            found = self._tail
+            elif found is None and self._moments is not None:
+                found = rows[-(len(rows) // 5) :, :-1].mean(0)
         return None if found is None else found.to(next(iter(self._parameters.values())).dtype)
 
     @property
@@ -259,22 +271,22 @@ class AdaptiveStopping:
         if window is None:
             return CONTINUE
         self._found = window.r_hat
-        if window.r_hat > self.r_hat:
-            self._tail = None
-            return CONTINUE
-        tail = watched[-window.length :]
-        # a quick R-hat has let it through; rows are means, of which there may be few
-        if largest_r_hat(tail) > self.r_hat:
-            return CONTINUE
-        wanted = min(self.min_ess, len(tail) // 2)
-        if (size := smallest_ess(tail)) < wanted:
-            return self._wait(wanted / size)
-        rows = rows[-window.length :]
+        length = window.length if self._is_stationary(watched, window) else None
         if self._moments is None:
-            return self._by_elbo(step, rows, iterate)
+            if length is not None:
+                return self._by_elbo(step, rows[-length:], iterate)
+            if window.r_hat > self.r_hat:
+                self._tail = None
+            return CONTINUE
+        if length is not None:
+            target = max(self.accuracy / 2, _FIRST_ERROR * self.factor ** len(self.phases))
+        elif self.phases:
+            length, target = int(LONGEST * len(rows)), self.accuracy * _HARDLY
+        else:
+            return CONTINUE
+        rows = rows[-length:]
         average, error = self._measured(rows[:, :-1])
         largest = math.sqrt(float(error.max()))
-        target = max(self.accuracy / 2, _FIRST_ERROR * self.factor ** len(self.phases))
         if largest > target:
             return self._wait((largest / target) ** 2)
         distance, noise = math.nan, math.nan
@@ -289,6 +301,15 @@ class AdaptiveStopping:
             return self._wait((2 * largest / self.accuracy) ** 2)  # it only wants a longer average
         self._average, self._error = average, error
         return self._close(phase, predicted.error <= self.accuracy, predicted.reason, predicted.inefficiency)
+
+    def _is_stationary(self, watched: NDArray[np.float64], window: Window) -> bool:
+        if window.r_hat > self.r_hat:
+            return False
+        tail = watched[-window.length :]
+        # a quick R-hat has let it through; rows are means, of which there may be few
+        if largest_r_hat(tail) > self.r_hat:
+            return False
+        return smallest_ess(tail) >= min(self.min_ess, len(tail) // 2)
 
     def _wait(self, longer: float) -> Decision:
         """Look again when the window is so many times as long, but no later than at half as many rows again."""

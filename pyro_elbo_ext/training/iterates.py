@@ -17,7 +17,7 @@ MAX_BYTES = 1 << 27  # of the rows that are kept
 MOST_ROWS, FEWEST_ROWS = 1024, 256  # with fewer, the largest R-hat of many parameters never comes near 1
 _LEAST_HALF = 24  # rows in each half of the shortest window
 _NUM_WINDOWS = 5
-_LONGEST = 0.95  # of all rows
+LONGEST = 0.95  # of all rows
 _CANDIDATES = 16  # columns that are worst by a quick estimate, for which ArviZ is asked
 
 
@@ -126,7 +126,7 @@ def best_window(rows: Array) -> Window | None:
     Welandawe, Andersen, Vehtari, Huggins (2022), A framework for improving the reliability of black-box variational
     inference, Algorithm 2.
     """
-    longest = int(_LONGEST * len(rows))
+    longest = int(LONGEST * len(rows))
     if longest < 2 * _LEAST_HALF:
         return None
     found = None
