@@ -77,7 +77,9 @@ def fit_schools(**options: Any) -> None:
         optim=pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9999}),
         loss=DecomposedELBO(kl_weight=LinearWarmup(300)),
         num_steps=4000,
-        stopping=AdaptiveStopping(accuracy=0.1, inefficiency=1e9, r_hat=2.0, min_ess=4),  # lowers the learning rate only
+        stopping=AdaptiveStopping(
+            accuracy=0.1, inefficiency=1e9, r_hat=2.0, min_ess=4
+        ),  # lowers the learning rate only
         checkpoint_every=100,
         **options,
     )

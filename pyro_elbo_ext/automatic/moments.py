@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyro_elbo_ext.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian
+from pyro_elbo_ext.automatic.site_moments import Moments, move_to_moments
 from pyro_elbo_ext.evidence.importance import khat_threshold
 
 WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
-MATCH_DRAWS = 8192
-LEAST_PER_DIM = 100  # effective draws per coordinate with which a covariance is told well enough
+MATCH_DRAWS = (16384, 49152)  # the second where the first have fewer effective draws than ENOUGH_EFFECTIVE
+LEAST_EFFECTIVE, ENOUGH_EFFECTIVE = 1000, 8000  # draws with which means and sds are told to 0.03 and 0.01 sds
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
 EVEN = 0.95  # effective share of draws from which on weights are so even that their tail does not matter
-PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way from one Gaussian to the other
 MOST_ENTRIES = 20_000_000  # of all sites at all draws
 
 
@@ -122,12 +123,11 @@ def _weighted(draws: Array, values: Array, log_proposal: Array, log_own: Array, 
 def match_moments(
     evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int
 ) -> tuple[Gaussian, Weighted, float, list[str]]:
-    """A Gaussian between that of the greatest ELBO and that of the weighted draws' mean and covariance.
+    """The Gaussian near that of greatest ELBO whose sites have the means and sds of the weighted draws.
 
     The greatest ELBO has too small sds where the posterior has heavier tails than a Gaussian, and a shift where it is skew.
-    With good importance weights the posterior's own moments are known. Of some Gaussians from the first to the second the
-    one is taken whose means and sds of all latent and deterministic sites, on their constrained scale, are nearest to the
-    weighted draws' at their worst.
+    With good importance weights the posterior's own means and sds are known, of all latent and deterministic sites on their
+    constrained scale, and the Gaussian is moved to them (`move_to_moments`), which costs a little of the ELBO.
 
     Parameters
     ----------
@@ -150,38 +150,39 @@ def match_moments(
     ----------
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
-    dim = evaluate.dim
     weighted, many = look(evaluate, gaussian, rng, count)
     sites = _constrained(evaluate, many.draws)
     before = _off(sites, many.own, sites, many.weights) if many.reliable else np.nan
     if before < WORTH:
         return gaussian, weighted, before, []
-    _, many = look(evaluate, gaussian, rng, MATCH_DRAWS)
-    if not many.reliable:
-        return gaussian, weighted, before, []
+    for draws in MATCH_DRAWS:
+        _, many = look(evaluate, gaussian, rng, draws)
+        if not many.reliable:
+            return gaussian, weighted, before, []
+        if many.ess > ENOUGH_EFFECTIVE:
+            break
     sites = _constrained(evaluate, many.draws)
     before = _off(sites, many.own, sites, many.weights)
-    if gaussian.diagonal or many.ess < LEAST_PER_DIM * dim:
+    if many.ess < LEAST_EFFECTIVE:
         return gaussian, weighted, before, []
-    noise = np.asarray(np.linalg.solve(gaussian.factor, (many.draws - gaussian.loc).T).T, np.float64)
-    # both of the same draws, whose noise they share
-    shift = many.weights @ noise - many.own @ noise
-    variances, axes = np.linalg.eigh(np.eye(dim) + _covariance(noise, many.weights) - _covariance(noise, many.own))
-    variances = np.clip(variances, 0.1, None)
-    best, least = gaussian, before
-    for part in PARTS:
-        turned = (axes * variances ** (part / 2)) @ axes.T
-        between = Gaussian(gaussian.loc + part * gaussian.factor @ shift, gaussian.factor @ turned)
-        distance = _off(_constrained(evaluate, between.at(noise)), many.own, sites, many.weights)
-        if distance < least:
-            best, least = between, distance
+    factor = gaussian.factor
+    centred = many.draws - gaussian.loc
+    noise: Array = centred / factor if gaussian.diagonal else np.linalg.solve(factor, centred.T).T.astype(np.float64)
+    varying = _varies(sites)
+    count_kept = len(sites)  # of many entries fewer draws fit
+
+    def scalars(draws: Array) -> Array:
+        return _constrained(evaluate, draws)[:count_kept, varying]
+
+    target = Moments.of(sites[:, varying], many.weights[:count_kept])
+    best, least = move_to_moments(gaussian, noise[:count_kept], many.own[:count_kept], scalars, target)
     if not least < before - WORTH / 2:
         return gaussian, weighted, before, []
     of_best, _ = look(evaluate, best, rng, count)
     if of_best.outside:
         return gaussian, weighted, before, []
     note = (
-        f"means and covariance are moved towards the posterior's by importance weights (k-hat {many.khat:.2f}, "
+        f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, "
         f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; the ELBO is "
         f"{max(weighted.elbo - of_best.elbo, 0):.2g} nats below the greatest"
     )
@@ -197,18 +198,18 @@ def _constrained(evaluate: Evaluations, draws: Array) -> Array:
 
 def _off(values: Array, own: Array, draws: Array, weights: Array) -> float:
     """Worst difference in mean, in sds, or in log sd, of weighted ``values`` from weighted ``draws`` of the same noise."""
-    varying = (draws.std(0) > 1e-12 * np.abs(draws).max(0)) & np.isfinite(draws).all(0) & np.isfinite(values).all(0)
+    varying = _varies(draws) & _varies(values)
     mean, sd = _moments(values[:, varying], own)
     right_mean, right_sd = _moments(draws[:, varying], weights)
     return float(max((np.abs(mean - right_mean) / right_sd).max(), np.abs(np.log(sd / right_sd)).max()))
+
+
+def _varies(values: Array) -> NDArray[np.bool_]:
+    """Columns that are finite and not constant."""
+    return (values.std(0) > 1e-12 * np.abs(values).max(0)) & np.isfinite(values).all(0)
 
 
 def _moments(values: Array, weights: Array) -> tuple[Array, Array]:
     weights = weights[: len(values)] / weights[: len(values)].sum()
     mean = weights @ values
     return mean, np.sqrt(weights @ (values - mean) ** 2)
-
-
-def _covariance(values: Array, weights: Array) -> Array:
-    centred = values - weights @ values
-    return centred.T * weights @ centred
