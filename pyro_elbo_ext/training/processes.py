@@ -53,11 +53,31 @@ def start(timeout: float = TIMEOUT) -> None:
         if not dist.is_initialized():
             if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
                 return
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+            _make_world("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", limit)
         world = dist.group.WORLD
         assert world is not None
         if _control is None or _control[0] is not world or _control[2] != timeout:
             _control = world, dist.new_group(backend="gloo", timeout=limit), timeout
+
+
+def _make_world(backend: str, timeout: datetime.timedelta) -> None:
+    """Torch's default group.
+
+    Where ``torchrun`` has started the processes anew, those of before have left their addresses in its store, and torch
+    would wait for them (pytorch issue 135712). So each attempt has a place of its own there, if all agree on its number.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise RuntimeError(
+            "torchrun has started the processes on several machines anew, with the addresses of the last attempt still in "
+            "its store. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment to use --max-restarts."
+        )
+    store, own, size = next(dist.rendezvous("env://", timeout=timeout))
+    placed = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=placed, rank=own, world_size=size, timeout=timeout)
 
 
 def is_distributed() -> bool:
