@@ -1,13 +1,15 @@
 """Training runs that are killed and resumed, each in a process of its own.  Used by test_resume.
 
-    python -m tests.killed_runs CASE FOLDER KILLS SEED
+    python -m tests.killed_runs CASE FOLDER KILLS SEED [SIGINT]
 
-One run is left alone. KILLS others are killed by SIGKILL, each at a random step and moment, and resumed. For each a line
+One run is left alone. KILLS others are killed by SIGKILL, or interrupted by SIGINT, each at a random step and moment, and
+resumed. For each a line
 says whether it ends as the run that was left alone, and further ones what differs.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -108,10 +110,10 @@ CASES: dict[str, tuple[Callable[..., None], int]] = {"schools": (fit_schools, 40
 
 
 class Killed(Callback):
-    """Kills its process at most ``delay`` seconds after a step, whatever it is doing by then."""
+    """Sends its process a signal ``delay`` seconds after a step, whatever it is doing by then."""
 
-    def __init__(self, step: int, delay: float) -> None:
-        self._step, self._delay = step, delay
+    def __init__(self, step: int, delay: float, number: signal.Signals) -> None:
+        self._step, self._delay, self._number = step, delay, number
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if step >= self._step:
@@ -120,7 +122,7 @@ class Killed(Callback):
 
     def _kill(self) -> None:
         time.sleep(self._delay)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self._number)
 
 
 def run(case: str, folder: Path, kill: Callback | None = None) -> int:
@@ -129,6 +131,7 @@ def run(case: str, folder: Path, kill: Callback | None = None) -> int:
     if process == 0:
         try:
             torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
             CASES[case][0](
                 seed=3,
                 checkpoint=folder / "checkpoint.pt",
@@ -182,6 +185,7 @@ def compare(a: Path, b: Path) -> Iterator[str]:
 
 def main() -> None:
     case, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    number = signal.Signals[sys.argv[5]] if len(sys.argv) > 5 else signal.SIGKILL
     whole = folder / "whole"
     if run(case, whole):
         sys.exit("the run that was left alone failed")
@@ -191,15 +195,17 @@ def main() -> None:
         step, delay = chance.randrange(1, int(0.9 * CASES[case][1])), chance.uniform(0, 0.02)
         if i == 0:
             step, delay = 1, 0.0  # the first look, as a rule before there is a checkpoint
-        status = run(case, killed, Killed(step, delay))
-        if status != -signal.SIGKILL:
-            print(f"run {i}: not killed, but ended with status {status}")
+        status = run(case, killed, Killed(step, delay, number))
         checkpoint = killed / "checkpoint.pt"
-        before = checkpoints.read(checkpoint)["loop"]["step"] if checkpoint.exists() else 0
+        loop = checkpoints.read(checkpoint)["loop"] if checkpoint.exists() else {"step": 0, "reason": ""}
+        expected = (0, "interrupted") if number == signal.SIGINT else (-number, "")
+        if (status, loop["reason"]) != expected:
+            print(f"run {i}: ended with status {status} and reason '{loop['reason']}' instead of {expected}")
+        before = loop["step"]
         if run(case, killed):
             print(f"run {i}: could not be resumed")
             continue
-        found = [f"  {line}" for line in compare(whole, killed)]
+        found = [f"  {line}" for line in itertools.islice(compare(whole, killed), 10)]
         verdict = "identical" if not found else "NOT identical"
         print(
             f"run {i}: killed after step {step}, resumed at step {before}, ends {verdict}", *found, sep="\n", flush=True

@@ -13,14 +13,23 @@ from typing import Any
 def interrupts_wait() -> Iterator[None]:
     """Let an interrupt come at the end of the block, so that what belongs together is done together.
 
-    Only the main thread receives interrupts: elsewhere there is nothing to do.
+    A second one does not wait: the block may hang. Only the main thread receives interrupts: elsewhere there is nothing to do.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:  # None: not set by Python
         yield
         return
     received: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *of: received.append(of))
+
+    def wait(*of: Any) -> None:
+        if not received:
+            received.append(of)
+            return
+        received.clear()
+        signal.signal(signal.SIGINT, before)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:

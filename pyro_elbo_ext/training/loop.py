@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,8 +130,12 @@ class Loop:
         except KeyboardInterrupt:
             if processes.world_size() > 1:  # the others may be in another step
                 raise
-            self.reason = "interrupted"
-            self.converged = False if self.rule is not None else None
+            if self._torn and self._good is not None:  # it did not wait for the end of a step or look
+                self.step = self._good[0]
+                self.state.restore(self._good[1])
+            if not self.reason:
+                self.reason = "interrupted"
+                self.converged = False if self.rule is not None else None
         except BaseException as error:
             summary = self._summary("failed", f"{type(error).__name__}: {error}", time.monotonic() - began)
             self.callbacks.finish(summary, error)
@@ -139,7 +145,7 @@ class Loop:
                 bar.show(self._metrics(), "")
             bar.close()
         self.seconds += time.monotonic() - began
-        if self.checkpoint is not None and processes.is_main():
+        if self.checkpoint is not None and processes.is_main() and not self._torn:
             self.write_checkpoint()  # before the average takes the place of the parameters, to go on from
         self._conclude()
         status = "interrupted" if self.reason == "interrupted" else "finished"
@@ -168,14 +174,31 @@ class Loop:
         if self._good is None:
             self._good = self.step, self.state.capture()
         until = self._next_look()
-        try:
-            while self.step < until:
-                self._take(until - self.step)
-            self._check()
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            self._roll_back(error)
-            return
-        self._look(began)
+        while self.step < until:
+            with self._whole():
+                try:
+                    self._take(until - self.step)
+                    if self.step == until:
+                        self._check()
+                except (ValueError, torch.linalg.LinAlgError) as error:
+                    self._roll_back(error)
+                    return
+                if self.step == until:
+                    self._look()
+                    self._torn = False
+                    if self._bar.is_due or (self.callbacks and self.step % self.log_every == 0):
+                        self._report()
+        self._save_if_due(began)
+
+    _torn = False
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A step, with the look after it: an interrupt in the middle would make a resumed run differ."""
+        with interrupts_wait():
+            self._torn = True
+            yield
+            self._torn = False
 
     def _next_look(self) -> int:
         every = [
@@ -211,7 +234,7 @@ class Loop:
         if together and svi.optimizer_reason is None:
             self._run(min(most, self._piece), call)
         else:
-            self._count([float(self._step(args, kwargs))])
+            self._count([float(svi.step(*args, **kwargs))])
             if self.step == 1 and self._factor != self._captured_factor:  # it failed before there was an optimizer
                 self.state.scale_learning_rates(self._factor / self._captured_factor)
             self._step_schedule()
@@ -221,10 +244,6 @@ class Loop:
             reason = uncompiled(svi)
             self._bar.say(f"fit: {'compiled steps' if reason is None else f'steps by Pyro, uncompiled: {reason}'}")
 
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        with interrupts_wait():
-            return self.svi.step(*args, **kwargs)
-
     def _count(self, losses: list[float]) -> None:
         self.step += len(losses)
         self._unchecked += losses
@@ -232,8 +251,7 @@ class Loop:
 
     def _run(self, steps: int, call: Call) -> None:
         began = time.perf_counter()
-        with interrupts_wait():
-            self._count(self.svi.run(steps, *call[0], progress=False, **call[1]).tolist())
+        self._count(self.svi.run(steps, *call[0], progress=False, **call[1]).tolist())
         seconds = time.perf_counter() - began
         if steps == self._piece and not _PIECE / 4 < seconds < _PIECE:
             self._piece = max(1, min(int(steps * _PIECE / (2 * max(seconds, 1e-6))), 8 * steps))
@@ -330,7 +348,7 @@ class Loop:
 
     # Looks
 
-    def _look(self, began: float) -> None:
+    def _look(self) -> None:
         losses = np.array(self._since_look)
         self.looks.append((self.step, float(losses.mean()) if len(losses) else math.nan))
         if len(self.looks) > 20_000:  # a long run keeps every other one
@@ -347,9 +365,6 @@ class Loop:
             self._since_look.clear()
         elif self.rule is None:
             self._since_look.clear()
-        if self._bar.is_due or (self.callbacks and self.step % self.log_every == 0):
-            self._report()
-        self._save_if_due(began)
 
     def _follow(self, decision: Decision) -> None:
         assert self.rule is not None
@@ -403,8 +418,8 @@ class Loop:
     def _report(self) -> None:
         metrics = self._metrics()
         if self.callbacks and self.step % self.log_every == 0:
-            self.callbacks.log(self.step, metrics)
             self._logged_step, self._logged_at = self.step, time.monotonic()
+            self.callbacks.log(self.step, metrics)
         if self._bar.is_due:
             shown = {**metrics}
             if self.validated:
