@@ -32,6 +32,7 @@ from pyro_elbo_ext.multi_sample import (
 )
 from pyro_elbo_ext.terms import Term, Terms
 from pyro_elbo_ext.training.adaptive import AdaptiveStopping
+from pyro_elbo_ext.training.automatic_fit import AutomaticFit
 from pyro_elbo_ext.training.callbacks import Callback
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.fit import fit
@@ -46,6 +47,7 @@ __all__ = [
     "ActiveUnits",
     "AdaptiveStopping",
     "AmortizationGap",
+    "AutomaticFit",
     "CSVTracker",
     "Calibration",
     "Callback",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,15 +26,31 @@ Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 def trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -> Graph:
     """``function`` as one ATen graph with its constants folded, or unchanged where that would not be the same."""
     try:
-        graph = make_fx(lambda x: function(x))(points[0])
-        if any(_writes(node) for node in graph.graph.nodes):  # writes in place bar the folding of what is written to
-            graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(points[0])
-        _fold_constants(graph)
+        with _no_collection():
+            graph = make_fx(lambda x: function(x))(points[0])
+            _write_anew(graph.graph)
+            if any(
+                _writes(node) for node in graph.graph.nodes
+            ):  # writes in place bar the folding of what is written to
+                graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(points[0])
+            _fold_constants(graph)
         check_equal(graph, function, points, rtol)
     except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
         logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
         return function
     return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector, which goes through all of torch's objects several times while a graph is traced."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def to_machine_code(
@@ -148,6 +165,27 @@ def _fold_constants(module: torch.fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _write_anew(graph: torch.fx.Graph) -> None:
+    """Replace writes into a value that nothing else shares by a new value, which spares tracing the graph once more."""
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not _writes(node) or not isinstance(node.args[0], torch.fx.Node):
+            continue
+        old, name = node.args[0], node.target._schema.name.split("::")[1]
+        anew = getattr(getattr(torch.ops.aten, name[:-1], None), node.target._overloadname, None)
+        shared = old.op != "call_function" or any(_returns_view(user) for user in (old, *old.users) if user is not node)
+        if anew is None or not name.endswith("_") or shared or old.meta["val"].dtype != node.meta["val"].dtype:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(anew, node.args, node.kwargs)
+        new.meta, place[new] = dict(node.meta), place[node]
+        node.replace_all_uses_with(new)
+        for user in list(old.users):
+            if user is not new and place[user] > place[new]:
+                user.replace_input_with(old, new)
+        graph.erase_node(node)
 
 
 def _writes(node: torch.fx.Node) -> bool:

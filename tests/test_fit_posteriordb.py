@@ -79,10 +79,10 @@ def table() -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
     print(
-        f"\n\nWorst |mean difference| in sds, |log sd ratio| of {DRAWS} draws; seconds cold (all of it) and warm (compiled)"
+        f"\n\nWorst |mean difference| in sds, |log sd ratio| of {DRAWS} draws; seconds cold (all) and warm (compiled)"
     )
-    print(f"{'posterior':20} {'guide':>12} {'floor':>12} {'Pyro, usual':>14} {'gradients':>9} {'cold: ours':>10} {'NUTS':>7} "
-          f"{'ratio':>6} {'warm: ours':>10} {'NUTS':>7} {'ratio':>6} {'usual, s':>8}")  # fmt: skip
+    print(f"{'posterior':20} {'guide':>12} {'floor':>12} {'Pyro, usual':>14} {'gradients':>9} {'cold: ours':>10} {'NUTS':>7}"
+          f" {'ratio':>6} {'warm: ours':>10} {'NUTS':>7} {'ratio':>6} {'usual, s':>8}")  # fmt: skip
     for row in rows:
         pairs = [f"{a:.3f} {b:.3f}" for a, b in (row.worst, row.floor, row.usual)]
         print(

@@ -69,7 +69,13 @@ def fit(
     seed: int | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Train a guide: the loop around ``SVI.step``, with what it lacks.
+    r"""Fit a guide: one that is made here, or your own by the loop around ``SVI.step``, with what that lacks.
+
+    With ``guide="auto"`` a Gaussian on unconstrained space, of full covariance up to 500 coordinates, is fitted to all the
+    data without tuning or compilation: it starts from the best mode that several climbs find, moves to the greatest ELBO by
+    natural-gradient steps, and then, where importance weights can tell, to the posterior's means and sds. Whether that is
+    enough the result says; its ``refine()`` is the next guide up. Only ``callbacks``, ``log_every``, ``progress`` and ``seed``
+    go with it. The model may then be a :class:`LogDensity` too, for one that is compiled already.
 
     With any model and guide it takes the steps that ``SVI`` takes, compiled where possible. Before anything changes, model,
     guide and data are tried once, so that NaN data, a guide that misses a site or a wrongly scaled batch is an error that
@@ -78,7 +84,7 @@ def fit(
     Parameters
     ----------
     model, guide, args, kwargs
-        As for ``pyro.infer.SVI`` and ``SVI.step``. Model keywords with the name of a parameter below need
+        As for ``pyro.infer.SVI`` and ``SVI.step``; or for ``guide`` "auto", or by name "gaussian", "diagonal" or "flow". Model keywords with the name of a parameter below need
         ``functools.partial``. A ``DataLoader`` as the first argument is taken for ``batches``.
         Autoguides may have flat priors (``ImproperUniform``): they start at 0 in unconstrained space there.
     loss
@@ -132,11 +138,12 @@ def fit(
     progress
         Whether to show a line of progress.
     seed
-        For ``pyro.set_rng_seed``.
+        For ``pyro.set_rng_seed``; with a guide that is made here, of that alone, and the generators are left as they were.
 
     Returns
     -------
     FitResult
+        An :class:`AutomaticFit` where the guide is made here.
 
     Raises
     ------
@@ -149,14 +156,18 @@ def fit(
     TypeError
         For arguments of a wrong type, or that model and guide cannot be called with.
 
+    References
+    ----------
+    Welandawe, Andersen, Vehtari, Huggins (2022), A framework for improving the reliability of black-box variational
+    inference. Khan, Lin (2023), The Bayesian learning rule. Roeder, Wu, Duvenaud (2017), Sticking the landing.
+
     Examples
     --------
+    >>> result = fit(model, "auto", data)
     >>> result = fit(model, AutoNormal(model), data, num_steps=5000)
     >>> result.history.plot(), result.draws(1000), result.diagnose()
     """
     began = time.monotonic()
-    if seed is not None:
-        pyro.set_rng_seed(seed)
     _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
     if operator.index(max_rollbacks) < 0:
         raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")
@@ -178,6 +189,8 @@ def fit(
         return fit_automatically(
             model, guide, args, kwargs, seed=seed, progress=progress, callbacks=listeners, settings=settings
         )
+    if seed is not None:
+        pyro.set_rng_seed(seed)
     data, args = _data(args, kwargs, batches)
     batched = isinstance(data, Batches)
     check_callable(guide, "guide", *data.first())
