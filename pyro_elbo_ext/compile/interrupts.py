@@ -13,7 +13,8 @@ from typing import Any
 def interrupts_wait() -> Iterator[None]:
     """Let an interrupt come at the end of the block, so that what belongs together is done together.
 
-    A second one does not wait: the block may hang. Only the main thread receives interrupts: elsewhere there is nothing to do.
+    A second one does not wait: the block may hang. Only the main thread receives interrupts: elsewhere there is nothing to
+    do.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:  # None: not set by Python

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.automatic.approximate import Approximation, approximate
+from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.draws import seeded, untouched
 from pyro_elbo_ext.history import History
@@ -126,6 +127,10 @@ class AutomaticFit(FitResult):
         right.set(xlabel="nats", title="reconstruction - KL(q || prior), by site")
         return np.array([left, right], object)
 
+    def _content(self) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(self.approximation).items() if name != "guide"}
+        return {**super()._content(), "automatic": fields, "history": None}
+
     def lines(self) -> list[str]:
         """The account in a few lines."""
         a = self.approximation
@@ -147,6 +152,28 @@ class AutomaticFit(FitResult):
         return found
 
 
+def load_automatic(
+    content: Mapping[str, Any], model: Callable[..., Any] | LogDensity, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AutomaticFit:
+    """The result whose file had this content; see `FitResult.load`."""
+    density = _density(model, args, kwargs)
+    saved, dim = content["parameters"], density.dim
+    if saved["loc"].shape != (dim,):
+        raise ValueError(
+            f"the file is of another model: its guide has {len(saved['loc'])} coordinates, the model's unconstrained space "
+            f"{dim}"
+        )
+    loc, fields = saved["loc"].double(), content["automatic"]
+    guide: UnconstrainedGuide
+    if fields["family"] == "diagonal":
+        guide = DiagonalGuide(density, loc, torch.ones_like(loc))
+    else:
+        guide = GaussianGuide(density, loc, torch.eye(dim, dtype=loc.dtype))
+    guide.load_state_dict({**saved, **content["buffers"]})
+    found = Approximation(guide=guide, **fields)
+    return _result(density, found, content["account"]["seconds"], None)
+
+
 def fit_automatically(
     model: Callable[..., Any] | LogDensity,
     family: str,
@@ -164,14 +191,7 @@ def fit_automatically(
     began = time.monotonic()
     if family not in FAMILIES:
         raise ValueError(f"guide must be a Pyro guide or one of {', '.join(map(repr, FAMILIES))}, not {family!r}")
-    if isinstance(model, LogDensity):
-        if args or kwargs:
-            raise TypeError("a LogDensity has its model's arguments already: pass none")
-        density = model
-    else:
-        check_callable(model, "model", args, kwargs)
-        with isolated(0):
-            density = LogDensity(model, args, kwargs, 0)
+    density = _density(model, args, kwargs)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     callbacks = CallbackList(()) if callbacks is None else callbacks
@@ -193,7 +213,6 @@ def fit_automatically(
         raise
     finally:
         bar.close()
-    guide, program = found.guide, density.program
     seconds = time.monotonic() - began
     callbacks.finish(
         {
@@ -205,6 +224,22 @@ def fit_automatically(
             "elbo": found.elbo,
         }
     )
+    return _result(density, found, seconds, before)
+
+
+def _density(model: Callable[..., Any] | LogDensity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogDensity:
+    """The model's log density, not compiled unless it is already."""
+    if isinstance(model, LogDensity):
+        if args or kwargs:
+            raise TypeError("a LogDensity has its model's arguments already: pass none")
+        return model
+    check_callable(model, "model", args, kwargs)
+    with isolated(0):
+        return LogDensity(model, args, kwargs, 0)
+
+
+def _result(density: LogDensity, found: Approximation, seconds: float, before: AutomaticFit | None) -> AutomaticFit:
+    guide, program = found.guide, density.program
     return AutomaticFit(
         model=program.model,
         guide=guide,

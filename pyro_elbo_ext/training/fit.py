@@ -74,8 +74,8 @@ def fit(
     With ``guide="auto"`` a Gaussian on unconstrained space, of full covariance up to 500 coordinates, is fitted to all the
     data without tuning or compilation: it starts from the best mode that several climbs find, moves to the greatest ELBO by
     natural-gradient steps, and then, where importance weights can tell, to the posterior's means and sds. Whether that is
-    enough the result says; its ``refine()`` is the next guide up. Only ``callbacks``, ``log_every``, ``progress`` and ``seed``
-    go with it. The model may then be a :class:`LogDensity` too, for one that is compiled already.
+    enough the result says; its ``refine()`` is the next guide up. Only ``callbacks``, ``progress`` and ``seed`` go with it.
+    The model may then be a :class:`LogDensity` too, for one that is compiled already.
 
     With any model and guide it takes the steps that ``SVI`` takes, compiled where possible. Before anything changes, model,
     guide and data are tried once, so that NaN data, a guide that misses a site or a wrongly scaled batch is an error that
@@ -84,9 +84,10 @@ def fit(
     Parameters
     ----------
     model, guide, args, kwargs
-        As for ``pyro.infer.SVI`` and ``SVI.step``; or for ``guide`` "auto", or by name "gaussian", "diagonal" or "flow". Model keywords with the name of a parameter below need
-        ``functools.partial``. A ``DataLoader`` as the first argument is taken for ``batches``.
-        Autoguides may have flat priors (``ImproperUniform``): they start at 0 in unconstrained space there.
+        As for ``pyro.infer.SVI`` and ``SVI.step``; or for ``guide`` "auto", or by name "gaussian", "diagonal" or "flow".
+        Model keywords with the name of a parameter below need ``functools.partial``. A ``DataLoader`` as the first argument
+        is taken for ``batches``. Autoguides may have flat priors (``ImproperUniform``): they start at 0 in unconstrained
+        space there.
     loss
         Objective of this package, or one of Pyro's losses, which keep no history. ``DecomposedELBO()`` by default.
     optim

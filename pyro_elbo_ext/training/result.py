@@ -133,7 +133,10 @@ class FitResult:
 
         Model, guide and data are not in it. It is a pickle.
         """
-        content = {
+        checkpoints.write(Path(path), self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "kind": "fit",
             "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
             "buffers": {name: b.detach().cpu() for name, b in self.buffers.items()},
@@ -152,11 +155,10 @@ class FitResult:
                 )
             },
         }
-        checkpoints.write(Path(path), content)
 
     @classmethod
     def load(
-        cls, path: str | Path, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        cls, path: str | Path, model: Callable[..., Any], guide: Callable[..., Any] | str, *args: Any, **kwargs: Any
     ) -> FitResult:
         """Read what :meth:`save` wrote, and write its parameters into model and guide. Load your own files only.
 
@@ -165,7 +167,7 @@ class FitResult:
         path
             The file.
         model, guide, args, kwargs
-            As at the fit: a guide of the same structure, data of the same shapes.
+            As at the fit: a guide of the same structure, or "auto" for one that `fit` made; data of the same shapes.
 
         Raises
         ------
@@ -182,6 +184,13 @@ class FitResult:
             raise ValueError(
                 f"{path} is a checkpoint, not a saved result: pass it to fit as checkpoint= with resume=True"
             )
+        if isinstance(guide, str) or "automatic" in content:
+            if not isinstance(guide, str) or "automatic" not in content:
+                what = "made by fit: pass" if "automatic" in content else "given: pass it, not"
+                raise ValueError(f"{path} has a guide that was {what} guide='auto'")
+            from pyro_elbo_ext.training.automatic_fit import load_automatic
+
+            return load_automatic(content, model, args, kwargs)
         loss = DecomposedELBO(history=content["history"] if content["history"] is not None else False)
         before = random_state()
         try:
