@@ -24,7 +24,7 @@ _BLOCKS = 8  # of a window, whose averages' scatter gives the Monte Carlo standa
 _FIRST_ERROR = 0.1  # sds that an average at the first learning rate may be uncertain by; less and less later
 _TINY = 1e-9
 _FREE_STEPS = 1000  # a phase this short is cheap
-_HARDLY = 0.25  # of the accuracy: once started from an average, iterates whose averages scatter less need no R-hat
+_HARDLY = 0.25  # of the accuracy; see AdaptiveStopping
 _LEAST_DISTANCE = 0.3  # of its noise: what a distance that drowns in it is taken as
 
 
@@ -69,9 +69,9 @@ class AdaptiveStopping:
     At one learning rate, the iterates of a stochastic optimizer come to scatter around a point that is a little off the
     optimum. That they do is seen by the split R-hat of all parameters over windows of iterates. Their average over the
     window is kept once its Monte Carlo standard error is small and its effective sample size large enough. Then the
-    learning rate is multiplied by ``factor``, and it begins anew from the average; from then on it is also enough that the
-    average's standard error is below a quarter of ``accuracy``, for parameters that matter little may wander for long. The
-    distances between successive averages are fitted by a power of the learning rate, which predicts how far the last one
+    learning rate is multiplied by ``factor``, and it begins anew from the average; from then on it is also enough that as
+    many steps have been taken as at the rate before and the average's standard error is below a quarter of ``accuracy``, for
+    parameters that matter little may wander for long. The distances between successive averages are fitted by a power of the learning rate, which predicts how far the last one
     is from the limit.
 
     Distances and errors are measured on what the guide draws, whatever its parameters are: as the square root of the
@@ -280,7 +280,7 @@ class AdaptiveStopping:
             return CONTINUE
         if length is not None:
             target = max(self.accuracy / 2, _FIRST_ERROR * self.factor ** len(self.phases))
-        elif self.phases:
+        elif self.phases and self._iterates.added * self.every >= self.phases[-1].steps:
             length, target = int(LONGEST * len(rows)), self.accuracy * _HARDLY
         else:
             return CONTINUE
