@@ -70,9 +70,9 @@ class AdaptiveStopping:
     optimum. That they do is seen by the split R-hat of all parameters over windows of iterates. Their average over the
     window is kept once its Monte Carlo standard error is small and its effective sample size large enough. Then the
     learning rate is multiplied by ``factor``, and it begins anew from the average; from then on it is also enough that as
-    many steps have been taken as at the rate before and the average's standard error is below a quarter of ``accuracy``, for
-    parameters that matter little may wander for long. The distances between successive averages are fitted by a power of the learning rate, which predicts how far the last one
-    is from the limit.
+    many steps have been taken as at the rate before and the average's standard error is below a quarter of ``accuracy``,
+    for parameters that matter little may wander for long. The distances between successive averages are fitted by a power
+    of the learning rate, which predicts how far the last one is from the limit.
 
     Distances and errors are measured on what the guide draws, whatever its parameters are: as the square root of the
     symmetrized KL between the marginals of two guides, the largest of all (`guide_moments.symmetrized_kl`). 0.05 is a mean
