@@ -19,6 +19,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
     AutoNormalizingFlow,
+    AutoStructured,
 )
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
@@ -177,6 +178,21 @@ def test_moments_by_draws_move_with_the_parameters_and_not_with_the_noise() -> N
     nearby = moments(here + 1e-3 * torch.randn(here.shape))
     # other draws would be apart by sqrt(2 / 128) sd, 0.0156 squared
     assert 0 < float(symmetrized_kl(moments(here), nearby).max()) < 1e-3
+
+
+def test_moments_depend_on_every_parameter() -> None:
+    """AutoStructured draws auxiliary numbers, and then moves them by a linear map whose weights are parameters."""
+    pyro.set_rng_seed(0)
+    guide = AutoStructured(model, conditionals={"a": "mvn", "b": "normal"}, dependencies={"b": {"a": "linear"}})
+    guide()
+    names, held = list(parameters()), list(parameters().values())
+    moments = GuideMoments(guide, held)
+    here = flatten(held)
+    for index, name in enumerate(names):
+        start = sum(p.numel() for p in held[:index])
+        moved = here.clone()
+        moved[start : start + held[index].numel()] += 0.5
+        assert float(symmetrized_kl(moments(here), moments(moved)).max()) > 1e-4, name
 
 
 def test_a_point_estimate_has_no_moments() -> None:

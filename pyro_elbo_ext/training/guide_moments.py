@@ -62,8 +62,8 @@ class GuideMoments:
 
     They are those of the sites' distributions where these don't depend on what the guide has drawn before, as in
     AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, independent sites by hand, and an encoder at given
-    data. Otherwise, as with flows, they are those of draws under one seed at all parameters, so that they differ where the
-    parameters do and little else.
+    data. Otherwise, as with flows or AutoStructured, they are those of draws under one seed at all parameters, so that they
+    differ where the parameters do and little else.
 
     Parameters
     ----------
@@ -100,7 +100,9 @@ class GuideMoments:
                 raise NotImplementedError("the guide draws nothing but points")
             with _Subsamples(first):
                 second = self._run(_SEEDS[1])
-            self.method = "closed form" if self._are_fixed(first, second) else "draws"
+        self.method = "closed form" if self._are_fixed(first, second) and self._tell_all() else "draws"
+        if self.method == "draws":  # points, too: an autoguide may move them by what its parameters say
+            self._sites = [name for name, node in first.nodes.items() if _is_drawn(node)]
         self._varies: Tensor | slice = slice(None)
         moments = self(flatten(self._parameters))
         self._varies = moments.log_sd > -torch.inf
@@ -142,6 +144,18 @@ class GuideMoments:
                 return False
         return True
 
+    @torch.enable_grad()
+    def _tell_all(self) -> bool:
+        """Whether the moments depend on every parameter that the guide reads, unlike AutoStructured's."""
+        trace = self._run(_SEEDS[0])
+        parts = [part for name in self._sites for part in _exact(trace.nodes[name])]
+        read = [node["value"].unconstrained() for node in trace.nodes.values() if node["type"] == "param"]
+        trained = [parameter for parameter in read if parameter.requires_grad]
+        total = torch.cat(parts).sum()
+        if not trained or not total.requires_grad:
+            return not trained
+        return all(gradient is not None for gradient in torch.autograd.grad(total, trained, allow_unused=True))
+
     @contextmanager
     def _at(self, flat: Tensor) -> Iterator[None]:
         before = [parameter.detach().clone() for parameter in self._parameters]
@@ -167,6 +181,12 @@ class _Subsamples(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self._values and not msg["done"]:
             msg["value"], msg["done"] = self._values[msg["name"]], True
+
+
+def _is_drawn(node: Any) -> bool:
+    if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+        return False
+    return bool(node["value"].is_floating_point() or is_random(node))
 
 
 def _exact(node: Any) -> tuple[Tensor, Tensor]:
