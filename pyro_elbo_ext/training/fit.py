@@ -13,7 +13,7 @@ import pandas as pd
 import pyro
 import torch
 from pyro.infer import SVI
-from pyro.optim import ClippedAdam, PyroOptim
+from pyro.optim import Adam, PyroOptim
 from torch.utils.data import DataLoader
 
 from pyro_elbo_ext.compile import CompiledSVI
@@ -40,7 +40,7 @@ from pyro_elbo_ext.training.stopping import Patience, StoppingRule
 from pyro_elbo_ext.training.validation import Validation, true_objective
 from pyro_elbo_ext.weighting import check_reaches_one
 
-_RATE = 0.01
+_RATE, _FIRST_RATE = 0.01, 0.02  # of Adam; the latter where a stopping rule lowers it
 
 
 def fit(
@@ -91,7 +91,8 @@ def fit(
     loss
         Objective of this package, or one of Pyro's losses, which keep no history. ``DecomposedELBO()`` by default.
     optim
-        Optimizer of ``pyro.optim`` or of torch. Schedulers of ``pyro.optim`` go on at the end of each epoch, without
+        Optimizer of ``pyro.optim`` or of torch; Adam by default, with a learning rate of 0.02 where :class:`AdaptiveStopping`
+        lowers it, else 0.01. Schedulers of ``pyro.optim`` go on at the end of each epoch, without
         ``batches`` after each step, ``ReduceLROnPlateau`` after each validation.
     num_steps
         How many steps, or "auto": until ``stopping`` says so.
@@ -197,7 +198,6 @@ def fit(
     check_callable(guide, "guide", *data.first())
     check_callable(model, "model", *data.first())
     loss = DecomposedELBO() if loss is None else loss
-    optim = ClippedAdam({"lr": _RATE}) if optim is None else optim
     call = data.first()
     parameters = _look_at(model, guide, loss, call)
     size = data.dataset_size if dataset_size is None else dataset_size
@@ -206,6 +206,9 @@ def fit(
     most = _steps(num_steps, num_epochs, max_steps, data)
     if stopping is None and num_steps == "auto" and num_epochs is None:
         stopping = AdaptiveStopping() if validation is None else Patience()
+    if optim is None:
+        # clipped gradients are biased ones, whose averages end beside the optimum
+        optim = Adam({"lr": _FIRST_RATE if isinstance(stopping, AdaptiveStopping) else _RATE})
     weight = getattr(loss, "kl_weight", 1.0)
     if isinstance(loss, Objective):
         check_reaches_one(weight, most, first_step=loss.num_steps)
