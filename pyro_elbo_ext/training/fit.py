@@ -91,8 +91,8 @@ def fit(
     loss
         Objective of this package, or one of Pyro's losses, which keep no history. ``DecomposedELBO()`` by default.
     optim
-        Optimizer of ``pyro.optim`` or of torch; Adam by default, with a learning rate of 0.02 where :class:`AdaptiveStopping`
-        lowers it, else 0.01. Schedulers of ``pyro.optim`` go on at the end of each epoch, without
+        Optimizer of ``pyro.optim`` or of torch; Adam by default, with a learning rate of 0.02 where
+        :class:`AdaptiveStopping` lowers it, else 0.01. Schedulers of ``pyro.optim`` go on at the end of each epoch, without
         ``batches`` after each step, ``ReduceLROnPlateau`` after each validation.
     num_steps
         How many steps, or "auto": until ``stopping`` says so.
