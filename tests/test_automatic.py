@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, compiled_log_density, diagnose, from_pyro_svi, psis_khat
 from pyro_elbo_ext.automatic.approximate import approximate
 from pyro_elbo_ext.automatic.evaluations import Evaluations
+from pyro_elbo_ext.automatic.flow import Flow, FlowGuide, pushed
 from pyro_elbo_ext.automatic.gaussian import Gaussian, fit_gaussian, natural_step, standard_draws, taken
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide
 from pyro_elbo_ext.automatic.starting import find_start
@@ -247,6 +248,48 @@ def test_centred_hierarchy_does_not_run_off() -> None:
     assert found.converged
     assert 0.5 < float(found.guide.median()["tau"]) < 10
     assert "not enough" in found.next_guide
+
+
+def test_flow_starts_as_the_gaussian_and_inverts() -> None:
+    x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with isolated(0):
+        flow = Flow(3)
+    same, log_det = pushed(flow, x)
+    torch.testing.assert_close(same, x, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(log_det, torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-14)
+    with torch.no_grad(), isolated(1):
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    y, log_det = pushed(flow, x)
+    for layer in reversed(flow.layers):
+        y = layer._inverse(y)
+    torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+    jacobians = torch.stack(
+        [torch.autograd.functional.jacobian(lambda u: pushed(flow, u[None])[0][0], row) for row in x]
+    )
+    torch.testing.assert_close(torch.linalg.slogdet(jacobians)[1], log_det, rtol=1e-9, atol=1e-9)
+
+
+def test_flow_on_a_funnel() -> None:
+    """The funnel is normalized: the greatest ELBO is 0, that of the Gaussian -1.86."""
+    pyro.clear_param_store()
+    density = compiled_log_density(am.funnel)
+    found = approximate(density, family="flow")
+    assert isinstance(found.guide, FlowGuide)
+    assert found.gain > 1.5
+    assert found.gain_se < 0.3
+    assert -0.4 < found.elbo < 3 * found.elbo_se
+    assert "above the Gaussian's" in found.notes[0]
+    sample = psis_khat(am.funnel, found.guide, num_draws=2000, seed=0)
+    assert sample.looped is None
+    assert sample.log_weights.mean() == pytest.approx(found.elbo, abs=5 * found.elbo_se)
+    loss = DecomposedELBO(num_particles=500).loss(am.funnel, found.guide)
+    assert loss == pytest.approx(-found.elbo, abs=0.2)
+    assert abs(float(found.guide.median()["v"])) < 0.5
+    other = FlowGuide(density, torch.zeros(10), torch.eye(10), Flow(10))
+    other.load_state_dict(found.guide.state_dict())
+    x = found.guide.get_posterior().sample((5,))
+    torch.testing.assert_close(other.get_posterior().log_prob(x), found.guide.get_posterior().log_prob(x))
 
 
 def test_improper_posterior_is_an_error() -> None:

@@ -185,7 +185,7 @@ def test_save_and_load(fitted: AutomaticFit, tmp_path: Path) -> None:
         FitResult.load(tmp_path / "fit.pt", line, AutoNormal(line), X, Y)
 
 
-def test_refined_result_says_what_was_bought() -> None:
+def test_refined_result_says_what_was_bought(tmp_path: Path) -> None:
     def funnel() -> None:
         scale = pyro.sample("scale", dist.Normal(0.0, 1.0))
         pyro.sample("z", dist.Normal(0.0, scale.exp()))
@@ -195,6 +195,9 @@ def test_refined_result_says_what_was_bought() -> None:
     refined = result.refine(seed=0, progress=False)
     assert refined.elbo > result.elbo
     assert refined.elbo == pytest.approx(0.0, abs=0.1)  # the prior is normalized: log evidence 0
-    assert "over the gaussian guide: ELBO +" in repr(refined)
+    assert "nats above the Gaussian's; k-hat was" in repr(refined)
+    refined.save(tmp_path / "flow.pt")
+    loaded = FitResult.load(tmp_path / "flow.pt", funnel, "auto")
+    assert torch.equal(loaded.draws(10, seed=1)["z"], refined.draws(10, seed=1)["z"])
     with pytest.raises(ValueError, match="flow already"):
         refined.refine()

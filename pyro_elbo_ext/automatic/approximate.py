@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 
 from pyro_elbo_ext.automatic.evaluations import LARGE, Evaluations, TooManyGradients
-from pyro_elbo_ext.automatic.gaussian import Fit, Gaussian, fit_gaussian
+from pyro_elbo_ext.automatic.flow import FlowGuide, bend, look_through
+from pyro_elbo_ext.automatic.gaussian import fit_gaussian, triangular
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
-from pyro_elbo_ext.automatic.moments import Weighted, look, match_moments
-from pyro_elbo_ext.automatic.starting import Start, find_start
+from pyro_elbo_ext.automatic.moments import Weighted, distance_of, look, match_moments
+from pyro_elbo_ext.automatic.starting import find_start
 from pyro_elbo_ext.evidence.importance import khat_threshold
 from pyro_elbo_ext.log_density import LogDensity
 
@@ -53,6 +55,9 @@ class Approximation:
     distance : float
         Largest difference in a mean, in sds, or in a log sd between guide and posterior, by importance weights; NaN where
         these cannot tell, or where it has not converged.
+    gain, gain_se, khat_before : float
+        Of a flow: its ELBO less that of the Gaussian it starts from, in nats, with its standard error, and the Gaussian's
+        k-hat; else NaN.
     next_guide : str
         What to try where the family is not enough, else empty.
     """
@@ -72,6 +77,9 @@ class Approximation:
     path: list[dict[str, float]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
     next_guide: str = ""
+    gain: float = math.nan
+    gain_se: float = math.nan
+    khat_before: float = math.nan
 
 
 def approximate(
@@ -118,6 +126,8 @@ def approximate(
         raise ValueError(f"family must be 'auto', 'gaussian', 'diagonal' or 'flow', got {family!r}")
     if max_gradients < 1:
         raise ValueError(f"max_gradients must be at least 1, got {max_gradients}")
+    if family == "flow" and density.dim > FULL_COVARIANCE:
+        raise ValueError(f"family='flow' is for up to {FULL_COVARIANCE} coordinates, the model has {density.dim}")
     began = time.perf_counter()
     diagonal = family == "diagonal" or (family == "auto" and density.dim > FULL_COVARIANCE)
     if not density.compiled and density.traced and not density.batched:
@@ -130,57 +140,43 @@ def approximate(
     fit = fit_gaussian(evaluate, start.gaussian, rng, after_step=progress)
     check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
     count = CHECK_DRAWS if density.native is not None or density.size <= LARGE else CHECK_DRAWS // 2
-    gaussian, distance, notes = fit.gaussian, np.nan, list[str]()
-    if fit.converged:
-        gaussian, weighted, distance, notes = match_moments(check, gaussian, rng, count)
-    else:
-        weighted, _ = look(check, gaussian, rng, count)
-    return _result(density, evaluate, check, fit, gaussian, weighted, distance, start, notes, began)
-
-
-def _result(
-    density: LogDensity,
-    evaluate: Evaluations,
-    check: Evaluations,
-    fit: Fit,
-    gaussian: Gaussian,
-    weighted: Weighted,
-    distance: float,
-    start: Start,
-    notes: list[str],
-    began: float,
-) -> Approximation:
-    loc = torch.from_numpy(gaussian.loc)
+    notes: list[str] = []
+    gain = gain_se = khat_before = np.nan
     guide: UnconstrainedGuide
-    if gaussian.diagonal:
-        guide = DiagonalGuide(density, loc, torch.from_numpy(np.abs(gaussian.factor)))
+    if family == "flow":
+        gaussian = triangular(fit.gaussian)
+        before, _ = look(check, gaussian, rng, count)
+        flow, fit = bend(evaluate, gaussian, seed, fit.path, progress)
+        weighted, gain, gain_se = look_through(check, gaussian, flow, rng, count)
+        distance, khat_before = distance_of(check, weighted), before.khat
+        guide = FlowGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.factor), flow)
+        notes.append(
+            f"the flow's ELBO is {gain:.3g} ± {gain_se:.1g} nats above the Gaussian's; k-hat was {khat_before:.2f} and is "
+            f"{weighted.khat:.2f}"
+        )
     else:
-        lower = torch.linalg.qr(torch.from_numpy(gaussian.factor.T), mode="r").R.T
-        guide = GaussianGuide(density, loc, lower * lower.diagonal().sign())
-    family = "diagonal" if gaussian.diagonal else "gaussian"
-    rivals = [elbo for _, elbo in start.modes[1:] if elbo > start.modes[0][1] - MODE_RIVALS]
+        gaussian, distance = fit.gaussian, np.nan
+        if fit.converged:
+            gaussian, weighted, distance, notes = match_moments(check, gaussian, rng, count)
+        else:
+            weighted, _ = look(check, gaussian, rng, count)
+        if diagonal:
+            guide = DiagonalGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.sd))
+        else:
+            lower = triangular(gaussian).factor
+            guide = GaussianGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(lower))
+    made = "diagonal" if diagonal else "flow" if family == "flow" else "gaussian"
+    rivals = [elbo - start.modes[0][1] for _, elbo in start.modes[1:] if elbo > start.modes[0][1] - MODE_RIVALS]
     if rivals:
         notes.append(
             f"the posterior has other modes: {len(rivals)} more with an ELBO of "
-            f"{', '.join(f'{elbo - start.modes[0][1]:+.1f}' for elbo in rivals)} nats; this guide is about the best one only"
+            f"{', '.join(f'{rival:+.1f}' for rival in rivals)} nats; the guide starts from the best one only"
         )
     if weighted.outside:
         notes.append(f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws")
-    threshold = khat_threshold(weighted.num_draws)
-    reasons = []
-    if rivals:
-        reasons.append("there are other modes")
-    if distance > GOOD:
-        reasons.append(f"a mean or log sd is {distance:.2f} off, by importance weights")
-    elif np.isnan(distance) and not weighted.good:
-        reasons.append(f"k-hat {weighted.khat:.2f} is not below {threshold:.2f}")
-    advice = ""
-    if reasons:
-        more = "family='gaussian' or 'flow'" if family == "diagonal" else "family='flow', or run_nuts"
-        advice = f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more}."
     return Approximation(
         guide=guide,
-        family=family,
+        family=made,
         elbo=weighted.elbo,
         elbo_se=weighted.elbo_se,
         converged=fit.converged and not weighted.outside,
@@ -188,10 +184,30 @@ def _result(
         gradients=evaluate.gradients + check.gradients,
         seconds=time.perf_counter() - began,
         khat=weighted.khat,
-        khat_threshold=threshold,
+        khat_threshold=khat_threshold(weighted.num_draws),
         num_draws=weighted.num_draws,
         distance=distance,
         path=fit.path,
         notes=notes,
-        next_guide=advice,
+        next_guide=_advice(made, weighted, distance, bool(rivals)),
+        gain=gain,
+        gain_se=gain_se,
+        khat_before=khat_before,
     )
+
+
+def _advice(family: str, weighted: Weighted, distance: float, rivals: bool) -> str:
+    """What to try where a family is not enough."""
+    reasons = []
+    if rivals:
+        reasons.append("there are other modes")
+    if distance > GOOD:
+        reasons.append(f"a mean or log sd is {distance:.2f} off, by importance weights")
+    elif np.isnan(distance) and not weighted.good:
+        reasons.append(f"k-hat {weighted.khat:.2f} is not below {khat_threshold(weighted.num_draws):.2f}")
+    if not reasons and np.isnan(distance):
+        return f"Whether a {family} guide is enough importance weights cannot tell; diagnose can."
+    if not reasons:
+        return ""
+    more = {"diagonal": "guide='gaussian'", "gaussian": "guide='flow', or run_nuts", "flow": "run_nuts"}
+    return f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more[family]}."

@@ -62,6 +62,12 @@ class Gaussian:
         return self.log_volume + 0.5 * len(self.loc) * (1 + np.log(2 * np.pi))
 
 
+def triangular(gaussian: Gaussian) -> Gaussian:
+    """The same with a lower triangular factor of positive diagonal."""
+    upper = np.asarray(np.linalg.qr(gaussian.factor.T, mode="r"))
+    return Gaussian(gaussian.loc, upper.T * np.sign(np.diag(upper)))
+
+
 class Step(NamedTuple):
     """A natural-gradient step from one Gaussian, in its own whitened coordinates.
 

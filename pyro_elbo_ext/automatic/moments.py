@@ -94,17 +94,19 @@ def look(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, co
     log_own = constant - 0.5 * squares
     log_wide = constant - 0.5 * squares / (1 + wider) ** 2 - dim * np.log1p(wider)
     log_mixture = np.logaddexp(log_own, log_wide) - np.log(2)
-    eps = float(np.finfo(np.float64 if evaluate.density.float64 else np.float32).eps)
-    own = _weighted(draws[:half], values[:half], log_own[:half], log_own[:half], eps)
-    return own, _weighted(draws, values, log_mixture, log_own, eps)
+    float64 = evaluate.density.float64
+    own = weigh(draws[:half], values[:half], log_own[:half], log_own[:half], float64)
+    return own, weigh(draws, values, log_mixture, log_own, float64)
 
 
-def _weighted(draws: Array, values: Array, log_proposal: Array, log_own: Array, eps: float) -> Weighted:
+def weigh(draws: Array, values: Array, log_proposal: Array, log_own: Array, float64: bool) -> Weighted:
+    """Draws of a proposal with their weights, of which ``log_own`` is the log density of another distribution."""
     log_weights = values - log_proposal
     inside = np.isfinite(log_weights)
     if not inside.any():
         raise ValueError("the log density is finite at none of the guide's draws")
     kept = log_weights[inside]
+    eps = float(np.finfo(np.float64 if float64 else np.float32).eps)
     rounding = 4 * eps * (1 + float(np.abs(log_proposal).mean() + np.abs(values[inside]).mean()))
     smoothed, khat = pareto_smoothed(log_weights, rounding)
     weights, own = np.exp(smoothed), np.exp(log_own - log_proposal)
@@ -151,8 +153,7 @@ def match_moments(
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     weighted, many = look(evaluate, gaussian, rng, count)
-    sites = _constrained(evaluate, many.draws)
-    before = _off(sites, many.own, sites, many.weights) if many.reliable else np.nan
+    before = distance_of(evaluate, many)
     if before < WORTH:
         return gaussian, weighted, before, []
     for draws in MATCH_DRAWS:
@@ -183,10 +184,18 @@ def match_moments(
         return gaussian, weighted, before, []
     note = (
         f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, "
-        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; the ELBO is "
-        f"{max(weighted.elbo - of_best.elbo, 0):.2g} nats below the greatest"
+        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; that lowers "
+        f"the ELBO by {weighted.elbo - of_best.elbo:.2g} ± {np.hypot(weighted.elbo_se, of_best.elbo_se):.1g} nats"
     )
     return best, of_best, least, [note]
+
+
+def distance_of(evaluate: Evaluations, weighted: Weighted) -> float:
+    """Worst difference in a mean, in sds, or log sd of any entry of a site; NaN where the weights cannot tell."""
+    if not weighted.reliable:
+        return np.nan
+    sites = _constrained(evaluate, weighted.draws)
+    return _off(sites, weighted.own, sites, weighted.weights)
 
 
 def _constrained(evaluate: Evaluations, draws: Array) -> Array:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.automatic.approximate import Approximation, approximate
+from pyro_elbo_ext.automatic.flow import Flow, FlowGuide
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.draws import seeded, untouched
@@ -47,7 +48,6 @@ class AutomaticFit(FitResult):
 
     density: LogDensity = field(default=None, repr=False)  # type: ignore[assignment]  # always given
     approximation: Approximation = field(default=None, repr=False)  # type: ignore[assignment]
-    before: AutomaticFit | None = field(default=None, repr=False)
 
     @property
     def path(self) -> pd.DataFrame:
@@ -79,7 +79,7 @@ class AutomaticFit(FitResult):
         Returns
         -------
         AutomaticFit
-            Whose ``before`` is this result; printed, it says what the flow has bought.
+            Printed, it says what the flow has bought: ELBO and k-hat beside the Gaussian's.
 
         Raises
         ------
@@ -88,7 +88,7 @@ class AutomaticFit(FitResult):
         """
         if self.approximation.family == "flow":
             raise ValueError("this guide is a flow already; there is no next one. Use run_nuts, or write a guide.")
-        return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, before=self, **options)
+        return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, **options)
 
     def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """As :meth:`FitResult.draws`."""
@@ -140,13 +140,6 @@ class AutomaticFit(FitResult):
             f"ELBO {a.elbo:.6g} +- {a.elbo_se:.2g} nats, k-hat {a.khat:.2f} (good below {a.khat_threshold:.2f})",
             *a.notes,
         ]
-        if self.before is not None:
-            b = self.before.approximation
-            error = float(np.hypot(a.elbo_se, b.elbo_se))
-            found.append(
-                f"over the {b.family} guide: ELBO {a.elbo - b.elbo:+.3g} +- {error:.2g} nats, "
-                f"k-hat {b.khat:.2f} -> {a.khat:.2f}"
-            )
         if a.next_guide:
             found.append(a.next_guide)
         return found
@@ -157,7 +150,7 @@ def load_automatic(
 ) -> AutomaticFit:
     """The result whose file had this content; see `FitResult.load`."""
     density = _density(model, args, kwargs)
-    saved, dim = content["parameters"], density.dim
+    saved, dim = {**content["parameters"], **content["buffers"]}, density.dim
     if saved["loc"].shape != (dim,):
         raise ValueError(
             f"the file is of another model: its guide has {len(saved['loc'])} coordinates, the model's unconstrained space "
@@ -165,13 +158,16 @@ def load_automatic(
         )
     loc, fields = saved["loc"].double(), content["automatic"]
     guide: UnconstrainedGuide
+    eye = torch.eye(dim, dtype=loc.dtype)
     if fields["family"] == "diagonal":
         guide = DiagonalGuide(density, loc, torch.ones_like(loc))
+    elif fields["family"] == "flow":
+        guide = FlowGuide(density, loc, eye, Flow(dim))
     else:
-        guide = GaussianGuide(density, loc, torch.eye(dim, dtype=loc.dtype))
-    guide.load_state_dict({**saved, **content["buffers"]})
+        guide = GaussianGuide(density, loc, eye)
+    guide.load_state_dict(saved)
     found = Approximation(guide=guide, **fields)
-    return _result(density, found, content["account"]["seconds"], None)
+    return _result(density, found, content["account"]["seconds"])
 
 
 def fit_automatically(
@@ -184,7 +180,6 @@ def fit_automatically(
     progress: bool = True,
     callbacks: CallbackList | None = None,
     settings: Mapping[str, Any] | None = None,
-    before: AutomaticFit | None = None,
     **options: Any,
 ) -> AutomaticFit:
     """Make a guide for a model and fit it; see `fit`."""
@@ -224,7 +219,7 @@ def fit_automatically(
             "elbo": found.elbo,
         }
     )
-    return _result(density, found, seconds, before)
+    return _result(density, found, seconds)
 
 
 def _density(model: Callable[..., Any] | LogDensity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogDensity:
@@ -238,7 +233,7 @@ def _density(model: Callable[..., Any] | LogDensity, args: tuple[Any, ...], kwar
         return LogDensity(model, args, kwargs, 0)
 
 
-def _result(density: LogDensity, found: Approximation, seconds: float, before: AutomaticFit | None) -> AutomaticFit:
+def _result(density: LogDensity, found: Approximation, seconds: float) -> AutomaticFit:
     guide, program = found.guide, density.program
     return AutomaticFit(
         model=program.model,
@@ -255,5 +250,4 @@ def _result(density: LogDensity, found: Approximation, seconds: float, before: A
         buffers=dict(guide.named_buffers()),
         density=density,
         approximation=found,
-        before=before,
     )
