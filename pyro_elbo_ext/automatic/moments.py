@@ -183,8 +183,8 @@ def match_moments(
         return gaussian, weighted, before, []
     note = (
         f"means and covariance are moved towards the posterior's by importance weights (k-hat {many.khat:.2f}, "
-        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; that lowers the "
-        f"ELBO by {weighted.elbo - of_best.elbo:.2g} ± {np.hypot(weighted.elbo_se, of_best.elbo_se):.1g} nats"
+        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; that "
+        f"lowers the ELBO by {weighted.elbo - of_best.elbo:.2g} ± {np.hypot(weighted.elbo_se, of_best.elbo_se):.1g} nats"
     )
     return best, of_best, least, [note]
 
