@@ -179,6 +179,7 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {way: torch.load(folder / f"{way}.pt", weights_only=False) for way in lost_processes.WAYS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "limit"), [("killed", 3.0), ("hangs", lost_processes.TIMEOUT + 3.0)])
 def test_a_lost_process_ends_the_others_in_time(way: str, limit: float, lost: dict[str, dict[str, Any]]) -> None:
     found = lost[way]
