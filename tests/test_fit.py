@@ -684,3 +684,26 @@ def test_first_step_that_fails_halves_the_step_too() -> None:
     assert [rollback.factor for rollback in result.rollbacks] == [0.5]
     (group,) = next(iter(optim.optim_objs.values())).param_groups
     assert group["lr"] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("compiled", [False, {"backend": "eager"}], ids=["pyro", "graph"])
+@pytest.mark.parametrize(("make", "rate"), [(pyro.optim.SGD, 30.0), (pyro.optim.Adam, 1000.0)])
+def test_rates_are_halved_from_the_very_start(make: Any, rate: float, compiled: Any) -> None:
+    pyro.clear_param_store()
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        loc = pyro.param("loc", torch.tensor(1.0))
+        mean = loc.exp() + (-loc).exp() if make is pyro.optim.Adam else loc
+        pyro.sample("z", dist.Normal(mean, torch.tensor(1.0)))
+
+    # both overflow before the first look: gradient descent grows by a factor of 29 a step, Adam goes to exp(999) at once
+    optim = make({"lr": rate})
+    result = fit(model, guide, num_steps=300, optim=optim, compiled=compiled, max_rollbacks=12, progress=False, seed=0)
+    assert len(result.rollbacks) >= 4
+    assert {rollback.to_step for rollback in result.rollbacks} == {0}
+    (group,) = next(iter(optim.optim_objs.values())).param_groups
+    assert group["lr"] == pytest.approx(rate * 0.5 ** len(result.rollbacks))
+    assert math.isfinite(result.elbo)

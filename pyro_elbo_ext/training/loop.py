@@ -118,6 +118,7 @@ class Loop:
             If a step is NaN, infinite or diverges again and again, naming the site where it is known.
         """
         began = time.monotonic()
+        self.state.make_optimizers()
         if self.step == 0:
             self._start_rule()
         if self.validation is not None and self.step == 0:
@@ -235,8 +236,6 @@ class Loop:
             self._run(min(most, self._piece), call)
         else:
             self._count([float(svi.step(*args, **kwargs))])
-            if self.step == 1 and self._factor != self._captured_factor:  # it failed before there was an optimizer
-                self.state.scale_learning_rates(self._factor / self._captured_factor)
             self._step_schedule()
         self._bar.describe(None)
         if not self._said:
@@ -331,9 +330,8 @@ class Loop:
                 f"given; the last time: {error} Parameters are those after step {to_step}."
             ) from error
         self._factor /= 2
-        if self.state.has_stepped:
-            self.state.scale_learning_rates(self._factor / self._captured_factor)
-            self._captured_factor = self._factor
+        self.state.scale_learning_rates(self._factor / self._captured_factor)
+        self._captured_factor = self._factor
         rollback = Rollback(self.step, to_step, str(error), self._factor)
         self.rollbacks.append(rollback)
         logger.info("back to step %d with half the learning rate: %s", to_step, error)

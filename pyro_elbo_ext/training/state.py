@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_elbo_ext.compile import CompiledSVI
+from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.registration import modules_of
 
@@ -76,6 +77,22 @@ class TrainingState:
             "optimizers": {key: _optimizer_state(optimizer) for key, optimizer in self._optimizers()},
         }
 
+    def make_optimizers(self) -> None:
+        """Make the optimizers of all parameters, as PyroOptim does at a parameter's first step.
+
+        So their learning rates can be lowered before that.
+        """
+        optim = self.svi.optim
+        if isinstance(optim, WholeOptimizer):
+            return
+        for parameter in self.parameters.values():
+            if parameter not in optim.optim_objs:
+                optim.optim_objs[parameter] = optim._get_optim(parameter)
+                optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+                saved = optim._state_waiting_to_be_consumed.pop(pyro.get_param_store().param_name(parameter), None)
+                if saved is not None:
+                    optim.optim_objs[parameter].load_state_dict(saved)
+
     def restore(self, captured: Mapping[str, Any]) -> None:
         """Write copies back into the same tensors, so that whatever holds them sees it."""
         with torch.no_grad():
@@ -84,14 +101,10 @@ class TrainingState:
                     if name in saved:  # or it has come into being since
                         tensor.copy_(saved[name])
         optim = self.svi.optim
-        for key in captured["optimizers"]:
-            if key in self.parameters and self.parameters[key] not in optim.optim_objs:
-                parameter = self.parameters[key]  # as PyroOptim does at a parameter's first step
-                optim.optim_objs[parameter] = optim._get_optim(parameter)
-                optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+        self.make_optimizers()
         for key, optimizer in list(self._optimizers()):
             if key in captured["optimizers"]:
-                _load_optimizer(optimizer, captured["optimizers"][key])
+                _load_optimizer(optimizer, captured["optimizers"][key], in_place=isinstance(self.svi, CompiledSVI))
             else:  # it has come into being since
                 optim.optim_objs.pop(self.parameters[key])
                 optim.grad_clip.pop(self.parameters[key], None)
@@ -124,11 +137,6 @@ class TrainingState:
     def not_finite(self) -> list[str]:
         """Names of parameters that have NaN or infinite entries."""
         return [name for name, p in self.parameters.items() if not bool(torch.isfinite(p).all())]
-
-    @property
-    def has_stepped(self) -> bool:
-        """Whether the optimizer has state of its own already."""
-        return any(True for _ in self._optimizers())
 
     @staticmethod
     def buffers_of(model: Any, guide: Any) -> dict[str, Tensor]:
@@ -191,12 +199,20 @@ def _optimizer_state(optimizer: Any) -> State:
     }
 
 
-def _load_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> None:
+def _load_optimizer(optimizer: Any, saved: Mapping[str, Any], in_place: bool) -> None:
+    """Go back to a state; to that before the first step by zeros where a graph of steps holds the tensors."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     parameters = [p for group in inner.param_groups for p in group["params"]]
     for p, state in zip(parameters, saved["state"], strict=True):
         if not state:
-            inner.state.pop(p, None)
+            if in_place:  # what graphs can take begins with zeros
+                for name, value in inner.state.get(p, {}).items():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+                    elif isinstance(value, int | float):
+                        inner.state[p][name] = type(value)(0)
+            else:
+                inner.state.pop(p, None)
             continue
         live = inner.state[p]
         for name in [name for name in live if name not in state]:
