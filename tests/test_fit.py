@@ -592,8 +592,8 @@ def test_plateau_is_told_the_validation() -> None:
     options: dict[str, Any] = {"compiled": False, "progress": False, "seed": 0}
     fit(line, fresh(line), X, Z, optim=optim, num_steps=6, validation=(X, Z), validate_every=2, **options)
     scheduler = next(iter(optim.optim_objs.values()))
-    # of four validations, the first before there was an optimizer, two were no better than the one before
-    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+    # of four validations, the first before any step, three were no better than the one before
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
 
 
 def test_warm_up_must_end_within_the_run() -> None:
