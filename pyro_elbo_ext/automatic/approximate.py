@@ -209,5 +209,5 @@ def _advice(family: str, weighted: Weighted, distance: float, rivals: bool) -> s
         return f"Whether a {family} guide is enough importance weights cannot tell; diagnose can."
     if not reasons:
         return ""
-    more = {"diagonal": "guide='gaussian'", "gaussian": "guide='flow', or run_nuts", "flow": "run_nuts"}
+    more = {"diagonal": "guide='gaussian'", "gaussian": "result.refine() (a flow), or run_nuts", "flow": "run_nuts"}
     return f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more[family]}."
