@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from pyro_elbo_ext.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
-from pyro_elbo_ext.automatic.gaussian import Gaussian
+from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
 from pyro_elbo_ext.automatic.site_moments import Moments, move_to_moments
 from pyro_elbo_ext.evidence.importance import khat_threshold
 
 WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
 MATCH_DRAWS = (16384, 49152)  # the second where the first have fewer effective draws than ENOUGH_EFFECTIVE
 LEAST_EFFECTIVE, ENOUGH_EFFECTIVE = 1000, 8000  # draws with which means and sds are told to 0.03 and 0.01 sds
+OWN_DRAWS = 4096  # evenly spread ones, for the Gaussian's own moments
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
 EVEN = 0.95  # effective share of draws from which on weights are so even that their tail does not matter
 MOST_ENTRIES = 20_000_000  # of all sites at all draws
@@ -166,17 +167,18 @@ def match_moments(
     before = _off(sites, many.own, sites, many.weights)
     if many.ess < LEAST_EFFECTIVE:
         return gaussian, weighted, before, []
-    factor = gaussian.factor
-    centred = many.draws - gaussian.loc
-    noise: Array = centred / factor if gaussian.diagonal else np.linalg.solve(factor, centred.T).T.astype(np.float64)
     varying = _varies(sites)
-    count_kept = len(sites)  # of many entries fewer draws fit
 
     def scalars(draws: Array) -> Array:
-        return _constrained(evaluate, draws)[:count_kept, varying]
+        return _constrained(evaluate, draws)[:, varying]
 
-    target = Moments.of(sites[:, varying], many.weights[:count_kept])
-    best, least = move_to_moments(gaussian, noise[:count_kept], many.own[:count_kept], scalars, target)
+    # what the weights say of the differences, on draws that share their noise, on top of what the Gaussian's own moments are
+    seen, own = (Moments.of(sites[:, varying], weights[: len(sites)]) for weights in (many.weights, many.own))
+    even = standard_draws(rng, OWN_DRAWS, evaluate.dim, gaussian.diagonal)
+    equal = np.full(len(even), 1 / len(even))
+    exact = Moments.of(scalars(gaussian.at(even)), equal)
+    target = Moments(exact.mean + seen.mean - own.mean, exact.sd * seen.sd / own.sd)
+    best, least = move_to_moments(gaussian, even, equal, scalars, target)
     if not least < before - WORTH / 2:
         return gaussian, weighted, before, []
     of_best, _ = look(evaluate, best, rng, count)

@@ -187,7 +187,7 @@ def fit(
             "num_steps": None if num_steps == "auto" else num_steps,
         }
         _refuse(guide, {name: value for name, value in given.items() if value is not None})
-        settings = describe_run(model, guide, DecomposedELBO, None, None, num_steps=num_steps, seed=seed)
+        settings = describe_run(model, guide, DecomposedELBO, None, None, seed=seed) if listeners else None
         return fit_automatically(
             model, guide, args, kwargs, seed=seed, progress=progress, callbacks=listeners, settings=settings
         )
