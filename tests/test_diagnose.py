@@ -392,6 +392,6 @@ def test_a_thousand_latents_in_bounded_memory() -> None:
     ).stdout
     print(output)
     assert "1000 scalars" in output
-    match = re.search(r"peak ([\d.]+) GiB", output)
+    match = re.search(r"peak ([\d.]+) GiB, ([\d.]+) of it before", output)
     assert match is not None
-    assert float(match[1]) < 2
+    assert float(match[1]) - float(match[2]) < 1.5

@@ -250,7 +250,7 @@ def test_fit_tells_its_callbacks() -> None:
         "seed": 1,
         "compiled": False,
     }
-    assert versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(versions["torch"])  # which may have "+cpu" after it
     assert (step, later) == (20, 40)
     sites = {"kl_prior/z", "log_p/z", "log_p/x"}
     terms = {"elbo", "objective", "reconstruction", "kl_prior", "kl_weight", "learning_rate", "steps_per_second"}

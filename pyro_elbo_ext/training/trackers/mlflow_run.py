@@ -130,6 +130,7 @@ class MLflowTracker(Callback):
             for name, value in values.items()
             if step > self._recorded.get(name, -1)
         ]
+        assert self.run_id is not None
         for some in _batches(metrics, _METRICS):
             self._client.log_batch(self.run_id, metrics=some)
 
