@@ -7,8 +7,11 @@ without end. Every process must call the functions that say so, in the same orde
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 
 TIMEOUT = 300.0  # seconds
+_LEAVING = 0.2  # seconds
 _control: tuple[dist.ProcessGroup, dist.ProcessGroup, float] | None = None  # the world, its gloo group, its time limit
 
 
@@ -58,6 +62,8 @@ def start(timeout: float = TIMEOUT) -> None:
         assert world is not None
         if _control is None or _control[0] is not world or _control[2] != timeout:
             _control = world, dist.new_group(backend="gloo", timeout=limit), timeout
+            atexit.unregister(_leave)
+            atexit.register(_leave)
 
 
 def _make_world(backend: str, timeout: datetime.timedelta) -> None:
@@ -78,6 +84,20 @@ def _make_world(backend: str, timeout: datetime.timedelta) -> None:
     store, own, size = next(dist.rendezvous("env://", timeout=timeout))
     placed = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=placed, rank=own, world_size=size, timeout=timeout)
+
+
+def _leave() -> None:
+    """At the end of the process: let gloo's threads finish while there is an interpreter.
+
+    A thread that lets go of the tensor of the last message needs the interpreter's lock. If the interpreter is ending by
+    then, the whole process is aborted, and counts as failed (torch 2.13).
+    """
+    global _control
+    _control = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # a group that nothing holds any more waits for its threads
+        time.sleep(_LEAVING)  # DistributedDataParallel may hold one still: let its threads have the lock
 
 
 def is_distributed() -> bool:
