@@ -164,7 +164,7 @@ def match_moments(
         if many.ess > ENOUGH_EFFECTIVE:
             break
     sites = _constrained(evaluate, many.draws)
-    before = _off(sites, many.own, sites, many.weights)
+    before = _off(sites, many)
     if many.ess < LEAST_EFFECTIVE:
         return gaussian, weighted, before, []
     varying = _varies(sites)
@@ -197,7 +197,7 @@ def distance_of(evaluate: Evaluations, weighted: Weighted) -> float:
     if not weighted.reliable:
         return np.nan
     sites = _constrained(evaluate, weighted.draws)
-    return _off(sites, weighted.own, sites, weighted.weights)
+    return _off(sites, weighted)
 
 
 def _constrained(evaluate: Evaluations, draws: Array) -> Array:
@@ -207,20 +207,13 @@ def _constrained(evaluate: Evaluations, draws: Array) -> Array:
     return np.concatenate([np.asarray(site, float).reshape(count, -1) for site in sites.values()], 1)
 
 
-def _off(values: Array, own: Array, draws: Array, weights: Array) -> float:
-    """Worst difference in mean, in sds, or in log sd, of weighted ``values`` from weighted ``draws`` of the same noise."""
-    varying = _varies(draws) & _varies(values)
-    mean, sd = _moments(values[:, varying], own)
-    right_mean, right_sd = _moments(draws[:, varying], weights)
-    return float(max((np.abs(mean - right_mean) / right_sd).max(), np.abs(np.log(sd / right_sd)).max()))
+def _off(sites: Array, weighted: Weighted) -> float:
+    """Worst difference in mean, in sds, or in log sd, of the sites at draws of the Gaussian from those of the posterior."""
+    varying = sites[:, _varies(sites)]
+    own, posterior = (Moments.of(varying, weights[: len(sites)]) for weights in (weighted.own, weighted.weights))
+    return float(np.abs(own.errors(posterior)).max())
 
 
 def _varies(values: Array) -> NDArray[np.bool_]:
     """Columns that are finite and not constant."""
     return (values.std(0) > 1e-12 * np.abs(values).max(0)) & np.isfinite(values).all(0)
-
-
-def _moments(values: Array, weights: Array) -> tuple[Array, Array]:
-    weights = weights[: len(values)] / weights[: len(values)].sum()
-    mean = weights @ values
-    return mean, np.sqrt(weights @ (values - mean) ** 2)

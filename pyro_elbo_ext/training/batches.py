@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyro_elbo_ext.training.state import State, random_state, set_random_state
+from pyro_elbo_ext.training.state import State, random_state, random_state_kept, set_random_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -90,12 +90,12 @@ class Batches:
 
     def first(self) -> Call:
         """A batch to look at model and guide with; the random state and the order of the epochs stay as they are."""
-        before, generator = random_state(), self._generator_state()
+        generator = self._generator_state()
         try:
-            for batch in self.source:
-                return self._call(batch)
+            with random_state_kept():
+                for batch in self.source:
+                    return self._call(batch)
         finally:
-            set_random_state(before)
             self._set_generator_state(generator)
         raise ValueError("batches is empty: there is nothing to fit to")
 
@@ -124,14 +124,7 @@ class Batches:
         self._iterator = iter(self.source)
 
     def _call(self, batch: Any) -> Call:
-        if isinstance(batch, Mapping):
-            call = self.args, {**{str(key): value for key, value in batch.items()}, **self.kwargs}
-        elif isinstance(batch, list | tuple):
-            call = (*batch, *self.args), self.kwargs
-        else:
-            call = (batch, *self.args), self.kwargs
-        check_batch(call, f"batch {self.index} of epoch {self.epoch}")
-        return call
+        return as_call(batch, self.args, self.kwargs, f"batch {self.index} of epoch {self.epoch}")
 
     def state_dict(self) -> State:
         """The place in the epoch, and the random state at its start."""
@@ -166,9 +159,32 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
     return not isinstance(loader.sampler, torch.utils.data.SequentialSampler)
 
 
-def check_batch(call: Call, what: str) -> None:
-    """Raise a ValueError if a tensor among the arguments has no elements or is NaN, naming it."""
+def as_call(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> Call:
+    """A batch with the fixed arguments that follow it; ``what`` is its name in errors."""
+    if isinstance(batch, Mapping):
+        call = args, {**{str(key): value for key, value in batch.items()}, **kwargs}
+    elif isinstance(batch, list | tuple):
+        call = (*batch, *args), kwargs
+    else:
+        call = (batch, *args), kwargs
+    check_batch(call, what)
+    return call
+
+
+def named_arguments(call: Call) -> Iterator[tuple[str, Any]]:
+    """Every argument, with what errors call it."""
     args, kwargs = call
-    for name, value in (*((f"argument {i}", arg) for i, arg in enumerate(args)), *kwargs.items()):
+    yield from ((f"argument {i}", value) for i, value in enumerate(args))
+    yield from kwargs.items()
+
+
+def batch_length(call: Call) -> int | None:
+    """Length of the first tensor among the arguments, None if there is none."""
+    return next((len(value) for _, value in named_arguments(call) if isinstance(value, Tensor) and value.dim()), None)
+
+
+def check_batch(call: Call, what: str) -> None:
+    """Raise a ValueError if a tensor among the arguments has no elements, naming it."""
+    for name, value in named_arguments(call):
         if isinstance(value, Tensor) and value.dim() and value.numel() == 0:
             raise ValueError(f"{what}: {name} is empty, of shape {tuple(value.shape)}")

@@ -35,7 +35,7 @@ from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.scaling import check_scale
 from pyro_elbo_ext.training.settings import describe_run
-from pyro_elbo_ext.training.state import parameters_of_programs, random_state, set_random_state
+from pyro_elbo_ext.training.state import parameters_of_programs, random_state_kept
 from pyro_elbo_ext.training.stopping import Patience, StoppingRule
 from pyro_elbo_ext.training.validation import Validation, true_objective
 from pyro_elbo_ext.weighting import check_reaches_one
@@ -195,10 +195,10 @@ def fit(
         pyro.set_rng_seed(seed)
     data, args = _data(args, kwargs, batches)
     batched = isinstance(data, Batches)
-    check_callable(guide, "guide", *data.first())
-    check_callable(model, "model", *data.first())
-    loss = DecomposedELBO() if loss is None else loss
     call = data.first()
+    check_callable(guide, "guide", *call)
+    check_callable(model, "model", *call)
+    loss = DecomposedELBO() if loss is None else loss
     parameters = _look_at(model, guide, loss, call)
     size = data.dataset_size if dataset_size is None else dataset_size
     if size is not None and batched:
@@ -309,16 +309,14 @@ def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.T
     """One evaluation before anything changes: it makes the parameters and finds what is wrong with programs or data."""
     objective = true_objective(loss)
     evaluate = getattr(objective, "loss", objective)
-    before = random_state()
     values: list[float] = []
     try:
-        with torch.no_grad(), flat_priors_have_a_start(), warnings.catch_warnings():
+        with random_state_kept(), torch.no_grad(), flat_priors_have_a_start(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # which is an error below
             parameters = parameters_of_programs(
                 lambda: values.append(float(evaluate(model, guide, *call[0], **call[1])))
             )
     finally:
-        set_random_state(before)
         if isinstance(loss, Objective):
             loss.forget()
     if not values[0] - values[0] == 0:
@@ -331,12 +329,8 @@ def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.T
 def _check_scale(model: Any, guide: Any, call: Call, size: int) -> None:
     if operator.index(size) < 1:
         raise ValueError(f"dataset_size must be at least 1, not {size!r}")
-    before = random_state()
-    try:
-        with torch.no_grad():
-            model_trace, _ = trace_pair(model, guide, *call)
-    finally:
-        set_random_state(before)
+    with random_state_kept(), torch.no_grad():
+        model_trace, _ = trace_pair(model, guide, *call)
     check_scale(model_trace, call, size)
 
 

@@ -21,7 +21,7 @@ from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.training import checkpoints, processes
-from pyro_elbo_ext.training.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.batches import Batches, Call, Whole, named_arguments
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.progress import Progress
@@ -315,7 +315,7 @@ class Loop:
         """Return to the last good state with half the step size; raise where that has been tried often enough."""
         bad = [
             name
-            for name, value in (*((f"argument {i}", v) for i, v in enumerate(self._call[0])), *self._call[1].items())
+            for name, value in named_arguments(self._call)
             if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
         ]
         bad = sorted({name for of_process in processes.gather_objects(bad) for name in of_process})

@@ -18,7 +18,6 @@ from pyro_elbo_ext.diagnosis.verdict import diagnose
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.training import checkpoints
 from pyro_elbo_ext.training.guide_draws import draw_guide
-from pyro_elbo_ext.training.state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +176,7 @@ class FitResult:
             If it is not one of `save`'s, or has other parameters than the programs: both are named.
         """
         from pyro_elbo_ext.decomposed import DecomposedELBO
-        from pyro_elbo_ext.training.state import TrainingState, parameters_of_programs
+        from pyro_elbo_ext.training.state import TrainingState, parameters_of_programs, random_state_kept
 
         content = checkpoints.read(Path(path))
         if content.get("kind") != "fit":
@@ -192,12 +191,8 @@ class FitResult:
 
             return load_automatic(content, model, args, kwargs)
         loss = DecomposedELBO(history=content["history"] if content["history"] is not None else False)
-        before = random_state()
-        try:
-            with torch.no_grad():
-                parameters = parameters_of_programs(lambda: loss.loss(model, guide, *args, **kwargs))
-        finally:
-            set_random_state(before)
+        with random_state_kept(), torch.no_grad():
+            parameters = parameters_of_programs(lambda: loss.loss(model, guide, *args, **kwargs))
         check_same_parameters(parameters, content["parameters"], str(path))
         buffers = TrainingState.buffers_of(model, guide)
         with torch.no_grad():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from pyro.poutine import Trace
-from torch import Tensor
+from pyro.poutine.util import site_is_subsample
 
 from pyro_elbo_ext.draws import is_data
-from pyro_elbo_ext.training.batches import Call
+from pyro_elbo_ext.training.batches import Call, batch_length
 
 
 def check_scale(model_trace: Trace, call: Call, dataset_size: int) -> None:
@@ -29,11 +28,9 @@ def check_scale(model_trace: Trace, call: Call, dataset_size: int) -> None:
     dataset_size
         N.
     """
-    args, kwargs = call
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
-    if not tensors:
+    size = batch_length(call)
+    if size is None:
         return
-    size = len(tensors[0])
     wanted = dataset_size / size
     nodes = {name: node for name, node in model_trace.nodes.items() if node["type"] == "sample"}
     for name, node in nodes.items():
@@ -52,7 +49,7 @@ def check_scale(model_trace: Trace, call: Call, dataset_size: int) -> None:
             if not latent["is_observed"]
             and not inside & {frame.name for frame in latent["cond_indep_stack"]}
             and not other.startswith("_")
-            and not _is_subsample(latent)
+            and not site_is_subsample(latent)
         ]
         if math.isclose(scale, 1.0, rel_tol=1e-3) and not shared:
             continue
@@ -63,7 +60,3 @@ def check_scale(model_trace: Trace, call: Call, dataset_size: int) -> None:
             f"in all, but there are {dataset_size}{because}. Write pyro.plate('{plate}', {dataset_size}, subsample_size="
             f"{size}) with the size of the batch, or pass dataset_size= if {dataset_size} is not the number of data."
         )
-
-
-def _is_subsample(node: dict[str, Any]) -> bool:
-    return type(node["fn"]).__name__ == "_Subsample"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     random.setstate(state["python"])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the random number generators back at the end of the block."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def parameters_of_programs(evaluate: Callable[[], Any]) -> dict[str, Tensor]:

@@ -124,7 +124,25 @@ def check_count(value: int, name: str) -> int:
     return number
 
 
-class FixedSteps:
+class _OfParameters:
+    """What rules that look at the parameters alone have in common."""
+
+    _parameters: dict[str, Tensor]
+
+    def start(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        guide: Callable[..., Any] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        learning_rate: float | None = None,
+    ) -> None:
+        """See `StoppingRule`."""
+        self._parameters = dict(parameters)
+
+
+class FixedSteps(_OfParameters):
     """Stop after a number of steps, with or without the average of the last half of the iterates.
 
     The average of the iterates has less noise than the last one. It takes two vectors of the parameters' size, and the
@@ -153,18 +171,6 @@ class FixedSteps:
         self._parameters: dict[str, Tensor] = {}
         self._mean: Tensor | None = None
         self._count = 0
-
-    def start(
-        self,
-        parameters: Mapping[str, Tensor],
-        *,
-        guide: Callable[..., Any] | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        learning_rate: float | None = None,
-    ) -> None:
-        """See `StoppingRule`."""
-        self._parameters = dict(parameters)
 
     def observe(self, step: int, iterate: Tensor, losses: NDArray[np.float64]) -> Decision:
         """See `StoppingRule`."""
@@ -198,7 +204,7 @@ class FixedSteps:
         self._count = state["count"]
 
 
-class Patience:
+class Patience(_OfParameters):
     """Stop once the ELBO of held-out data has not improved in so many validations, and give back the best parameters.
 
     For amortized guides and learned models, which begin to fit the noise of their data. It is what Keras and Lightning
@@ -232,18 +238,6 @@ class Patience:
         self._best_step: int | None = None
         self._best_parameters: Tensor | None = None
         self._waited = 0
-
-    def start(
-        self,
-        parameters: Mapping[str, Tensor],
-        *,
-        guide: Callable[..., Any] | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        learning_rate: float | None = None,
-    ) -> None:
-        """See `StoppingRule`."""
-        self._parameters = dict(parameters)
 
     def observe(self, step: int, iterate: Tensor, losses: NDArray[np.float64]) -> Decision:
         """Only check: training losses decide nothing here."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_elbo_ext.draws import seeded
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.training import processes
-from pyro_elbo_ext.training.batches import Batches, Call, check_batch
+from pyro_elbo_ext.training.batches import Batches, Call, as_call, batch_length
 from pyro_elbo_ext.training.state import training_modes
 
 _SEED = 20_220_314  # the same random numbers each time, so that two evaluations differ by the parameters alone
@@ -49,7 +49,7 @@ class Validation:
                     args, kwargs = self._call(batch, i)
                     evaluate = loss.loss if hasattr(loss, "loss") else loss
                     value = float(evaluate(svi.model, svi.guide, *args, **kwargs))
-                    size = _size((args, kwargs))
+                    size = batch_length((args, kwargs)) or 1
                     total, weight = total - value * size, weight + size
         finally:
             for module, training in modes:
@@ -60,14 +60,9 @@ class Validation:
         return float(sums[0] / sums[1])
 
     def _call(self, batch: Any, index: int) -> Call:
-        if isinstance(batch, Mapping):
-            call = self._args, {**self._kwargs, **batch}
-        elif isinstance(batch, list | tuple):
-            call = (*batch, *self._args), self._kwargs
-        else:
-            call = (batch, *self._args), self._kwargs
-        check_batch(call, f"held-out batch {index}")
-        return call
+        # held-out keywords stand in for the training data's
+        kwargs = {**self._kwargs, **batch} if isinstance(batch, Mapping) else self._kwargs
+        return as_call(batch, self._args, kwargs, f"held-out batch {index}")
 
 
 def true_objective(loss: Any) -> Any:
@@ -80,11 +75,3 @@ def true_objective(loss: Any) -> Any:
         if hasattr(true, name):
             setattr(true, name, neutral)
     return true
-
-
-def _size(call: Call) -> int:
-    args, kwargs = call
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    return 1
