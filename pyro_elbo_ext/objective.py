@@ -22,6 +22,7 @@ from pyro_elbo_ext.batched_draws import Batch, CallKey, call_key
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.gradients import Gradient, as_gradient
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
+from pyro_elbo_ext.hooks import PYROS, own_hooks
 from pyro_elbo_ext.kl import Structure, read_structure
 from pyro_elbo_ext.per_pair import PerPair
 from pyro_elbo_ext.registration import check_registered, collects_parameters, parameters_of
@@ -38,6 +39,8 @@ Read = Callable[[list[float]], Totals]
 Weight = float | list[float]  # of ``kl_prior``: one, or those of the sites that are named
 
 MAX_STRUCTURES = 64  # of a program whose sites vary without end
+_PYROS = frozenset(PYROS)
+_PACKAGE = __name__.partition(".")[0] + "."
 
 
 @dataclass(slots=True)
@@ -137,6 +140,7 @@ class Objective(ELBO):
             raise ValueError(f"vectorize_particles must be True, False or 'vmap', not {vectorize_particles!r}")
         if not isinstance(history, bool | History):
             raise TypeError(f"history must be True, False or a History, not {type(history).__name__}")
+        self._check_hooks()
         super().__init__(
             num_particles,
             max_plate_nesting,
@@ -179,14 +183,28 @@ class Objective(ELBO):
     def forget(self) -> None:
         """Forget the last evaluation: ``last`` is None again."""
 
+    def _check_hooks(self) -> None:
+        """Raise TypeError if a hook of Pyro's losses is overridden, which would have no effect here."""
+        ours = [cls for cls in type(self).__mro__ if cls.__module__.startswith(_PACKAGE) or cls is ELBO]
+        own = own_hooks(self, PYROS, ours)
+        if own:
+            raise TypeError(
+                f"{type(self).__name__} has its own {' and '.join(own)}, which objectives of pyro_elbo_ext never call. "
+                "Override _evaluate, or subclass Pyro's Trace_ELBO and train with pyro.infer.SVI."
+            )
+
     # What Pyro calls
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats: the negative objective.  It is not recorded in the history."""
+        if not _PYROS.isdisjoint(vars(self)):
+            self._check_hooks()
         return self._loss(self._evaluate(model, guide, args, kwargs, with_gradient=False))
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss, after adding its gradient to the ``grad`` of every parameter it depends on."""
+        if not _PYROS.isdisjoint(vars(self)):
+            self._check_hooks()
         evaluation = self._evaluate(model, guide, args, kwargs, with_gradient=True)
         shares = evaluation.surrogate()
         if shares.requires_grad:
@@ -204,6 +222,8 @@ class Objective(ELBO):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor with the gradient of the surrogate."""
+        if not _PYROS.isdisjoint(vars(self)):
+            self._check_hooks()
         evaluation = self._evaluate(model, guide, args, kwargs, with_gradient=True)
         surrogate = evaluation.surrogate().sum()
         if torch.is_grad_enabled():

@@ -853,6 +853,91 @@ def test_losses_that_cannot_be_compiled(loss: Any, match: str) -> None:
         assert loss.history.num_recorded == 3
 
 
+class Reweighted(Trace_ELBO):
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
+        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        return 2 * loss, 2 * surrogate
+
+
+class Halved(TraceMeanField_ELBO):
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
+        return super().loss_and_grads(*args, **kwargs) / 2
+
+
+class Shifted(DecomposedELBO):
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+        return super().loss_and_grads(*args, **kwargs) + 1
+
+
+class Unrecorded(ImportanceWeightedELBO):
+    def _record_step(self, *args: Any) -> None:
+        """Keep nothing."""
+
+
+def patched(loss: Any, name: str) -> Any:
+    setattr(loss, name, lambda *args, **kwargs: 0.0)
+    return loss
+
+
+def test_methods_of_a_loss_that_a_compiled_step_does_not_call_are_refused_by_name() -> None:
+    optim = pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
+    guide = AutoNormal(eight_schools)
+    from pyro.contrib.cevae import TraceCausalEffect_ELBO
+
+    for loss, name in (
+        (Reweighted(), "Reweighted .*_differentiable_loss_particle"),
+        (TraceCausalEffect_ELBO(), "TraceCausalEffect_ELBO .*_differentiable_loss_particle"),
+        (Halved(), "loss_and_grads"),
+        (Shifted(), "loss_and_grads"),
+        (Unrecorded(), "_record_step"),
+        (patched(Trace_ELBO(), "_differentiable_loss_particle"), "_differentiable_loss_particle"),
+        (patched(DecomposedELBO(), "_get_traces"), "_get_traces"),
+        (patched(DecomposedELBO(), "loss_and_grads"), "loss_and_grads"),
+    ):
+        with pytest.raises(CannotCompile, match=name):
+            CompiledSVI(eight_schools, guide, optim, loss)
+
+
+def test_hooks_that_are_patched_into_a_class_of_pyros_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trace_ELBO, "_differentiable_loss_particle", lambda *args: (0.0, 0.0))
+    with pytest.raises(CannotCompile, match="_differentiable_loss_particle"):
+        CompiledSVI(eight_schools, eight_schools, pyro.optim.Adam({}), Trace_ELBO())  # type: ignore[attr-defined]
+
+
+def test_methods_of_a_loss_that_a_compiled_step_calls_are_called() -> None:
+    seen: list[str] = []
+
+    class Watching(Trace_ELBO):
+        def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+            seen.append("trace")
+            scaled = poutine.scale(model, 3.0)
+            return super()._get_trace(scaled, guide, args, kwargs)
+
+    class Counting(DecomposedELBO):
+        def _evaluate(self, model: Any, guide: Any, args: Any, kwargs: Any, *, with_gradient: bool) -> Any:
+            seen.append("evaluate")
+            return super()._evaluate(model, guide, args, kwargs, with_gradient=with_gradient)
+
+    for loss in (Watching, Counting):
+        seen.clear()
+        compare(eight_schools, lambda: AutoNormal(eight_schools), (Y, SIGMA), loss=loss, tolerance=1e-5)
+        assert seen
+
+
+def test_hooks_of_pyros_losses_that_an_objective_never_calls_are_refused() -> None:
+    class Hooked(DecomposedELBO):
+        def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
+            return 0.0, 0.0
+
+    with pytest.raises(TypeError, match="Hooked has its own _differentiable_loss_particle"):
+        Hooked()
+    elbo: Any = patched(ImportanceWeightedELBO(), "_get_trace")
+    svi = SVI(eight_schools, AutoNormal(eight_schools), pyro.optim.Adam({"lr": 0.1}), elbo)  # type: ignore[attr-defined]
+    for call in (svi.step, svi.evaluate_loss):
+        with pytest.raises(TypeError, match="its own _get_trace"):
+            call(Y, SIGMA)
+
+
 def test_other_arguments_out_of_range() -> None:
     optim = pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
     with pytest.raises(CannotCompile, match="loss_and_grads"):

@@ -7,12 +7,12 @@ summed in double precision as Python sums them, so that the value is the same to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine import Trace
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.distributions import kl_divergence
 
 from pyro_elbo_ext.compile.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.hooks import PYROS, own_hooks
 from pyro_elbo_ext.objective import Objective, Program, Read, Traced, Weight
 from pyro_elbo_ext.record import SiteInfo
 from pyro_elbo_ext.weighted import WeightedObjective
@@ -82,24 +83,49 @@ class TracedLoss:
         return [1.0] * steps
 
 
+_REPLACED = (
+    "loss",
+    "differentiable_loss",
+    "loss_and_grads",
+    "loss_and_surrogate_loss",
+    "_differentiable_loss_particle",
+)
+_NOT_CALLED = (  # of an objective
+    *("loss", "differentiable_loss", "loss_and_grads", *PYROS),
+    *("_loss", "_transfer", "_record", "_record_step", "_follow", "_check_trainable", "_backward_and_record"),
+)
+_PYROS_LOSSES = (ELBO, Trace_ELBO, JitTrace_ELBO, TraceMeanField_ELBO, JitTraceMeanField_ELBO)
+
+
 def traced_loss(loss: Any) -> TracedLoss:
     """The loss in a form that can be traced.
 
     Raises
     ------
     CannotCompile
-        If there is none.
+        If there is none: for other losses, and for subclasses or objects with methods of their own that a compiled step
+        does not call.
     """
     if isinstance(loss, Objective):
+        _refuse_hooks(loss, _NOT_CALLED, [cls for cls in type(loss).__mro__ if cls.__module__.startswith(_PACKAGE)])
         return _OfObjective(loss)
-    if type(loss) in (Trace_ELBO, JitTrace_ELBO):
-        return _OfParticles(loss, _trace_elbo)
-    if type(loss) in (TraceMeanField_ELBO, JitTraceMeanField_ELBO):
-        return _OfParticles(loss, _mean_field_elbo)
-    raise CannotCompile(
-        f"the loss {type(loss).__name__} cannot be compiled. Use Trace_ELBO, TraceMeanField_ELBO or an objective of "
-        "pyro_elbo_ext; or train with pyro.infer.SVI."
-    )
+    if isinstance(loss, Trace_ELBO):
+        _refuse_hooks(loss, _REPLACED, _PYROS_LOSSES)
+        return _OfParticles(loss, _mean_field_elbo if isinstance(loss, TraceMeanField_ELBO) else _trace_elbo)
+    raise CannotCompile(f"the loss {type(loss).__name__} cannot be compiled. {_USE}")
+
+
+_PACKAGE = __name__.partition(".")[0] + "."
+_USE = "Use Trace_ELBO, TraceMeanField_ELBO or an objective of pyro_elbo_ext; or train with pyro.infer.SVI."
+
+
+def _refuse_hooks(loss: Any, names: Iterable[str], known: Iterable[type]) -> None:
+    own = own_hooks(loss, names, [*known, ELBO])
+    if own:
+        raise CannotCompile(
+            f"the loss {type(loss).__name__} cannot be compiled: it has its own {' and '.join(own)}, which a compiled step "
+            f"does not call. {_USE}"
+        )
 
 
 class _OfParticles(TracedLoss):
