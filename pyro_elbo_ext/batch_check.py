@@ -7,15 +7,16 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_elbo_ext.batching import Batched
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import Node, is_point_mass
+from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.supply import CannotBatch, Supply
-from pyro_elbo_ext.terms import Node, log_prob, score_parts, trace_pair
 
 Program = Callable[..., Any]
 
@@ -79,18 +80,12 @@ def particle_frame(batched: Batched) -> CondIndepStackFrame | None:
     return None
 
 
-def _is_point_mass(fn: Any) -> bool:
-    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
 def _drawn(guide_trace: Trace) -> list[tuple[str, Node]]:
     """Sites that are drawn; point masses are computed from the others, and need not agree to the last digit."""
     return [
         (name, node)
         for name, node in guide_trace.nodes.items()
-        if not (site_is_subsample(node) or node["is_observed"] or _is_point_mass(node["fn"]))
+        if not (site_is_subsample(node) or node["is_observed"] or is_point_mass(node["fn"]))
     ]
 
 

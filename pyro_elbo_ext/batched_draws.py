@@ -18,8 +18,8 @@ from pyro_elbo_ext.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.gradients import Gradient, Path
 from pyro_elbo_ext.particles import Draw, detached_copies
+from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.supply import CannotBatch
-from pyro_elbo_ext.terms import trace_pair
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Batch:
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker or nullcontext():
-            reference = trace_pair(model, guide, args, kwargs, tracker)
+            reference = trace_pair(model, guide, args, kwargs, tracker and tracker.enter_model)
             read(*reference)
         return cls(reference)
 

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
+from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.supply import CannotBatch, Supply, subsamples
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, log_prob, score_parts, trace_pair
 from pyro_elbo_ext.vmap_draws import DrawMode, samplers_for
 
 Program = Callable[..., Any]

@@ -35,8 +35,11 @@ from pyro_elbo_ext.objective import (
 from pyro_elbo_ext.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.placement import Placement, place
 from pyro_elbo_ext.plate_costs import score_shares
+from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.site_weights import Number, SiteWeights
-from pyro_elbo_ext.terms import Kind, Method, Node, Site, Term, Terms, check_pair, log_prob, read_sites, stack_particles
+from pyro_elbo_ext.terms import Kind, Method, Site, Term, Terms, read_sites, stack_particles
 
 _NAN = float("nan")
 

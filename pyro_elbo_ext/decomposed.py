@@ -35,8 +35,10 @@ from pyro_elbo_ext.objective import (
     Values,
     signature_of,
 )
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.site_weights import Number
-from pyro_elbo_ext.terms import Site, Terms, check_pair, outline, read_sites, stack_particles, trace_pair
+from pyro_elbo_ext.terms import Site, Terms, outline, read_sites, stack_particles
 from pyro_elbo_ext.weighted import WeightedObjective
 from pyro_elbo_ext.weighting import FreeBits, KLWeight
 
@@ -256,7 +258,7 @@ class DecomposedELBO(WeightedObjective):
             ledger.begin_particle()
             tracker = DependencyTracker() if self._is_tracked(pair, args, kwargs) else None
             with tracker or nullcontext():
-                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker)
+                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker and tracker.enter_model)
                 signature = signature_of(model_trace, guide_trace, args, kwargs)
                 if is_validation_enabled() or signature not in pair.structures:
                     check_pair(model_trace, guide_trace)

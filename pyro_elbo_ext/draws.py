@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.terms import Node, log_prob
+from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.nodes import Node, is_data
 
 
 class Given(Messenger):
@@ -85,11 +83,6 @@ def run_given(
 def _sites(trace: Trace) -> Iterator[tuple[str, Node]]:
     nodes: Mapping[str, Any] = trace.nodes
     return ((name, node) for name, node in nodes.items() if node["type"] == "sample")
-
-
-def is_data(node: Node) -> bool:
-    """Whether an observed site is data: neither ``pyro.deterministic`` nor ``pyro.factor``."""
-    return node["is_observed"] and not node["infer"].get("_deterministic") and not isinstance(node["fn"], Unit)
 
 
 def imputation(name: str, trace: Trace) -> bool:
@@ -201,25 +194,3 @@ class Columns:
             if filled != self.size:
                 raise ValueError(f"site '{name}' is not in every draw: a model whose sites vary has no array of draws")
         return {name: array.reshape(chains, -1, *array.shape[1:]) for name, array in self.arrays.items()}
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch, numpy and random from a seed, 0 to 2**32 - 1; the generators are put back after."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro seeds the global one)
-    try:
-        with torch.random.fork_rng(devices=devices):
-            pyro.set_rng_seed(seed)
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def untouched(seed: int | None) -> Iterator[None]:
-    """Autograd off, the parameter store put back; with a seed, random numbers from it and the generators put back."""
-    store = pyro.get_param_store()
-    with torch.no_grad(), store.scope(store.get_state()), nullcontext() if seed is None else seeded(seed):
-        yield

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from pyro_elbo_ext.history import SiteInfo
 from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.site_weights import Number, SiteWeights
-from pyro_elbo_ext.terms import Node, Site, Term, log_prob, score_parts
+from pyro_elbo_ext.terms import Site, Term
 
 _NAN = float("nan")
 _Scored = tuple[str, Node, Tensor, Tensor | None]  # site, guide node, its log q, its kl_prior if that is analytic

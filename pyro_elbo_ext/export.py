@@ -16,11 +16,14 @@ from pyro.poutine import Trace
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_elbo_ext.draws import Columns, check_full, run_given, to_numpy, untouched, values_of
+from pyro_elbo_ext.draws import Columns, check_full, run_given, to_numpy, values_of
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.labels import Labels
-from pyro_elbo_ext.model_runs import ModelRuns, check_callable
-from pyro_elbo_ext.terms import latent_values, log_prob, read_sites, run_pair, score_parts
+from pyro_elbo_ext.model_runs import ModelRuns
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.randomness import untouched
+from pyro_elbo_ext.programs.running import check_callable, run_pair
+from pyro_elbo_ext.terms import latent_values, read_sites
 
 
 def to_arviz(groups: Mapping[str, xr.Dataset]) -> Any:

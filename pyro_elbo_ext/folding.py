@@ -32,7 +32,7 @@ from torch.distributions import (
     biject_to,
 )
 
-from pyro_elbo_ext.terms import Node
+from pyro_elbo_ext.programs.nodes import Node
 
 _LOG_2PI = math.log(2 * math.pi)
 

@@ -23,7 +23,8 @@ from pyro_elbo_ext import closed_forms
 from pyro_elbo_ext.closed_forms import Weight
 from pyro_elbo_ext.dependencies import DependencyTracker, Sites
 from pyro_elbo_ext.folding import Fold, GaussianBlock, find_folds, gaussian_block, is_identity, transform_of
-from pyro_elbo_ext.terms import Method, Node, Outline, Site, outline, read_sites
+from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.terms import Method, Outline, Site, outline, read_sites
 
 KLChoice = Literal["auto", "analytic", "sampled"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pyro_elbo_ext.terms import Node
+from pyro_elbo_ext.programs.nodes import Node
 
 SAMPLE_DIMS = ("chain", "draw")
 

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_elbo_ext.density_graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
 from pyro_elbo_ext.native_density import NativeDensity, NotNative
-from pyro_elbo_ext.unconstrained import UnconstrainedModel, isolated
+from pyro_elbo_ext.programs.randomness import isolated
+from pyro_elbo_ext.unconstrained import UnconstrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,10 @@ from pyro_elbo_ext.gradients import Gradient, Path, Weights
 from pyro_elbo_ext.particles import Draw
 from pyro_elbo_ext.placement import Placement
 from pyro_elbo_ext.plate_costs import PlateScores, Stack
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.site_weights import Number, SiteWeights
-from pyro_elbo_ext.terms import Node, Site, log_prob, score_parts
+from pyro_elbo_ext.terms import Site
 
 
 class Column(NamedTuple):

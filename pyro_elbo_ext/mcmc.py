@@ -16,8 +16,9 @@ import xarray as xr
 
 from pyro_elbo_ext.export import to_arviz
 from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.programs.nodes import base_distribution
+from pyro_elbo_ext.programs.randomness import isolated
 from pyro_elbo_ext.samplers import sample_nutpie, sample_pyro
-from pyro_elbo_ext.unconstrained import base_distribution, isolated
 
 COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling saves more seconds than it takes
 

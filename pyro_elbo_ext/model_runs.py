@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_elbo_ext.draws import Columns, data_of, pointwise_log_likelihood, run_given, to_numpy, values_of
 from pyro_elbo_ext.labels import Labels
+from pyro_elbo_ext.programs.running import signature_of_callable
 
 
 class ModelRuns:
@@ -80,34 +80,11 @@ class ModelRuns:
         return {name: group for name, group in groups.items() if group.variables}
 
 
-def _signature(function: Any) -> inspect.Signature | None:
-    function = poutine.unwrap(function)
-    if isinstance(function, torch.nn.Module):
-        function = function.forward
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):  # some callables have none
-        return None
-
-
-def check_callable(function: Any, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if not callable(function):
-        raise TypeError(f"{what} must be callable, got {type(function).__name__}")
-    signature = _signature(function)
-    if signature is not None:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"the {what} cannot be called with these arguments, {error}; it takes {signature}"
-            ) from error
-
-
 def _constants(
     model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], observed: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     """Tensors and arrays among the model's arguments that are not data, by the names in its signature."""
-    signature = _signature(model)
+    signature = signature_of_callable(model)
     named: dict[str, Any] = {}
     if signature is None:
         named = {**{f"arg_{i}": arg for i, arg in enumerate(args)}, **kwargs}

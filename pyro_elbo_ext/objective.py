@@ -25,8 +25,11 @@ from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.hooks import PYROS, own_hooks
 from pyro_elbo_ext.kl import Structure, read_structure
 from pyro_elbo_ext.per_pair import PerPair
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.running import run_pair
 from pyro_elbo_ext.registration import check_registered, collects_parameters, parameters_of
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Site, Terms, check_pair, run_pair
+from pyro_elbo_ext.terms import Site, Terms
 
 Program = Callable[..., Any]
 Signature = tuple[object, ...]

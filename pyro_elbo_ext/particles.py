@@ -20,8 +20,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_elbo_ext.gradients import Gradient, Path
+from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.programs.running import trace_pair, trace_program
 from pyro_elbo_ext.supply import Supply
-from pyro_elbo_ext.terms import Node, trace_pair, trace_program
 
 Program = Callable[..., Any]
 Args = tuple[Any, ...]

@@ -17,7 +17,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, Site
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
+from pyro_elbo_ext.terms import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""From a Pyro model and guide to the terms of the ELBO.  The only reader of Pyro traces.
+"""From the traces of a Pyro model and guide to the terms of the ELBO.
 
 For one draw ``z`` of the guide ``q`` and a model ``p(x, z)``, with the sites of each plate, mask and scale weighted as
 Pyro weighs them::
@@ -14,185 +14,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
-from pyro import poutine
-from pyro.distributions import Delta
-from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from pyro.util import check_model_guide_match, check_site_shape
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.dependencies import DependencyTracker
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_point_mass
 
 Kind = Literal["observed", "latent", "auxiliary"]
 Method = Literal["analytic", "sampled"]
-Node = dict[str, Any]  # one site of a Pyro trace
-PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's name for it
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Running guide and model
-
-
-def run_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Trace, Trace]:
-    """Run the guide once, replay the model against it once, and check that they belong together.
-
-    Returns the model's and the guide's trace without subsample sites. Log densities are not computed yet.
-
-    Raises
-    ------
-    ValueError
-        If a latent site of the model is missing from the guide, a site is marked for enumeration, or shapes disagree.
-    """
-    model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-    check_pair(model_trace, guide_trace)
-    if is_validation_enabled():
-        check_model_guide_match(model_trace, guide_trace)
-    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-
-
-def trace_pair(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    tracker: DependencyTracker | None = None,
-) -> tuple[Trace, Trace]:
-    """Traces of the model and the guide, with subsample sites, unchecked."""
-    unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
-        run = trace_program(guide, args, kwargs)
-        model_trace, guide_trace = unwrapped.get_traces()  # without the subsample sites
-        subsamples = {name: node for name, node in run.nodes.items() if _is_subsample(node)}
-        model_trace.nodes.update(subsamples)
-        guide_trace.nodes.update(subsamples)
-        return model_trace, guide_trace
-    guide_trace = trace_program(guide, args, kwargs)
-    if tracker is not None:
-        tracker.enter_model()
-    return trace_program(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
-
-
-def trace_program(program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Trace of one run, with subsample sites."""
-    traced = poutine.trace(program)
-    with _plates_are_not_empty():
-        traced(*args, **kwargs)
-    return traced.trace  # as it is: get_trace would copy it
-
-
-def _is_subsample(node: Node) -> bool:
-    return node["type"] == "sample" and site_is_subsample(node)
-
-
-@contextmanager
-def _plates_are_not_empty() -> Iterator[None]:
-    try:
-        yield
-    except ZeroDivisionError as error:  # Pyro's own for pyro.plate(name, 0)
-        raise ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.") from error
-
-
-def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
-    """Raise ValueError for sites that are marked for enumeration or missing from the guide."""
-    for trace, where in ((guide_trace, "guide"), (model_trace, "model")):
-        for name, node in trace.nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node):
-                continue
-            if node["infer"].get("enumerate") and not node["is_observed"]:
-                raise ValueError(
-                    f"site '{name}' of the {where} is marked for enumeration (infer={{'enumerate': ...}}), which this ELBO "
-                    "does not do. Use pyro.infer.TraceEnum_ELBO, or remove the mark to sample the site."
-                )
-            if where == "model" and not node["is_observed"] and name not in guide_trace:
-                raise ValueError(
-                    f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log q. "
-                    f"Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
-                )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Log densities of single sites, kept in the trace as Pyro keeps them
-
-
-def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> Tensor:
-    """Scaled and masked log density of a site, shape ``batch_shape``.  Computed once per trace."""
-    if "log_prob" not in node:
-        fn = node["fn"]
-        try:
-            unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
-        except (ValueError, RuntimeError) as error:
-            raise _at_site(error, node, trace) from error
-        node["unscaled_log_prob"] = unscaled
-        node["log_prob"] = scale_and_mask(unscaled, node["scale"], node["mask"])
-        _check_shape(node, max_plate_nesting)
-    return node["log_prob"]
-
-
-def score_parts(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> ScoreParts:
-    """Scaled and masked ``(log_prob, score_function, entropy_term)`` of a guide site.  Computed once per trace."""
-    if "score_parts" not in node:
-        fn = node["fn"]
-        if type(fn) is Delta and _is_own_draw(fn, node["value"]):
-            parts = ScoreParts(fn.log_density, 0, fn.log_density)  # the point mass sits at its own draw
-        else:
-            try:
-                parts = fn.score_parts(node["value"], *node["args"], **node["kwargs"])
-            except (ValueError, RuntimeError) as error:
-                raise _at_site(error, node, trace) from error
-        node["unscaled_log_prob"] = parts.log_prob
-        if node["mask"] is not None or not (isinstance(node["scale"], float) and node["scale"] == 1.0):
-            parts = parts.scale_and_mask(node["scale"], node["mask"])
-        node["score_parts"] = parts
-        node["log_prob"] = parts.log_prob
-        _check_shape(node, max_plate_nesting)
-    return node["score_parts"]
-
-
-def _is_own_draw(fn: Delta, value: Tensor) -> bool:
-    if value is fn.v:
-        return True
-    return value.data_ptr() == fn.v.data_ptr() and value.shape == fn.v.shape and value.stride() == fn.v.stride()
-
-
-def _at_site(error: Exception, node: Node, trace: Trace) -> Exception:
-    """The same error, saying at which site it arose and what the shapes are, in Pyro's words."""
-    name = node["name"]
-    return type(error)(
-        f"Error while computing log_prob at site '{name}':\n{error}\n{trace.format_shapes(last_site=name)}"
-    )
-
-
-def _check_shape(node: Node, max_plate_nesting: float) -> None:
-    """Reject log densities that came about by accidental broadcasting, or that cover no data at all."""
-    shape = node["log_prob"].shape
-    fn, value, name = node["fn"], node["value"], node["name"]
-    batch_shape = getattr(fn, "batch_shape", shape)
-    if shape != batch_shape:
-        value_batch = value.shape[: value.dim() - fn.event_dim]
-        if shape != value_batch:
-            raise ValueError(
-                f"at site '{name}', a value with batch shape {tuple(value_batch)} was broadcast against a distribution with "
-                f"batch shape {tuple(batch_shape)} into a log density of shape {tuple(shape)}. Make the shapes agree, with "
-                ".to_event(...), pyro.plate(...) or an unsqueeze."
-            )
-    if 0 in shape or (0 in value.shape and type(fn).__name__ != "Unit"):
-        raise ValueError(f"site '{name}' is empty: its value has shape {tuple(value.shape)}. Skip empty batches.")
-    if is_validation_enabled():
-        check_site_shape(node, max_plate_nesting)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,8 +50,8 @@ class Site:
 
     @property
     def is_point(self) -> bool:
-        """Whether it is latent and all that the guide has of it is a Delta."""
-        return self.kind == "latent" and len(self.q) == 1 and type(self.q[0]["fn"]) is Delta
+        """Whether it is latent and all that the guide has of it is a point mass."""
+        return self.kind == "latent" and len(self.q) == 1 and is_point_mass(self.q[0]["fn"])
 
 
 Outline = tuple[tuple[str, Kind, tuple[str, ...]], ...]  # name, kind, and the guide nodes of each site
@@ -227,7 +63,7 @@ def outline(model_trace: Trace, guide_trace: Trace, densities: Mapping[str, tupl
     Parameters
     ----------
     model_trace, guide_trace
-        From :func:`run_pair` or :func:`trace_pair`.
+        From `programs.running`.
     densities
         Latent site -> guide sites whose densities together are its own, where that is not the guide site of its name
         alone. Auxiliary sites among them are not listed by themselves.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from pyro_elbo_ext.programs.nodes import base_distribution, tensor_options
 
 logger = logging.getLogger(__name__)
 
@@ -114,39 +115,8 @@ class _Unconstrain(Messenger):
         msg["value"], msg["done"] = value, True
 
 
-@contextmanager
-def isolated(seed: int) -> Iterator[None]:
-    """Seed every generator that a model or Pyro may use, and put them and the parameter store back afterwards."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro itself uses the global state)
-    store = pyro.get_param_store()
-    try:
-        with torch.random.fork_rng(devices=cuda), store.scope(store.get_state()):
-            pyro.set_rng_seed(seed)
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
 def _imputes(site: Any) -> bool:
     return site["name"].endswith("_unobserved") and isinstance(site["mask"], torch.Tensor)
-
-
-def base_distribution(fn: Any) -> str:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
-
-
-def _tensor_options(fn: Any) -> tuple[torch.dtype, torch.device]:
-    """The floating dtype and device of a distribution's parameters, or torch's defaults if it has none."""
-    while fn is not None:
-        for value in vars(fn).values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value.dtype, value.device
-        fn = getattr(fn, "base_dist", None)
-    return torch.get_default_dtype(), torch.get_default_device()
 
 
 class UnconstrainedModel:
@@ -291,7 +261,7 @@ class UnconstrainedModel:
         def supply(msg: Any, transform: Any) -> torch.Tensor:
             fn, start = msg["fn"], max((latent.stop for latent in self.layout.values()), default=0)
             shape = torch.Size(transform.inverse_shape(fn.shape()))
-            dtype, device = _tensor_options(fn)
+            dtype, device = tensor_options(fn)
             self.layout[msg["name"]] = _Latent(start, start + shape.numel(), shape, dtype, device)
             u = torch.as_tensor(self._rng.uniform(-2, 2, tuple(shape)), device=device)
             return u if self.float64 else u.to(dtype)

@@ -23,9 +23,12 @@ from pyro_elbo_ext.batch_check import check_batched
 from pyro_elbo_ext.batching import Batched, run_batched
 from pyro_elbo_ext.estimate import Ledger, evaluate
 from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
+from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.site_weights import SiteWeights
 from pyro_elbo_ext.supply import CannotBatch
-from pyro_elbo_ext.terms import PARTICLE_PLATE, log_prob, read_sites, score_parts, trace_pair
+from pyro_elbo_ext.terms import read_sites
 from tests.oracles import PROBLEMS, Problem
 from tests.test_parity import AUTOGUIDES, Encoder, eight_schools, vectors
 

@@ -23,7 +23,8 @@ from pyro_elbo_ext.amortized.local_sites import (
     run_local,
 )
 from pyro_elbo_ext.closed_forms import Weight
-from pyro_elbo_ext.draws import to_numpy, untouched
+from pyro_elbo_ext.draws import to_numpy
+from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.terms import Site
 
 if TYPE_CHECKING:

@@ -15,7 +15,11 @@ from torch.distributions import Distribution
 
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.kl import read_structure
-from pyro_elbo_ext.terms import PARTICLE_PLATE, Node, Outline, Site, check_pair, log_prob, read_sites, trace_pair
+from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.running import trace_pair
+from pyro_elbo_ext.terms import Outline, Site, read_sites
 
 Program = Callable[..., Any]
 
@@ -121,7 +125,7 @@ def run_local(
         drawn from other guide sites, or is scaled or masked.
     """
     with DependencyTracker() as tracker:
-        model_trace, guide_trace = trace_pair(model, guide, args, dict(kwargs), tracker)
+        model_trace, guide_trace = trace_pair(model, guide, args, dict(kwargs), tracker and tracker.enter_model)
         check_pair(model_trace, guide_trace)
         structure = read_structure(model_trace, guide_trace, tracker)
     sites = read_sites(model_trace, guide_trace, structure.sites)

@@ -25,8 +25,9 @@ from pyro_elbo_ext.amortized.local_sites import (
     run_local,
 )
 from pyro_elbo_ext.closed_forms import Weight
-from pyro_elbo_ext.draws import to_numpy, untouched
-from pyro_elbo_ext.terms import log_prob
+from pyro_elbo_ext.draws import to_numpy
+from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.randomness import untouched
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine import Trace
@@ -16,8 +14,9 @@ from pyro_elbo_ext.compile.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.capture import Capture, Evaluation, as_traced
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.objective import Program
+from pyro_elbo_ext.programs.randomness import kept
+from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.registration import modules_of
-from pyro_elbo_ext.terms import trace_pair
 
 SEEDS = (20, 21)  # any two
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -26,16 +25,12 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, tor
 @contextmanager
 def nothing_changed(programs: tuple[Program, Program]) -> Iterator[None]:
     """Put the generators of random numbers and the buffers of modules back as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro seeds the global one)
     modules: list[nn.Module] = [module for _, module in modules_of({"model and guide": programs})]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
-        with torch.random.fork_rng(devices=devices):
+        with kept():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):

@@ -14,7 +14,7 @@ from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, run_chains, split_rha
 from pyro_elbo_ext.export import dataset_of
 from pyro_elbo_ext.log_density import LogDensity
 from pyro_elbo_ext.mcmc import run_nuts
-from pyro_elbo_ext.unconstrained import isolated
+from pyro_elbo_ext.programs.randomness import isolated
 
 CHAINS = 128
 KEPT = 100  # draws of each chain

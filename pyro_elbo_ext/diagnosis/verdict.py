@@ -16,13 +16,14 @@ from pyro_elbo_ext.diagnosis.many_chains import split_rhat
 from pyro_elbo_ext.diagnosis.marginals import GOOD, Scalars, by_chains, by_comparison, by_weights, scalars_of, varying
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
 from pyro_elbo_ext.diagnosis.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
-from pyro_elbo_ext.draws import imputation, untouched
+from pyro_elbo_ext.draws import imputation
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, psis_khat
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS, evidence_bounds
 from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.labels import Labels
+from pyro_elbo_ext.programs.randomness import untouched
 
 FINITE_VARIANCE = 0.5  # k-hat of the weights below which they are relied on
 PRECISE = GOOD / 3  # standard error of a figure with which it can be told from the threshold

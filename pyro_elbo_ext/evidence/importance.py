@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.arviz_statistics import pareto_smoothed
-from pyro_elbo_ext.draws import imputation, to_numpy, untouched
+from pyro_elbo_ext.draws import imputation, to_numpy
 from pyro_elbo_ext.evidence.scoring import Array, Scorer, Scores
 from pyro_elbo_ext.export import attributes, to_arviz
 from pyro_elbo_ext.labels import Labels
-from pyro_elbo_ext.terms import Node
+from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.programs.randomness import untouched
 
 BATCH_SIZE = 1000  # draws run at once
 

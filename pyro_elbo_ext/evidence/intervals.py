@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pyro_elbo_ext.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.draws import untouched
 from pyro_elbo_ext.evidence import estimates
 from pyro_elbo_ext.evidence.annealing import CannotAnneal, annealed
 from pyro_elbo_ext.evidence.estimates import Estimate
@@ -26,6 +25,7 @@ from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, chec
 from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds, Interval
 from pyro_elbo_ext.evidence.scoring import Array, Scorer
 from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.programs.randomness import untouched
 
 BLOCKS = 20  # fewer values of a bound have no standard error to rely on
 FINITE_VARIANCE = 0.5  # k-hat below which the weights have a variance

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyro.distributions import Delta
 from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 from tqdm import tqdm
@@ -25,9 +24,12 @@ from pyro_elbo_ext.draws import check_full, to_numpy, values_of
 from pyro_elbo_ext.export import run_named
 from pyro_elbo_ext.folding import transform_of, unpack
 from pyro_elbo_ext.gradients import Pathwise
-from pyro_elbo_ext.model_runs import check_callable
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import Node, is_point_mass, is_random
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.supply import CannotBatch, Supply
-from pyro_elbo_ext.terms import Node, Site, check_pair, log_prob, outline, read_sites, score_parts, trace_pair
+from pyro_elbo_ext.terms import Site, outline, read_sites
 
 Array = NDArray[np.float64]
 
@@ -197,7 +199,7 @@ class Scorer:
         """
         model_trace, guide_trace = self.reference
         count = len(next(iter(draws.values())))
-        deltas = [name for name in self.latents if type(guide_trace.nodes[name]["fn"]) is Delta]
+        deltas = [name for name in self.latents if is_point_mass(guide_trace.nodes[name]["fn"])]
         found: dict[str, Tensor] = {}
         for name, node in guide_trace.nodes.items():
             if not is_random(node):
@@ -302,13 +304,6 @@ class Scorer:
             self.not_local[plate] = f"observed site '{name}' is outside it and depends on the latent sites"
 
 
-def is_random(node: Node) -> bool:
-    """Whether a node of model or guide is a latent draw; in the guide, not a point mass."""
-    if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
-        return False
-    return type(node["fn"]) is not Delta
-
-
 def _in_order(deltas: list[str], guide_trace: Trace) -> list[str]:
     return [name for name in guide_trace.nodes if name in deltas]
 
@@ -334,7 +329,7 @@ def _check_density(model_trace: Trace, guide_trace: Trace) -> None:
             )
     wanted, there = sum(map(_dims, latents.values())), sum(map(_dims, drawn.values()))
     if wanted > there:
-        points = [repr(name) for name in latents if type(guide_trace.nodes[name]["fn"]) is Delta]
+        points = [repr(name) for name in latents if is_point_mass(guide_trace.nodes[name]["fn"])]
         raise ValueError(
             f"the guide draws {there} of the {wanted} dimensions of the latent sites: at {', '.join(points)} it is a "
             "point mass, which has no density and so no importance weight. Use a guide with a density, such as AutoNormal "

@@ -19,15 +19,14 @@ from pyro_elbo_ext.automatic.approximate import Approximation, approximate
 from pyro_elbo_ext.automatic.flow import Flow, FlowGuide
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.draws import seeded, untouched
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.log_density import LogDensity
-from pyro_elbo_ext.model_runs import check_callable
 from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL, pyplot
+from pyro_elbo_ext.programs.randomness import isolated, seeded, untouched
+from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import FitResult
-from pyro_elbo_ext.unconstrained import isolated
 
 Family = Literal["auto", "gaussian", "diagonal", "flow"]
 FAMILIES = ("auto", "gaussian", "diagonal", "flow")

@@ -32,7 +32,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.terms import PARTICLE_PLATE
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.training.random_streams import is_split
 
 Floats = NDArray[np.float64]

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.model_runs import check_callable
 from pyro_elbo_ext.objective import Objective
-from pyro_elbo_ext.terms import trace_pair
+from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.adaptive import AdaptiveStopping
 from pyro_elbo_ext.training.automatic_fit import fit_automatically

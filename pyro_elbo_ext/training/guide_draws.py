@@ -12,10 +12,11 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_elbo_ext.batched_draws import Batch
-from pyro_elbo_ext.draws import check_full, untouched, values_of
+from pyro_elbo_ext.draws import check_full, values_of
 from pyro_elbo_ext.export import run_named
 from pyro_elbo_ext.gradients import Pathwise
-from pyro_elbo_ext.terms import check_pair
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.randomness import untouched
 
 _AT_ONCE = 4096
 

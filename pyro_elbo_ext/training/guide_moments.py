@@ -13,8 +13,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.draws import seeded
-from pyro_elbo_ext.evidence.scoring import is_random
+from pyro_elbo_ext.programs.nodes import is_random
+from pyro_elbo_ext.programs.randomness import seeded
 
 _DRAWS = 128  # where the moments have no closed form
 _SEEDS = (0, 1)

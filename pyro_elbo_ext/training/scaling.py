@@ -8,7 +8,7 @@ import torch
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_elbo_ext.draws import is_data
+from pyro_elbo_ext.programs.nodes import is_data
 from pyro_elbo_ext.training.batches import Call, batch_length
 
 

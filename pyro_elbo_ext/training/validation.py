@@ -11,8 +11,8 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pyro_elbo_ext.draws import seeded
 from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.programs.randomness import seeded
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.batches import Batches, Call, as_call, batch_length
 from pyro_elbo_ext.training.state import training_modes

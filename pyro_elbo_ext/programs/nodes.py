@@ -1,0 +1,59 @@
+"""Sites of a Pyro trace, and what tells their kinds apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, Unit
+from pyro.poutine.util import site_is_subsample
+
+Node = dict[str, Any]  # one site of a Pyro trace
+PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's name for it
+
+
+def is_subsample(node: Node) -> bool:
+    """Whether it is the indices of a plate."""
+    return node["type"] == "sample" and site_is_subsample(node)
+
+
+def is_latent(node: Node) -> bool:
+    """Whether it is drawn and not observed; in the guide, point masses too."""
+    return node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+
+
+def is_data(node: Node) -> bool:
+    """Whether an observed site is data: neither ``pyro.deterministic`` nor ``pyro.factor``."""
+    return node["is_observed"] and not node["infer"].get("_deterministic") and not isinstance(node["fn"], Unit)
+
+
+def is_random(node: Node) -> bool:
+    """Whether a node of model or guide is a latent draw that has a density; in the guide, not a point mass."""
+    return is_latent(node) and not is_point_mass(node["fn"])
+
+
+def is_point_mass(fn: Any) -> bool:
+    """Whether a distribution is a Delta, through ``to_event``, ``expand``, ``mask`` and transforms."""
+    return isinstance(innermost(fn), Delta)
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution that others are wrapped around."""
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def base_distribution(fn: Any) -> str:
+    """Name of the innermost distribution's class, for messages."""
+    return type(innermost(fn)).__name__
+
+
+def tensor_options(fn: Any) -> tuple[torch.dtype, torch.device]:
+    """The floating dtype and device of a distribution's parameters, or torch's defaults if it has none."""
+    while fn is not None:
+        for value in vars(fn).values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value.dtype, value.device
+        fn = getattr(fn, "base_dist", None)
+    return torch.get_default_dtype(), torch.get_default_device()
