@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -106,8 +107,12 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def modules_of(root: object) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a program can reach by name: through closures, globals, attributes and containers."""
+    """Modules that a program can reach by name: through closures, globals, attributes and containers.
+
+    Names that come several times are numbered, from the second on.
+    """
     seen: set[int] = set()
+    times: Counter[str] = Counter()
     queue: list[tuple[str, object, int]] = [("", root, 0)]
     while queue:
         path, value, depth = queue.pop(0)
@@ -115,7 +120,9 @@ def modules_of(root: object) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(value))
         if isinstance(value, nn.Module):
-            yield path or type(value).__name__, value
+            name = path or type(value).__name__
+            times[name] += 1
+            yield (name if times[name] == 1 else f"{name}({times[name]})"), value
         for name, child in _children(value):
             queue.append((name, child, depth + 1))
 

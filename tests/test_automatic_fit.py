@@ -176,6 +176,7 @@ def test_bad_data_is_named() -> None:
 
 
 def test_save_and_load(fitted: AutomaticFit, tmp_path: Path) -> None:
+    fitted.restore_parameters()  # another test trains the guide further
     fitted.save(tmp_path / "fit.pt")
     loaded = FitResult.load(tmp_path / "fit.pt", line, "auto", X, Y)
     assert isinstance(loaded, AutomaticFit)

@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from scipy.stats import norm
 
-from pyro_elbo_ext import DecomposedELBO, diagnose
+from pyro_elbo_ext import DecomposedELBO, batched_draws, diagnose
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.many_chains import run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
@@ -395,3 +395,26 @@ def test_a_thousand_latents_in_bounded_memory() -> None:
     match = re.search(r"peak ([\d.]+) GiB, ([\d.]+) of it before", output)
     assert match is not None
     assert float(match[1]) - float(match[2]) < 1.5
+
+
+def test_all_runs_see_the_same_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guide that was never called: its parameters come with the first run, and the later runs must not lose them."""
+    pyro.clear_param_store()
+    made: list[str] = []
+
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.tensor(MEAN))
+
+        def forward(self) -> None:
+            scale = pyro.param("scale", lambda: made.append("scale") or torch.tensor(0.1 * SD))
+            pyro.sample("z", dist.Normal(self.loc, scale))
+
+    given_up: list[str] = []
+    monkeypatch.setattr(batched_draws.Batch, "_give_up", lambda self, reason: given_up.append(reason))
+    found = diagnose(oracles.GAUSSIAN.model, Guide(), seed=3, num_draws=200)
+    assert found.method.startswith("Hamiltonian")
+    assert made == ["scale"]
+    assert not given_up
+    assert not pyro.get_param_store().keys()

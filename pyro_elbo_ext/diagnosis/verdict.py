@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyro
 import torch
 
 from pyro_elbo_ext.comparison.alignment import aligned, draws_of
@@ -23,7 +24,7 @@ from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.labels import Labels
-from pyro_elbo_ext.programs.randomness import untouched
+from pyro_elbo_ext.programs.randomness import seeded, untouched
 
 FINITE_VARIANCE = 0.5  # k-hat of the weights below which they are relied on
 PRECISE = GOOD / 3  # standard error of a figure with which it can be told from the threshold
@@ -110,19 +111,23 @@ def diagnose(
     record = _record_of(history)
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    with untouched(seed):
-        scorer = Scorer(model, guide, args, kwargs, BATCH_SIZE, False)
-    nodes = scorer.reference[0].nodes
-    for name in scorer.latents:
-        if nodes[name]["fn"].support.is_discrete:
-            raise ValueError(
-                f"latent site '{name}' is discrete: means, standard deviations and gradients do not describe it. Sum it out "
-                "in the model, or mark it infer={'enumerate': 'parallel'} in the model and leave it out of the guide."
-            )
-    run = _Run(model, guide, args, kwargs, num_draws, seed, progress)
-    sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
-    found = None if mcmc is None else run.with_mcmc(mcmc, sample)
-    found = found or run.with_weights(sample) or run.with_chains(sample, scorer)
+    # one scope for all: parameters that the programs make in their first run are there in all that follows
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()):
+        with torch.no_grad(), seeded(seed):
+            scorer = Scorer(model, guide, args, kwargs, BATCH_SIZE, False)
+        nodes = scorer.reference[0].nodes
+        for name in scorer.latents:
+            if nodes[name]["fn"].support.is_discrete:
+                raise ValueError(
+                    f"latent site '{name}' is discrete: means, standard deviations and gradients do not describe it. Sum it "
+                    "out in the model, or mark it infer={'enumerate': 'parallel'} in the model and leave it out of the "
+                    "guide."
+                )
+        run = _Run(model, guide, args, kwargs, num_draws, seed, progress)
+        sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
+        found = None if mcmc is None else run.with_mcmc(mcmc, sample)
+        found = found or run.with_weights(sample) or run.with_chains(sample, scorer)
     findings = findings_of(found.scalars, found.guide, found.posterior, found.evidence, sample)
     findings += [*found.findings, *on_history(record)]
     findings.sort(key=lambda finding: -VERDICTS.index(finding.verdict))

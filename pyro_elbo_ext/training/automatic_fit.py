@@ -56,6 +56,9 @@ class AutomaticFit(FitResult):
     @property
     def elbo(self) -> float:
         """ELBO in nats, from draws that had no part in the fit."""
+        return self._elbo
+
+    def _mean_elbo(self) -> float:
         return self.approximation.elbo
 
     @property
@@ -66,7 +69,7 @@ class AutomaticFit(FitResult):
         return cast(History, self.loss.history)
 
     def _record(self) -> None:
-        with seeded(0), torch.no_grad():
+        with self.own_parameters(), seeded(0), torch.no_grad():
             for _ in range(_RECORDS):
                 evaluation = self.loss._evaluate(self.model, self.guide, self.args, self.kwargs, with_gradient=False)
                 self.loss._record(evaluation)
@@ -87,13 +90,14 @@ class AutomaticFit(FitResult):
         """
         if self.approximation.family == "flow":
             raise ValueError("this guide is a flow already; there is no next one. Use run_nuts, or write a guide.")
-        return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, **options)
+        with self.own_parameters():
+            return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, **options)
 
     def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """As :meth:`FitResult.draws`."""
         if operator.index(num_draws) < 1:
             raise ValueError(f"the number of draws must be at least 1, not {num_draws!r}")
-        with untouched(seed):
+        with self.own_parameters(), untouched(seed):
             posterior = self.approximation.guide.get_posterior()
             return self.density.constrain(posterior.sample((num_draws,)))
 
@@ -141,7 +145,7 @@ class AutomaticFit(FitResult):
         ]
         if a.next_guide:
             found.append(a.next_guide)
-        return found
+        return found + self._about_parameters()
 
 
 def load_automatic(

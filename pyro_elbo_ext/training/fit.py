@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 import warnings
@@ -38,6 +39,8 @@ from pyro_elbo_ext.training.state import parameters_of_programs, random_state_ke
 from pyro_elbo_ext.training.stopping import Patience, StoppingRule
 from pyro_elbo_ext.training.validation import Validation, true_objective
 from pyro_elbo_ext.weighting import check_reaches_one
+
+logger = logging.getLogger(__name__)
 
 _RATE, _FIRST_RATE = 0.01, 0.02  # of Adam; the latter where a stopping rule lowers it
 
@@ -198,7 +201,11 @@ def fit(
     check_callable(guide, "guide", *call)
     check_callable(model, "model", *call)
     loss = DecomposedELBO() if loss is None else loss
+    there = set(pyro.get_param_store().keys())
     parameters = _look_at(model, guide, loss, call)
+    went_on_from = tuple(name for name in parameters if name in there)
+    if went_on_from:
+        logger.info("fit goes on from parameters that are there: %s", ", ".join(went_on_from))
     size = data.dataset_size if dataset_size is None else dataset_size
     if size is not None and batched:
         _check_scale(model, guide, call, size)
@@ -239,6 +246,7 @@ def fit(
                 f"{checkpoint} exists: pass resume=True to go on from it, or another path to begin anew"
             )
         loop.resume()
+        went_on_from = ()
     loop.seconds += time.monotonic() - began
     loop.run()
     return FitResult(
@@ -254,6 +262,7 @@ def fit(
         uncompiled=uncompiled(loop.svi),
         parameters=loop.state.parameters,
         buffers=loop.state.buffers,
+        went_on_from=went_on_from,
         rollbacks=loop.rollbacks,
         validation=pd.DataFrame(loop.validated, columns=["step", "elbo"]),
         losses=pd.DataFrame(loop.looks, columns=["step", "loss"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.verdict import diagnose
+from pyro_elbo_ext.export import from_pyro_svi
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.training import checkpoints
 from pyro_elbo_ext.training.guide_draws import draw_guide
+from pyro_elbo_ext.training.ownership import Ownership, said
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +55,12 @@ class FitResult:
     Attributes
     ----------
     model, guide
-        The programs; the guide has its final parameters.
+        The programs. Called by hand they take their parameters from Pyro's store and their modules, as ever: those of the
+        fit until something changes them. All that the result gives uses its own.
+    parameters, buffers : dict of str to Tensor
+        Copies of the unconstrained parameters, and of the modules' buffers, at the end of the fit.
+    went_on_from : tuple of str
+        Parameters that were in Pyro's store before the fit, which went on from them.
     args, kwargs
         What they were called with; with batches, the first batch.
     history : History or None
@@ -89,13 +97,43 @@ class FitResult:
     uncompiled: str | None = None
     parameters: dict[str, Tensor] = field(default_factory=dict, repr=False)
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    went_on_from: tuple[str, ...] = ()
     rollbacks: list[Rollback] = field(default_factory=list)
     validation: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"step": [], "elbo": []}), repr=False)
     losses: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"step": [], "loss": []}), repr=False)
 
+    def __post_init__(self) -> None:
+        self._own = Ownership(self.model, self.guide, self.parameters)
+        self.parameters, self.buffers = self._own.of(self.parameters), self._own.of(self.buffers)
+        self._elbo = self._mean_elbo()  # now: the history goes on if the loss trains something else
+
+    # Parameters
+
+    def own_parameters(self) -> AbstractContextManager[None]:
+        """A block in which model and guide have the numbers that they had at the end of the fit.
+
+        Whatever has come since: another fit of parameters of the same names, a cleared store, modules trained further. After
+        the block all is as it was before.
+
+        Raises
+        ------
+        ValueError
+            Inside, where a program uses a parameter that this result has no value of; it is named.
+
+        Examples
+        --------
+        >>> with result.own_parameters():
+        ...     sample = psis_khat(model, result.guide, data)
+        """
+        return self._own.in_force()
+
+    def restore_parameters(self) -> None:
+        """Write the result's parameters into model, guide and Pyro's store, in place of what has come since."""
+        self._own.restore()
+
     @property
     def history(self) -> History | None:
-        """Every step's terms."""
+        """Every step's terms; that of the loss, which goes on if the loss is used again."""
         return getattr(self.loss, "history", None)
 
     def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
@@ -118,12 +156,26 @@ class FitResult:
         ValueError
             For no draws, a plate that subsamples (call with the full data), or sites that vary from draw to draw.
         """
-        return draw_guide(self.model, self.guide, self.args, self.kwargs, num_draws, seed)
+        with self.own_parameters():
+            return draw_guide(self.model, self.guide, self.args, self.kwargs, num_draws, seed)
+
+    def to_arviz(self, **options: Any) -> Any:
+        """The guide's draws as ArviZ data: :func:`pyro_elbo_ext.from_pyro_svi` with the parameters of this result.
+
+        Parameters
+        ----------
+        options
+            As of that function, such as ``num_samples``; ``history`` is that of the fit.
+        """
+        options.setdefault("history", self.history if self.history is not None and len(self.history) else None)
+        with self.own_parameters():
+            return from_pyro_svi(self.model, self.guide, *self.args, **options, **self.kwargs)
 
     def diagnose(self, **options: Any) -> Diagnosis:
         """How far the guide is from the posterior: :func:`pyro_elbo_ext.diagnose` with this fit's history."""
         options.setdefault("history", self.history if self.history is not None and len(self.history) else None)
-        return diagnose(self.model, self.guide, *self.args, **options, **self.kwargs)
+        with self.own_parameters():
+            return diagnose(self.model, self.guide, *self.args, **options, **self.kwargs)
 
     # Files
 
@@ -137,8 +189,8 @@ class FitResult:
     def _content(self) -> dict[str, Any]:
         return {
             "kind": "fit",
-            "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
-            "buffers": {name: b.detach().cpu() for name, b in self.buffers.items()},
+            "parameters": {name: p.cpu() for name, p in self.parameters.items()},
+            "buffers": {name: b.cpu() for name, b in self.buffers.items()},
             "history": self.history,
             "account": {
                 name: getattr(self, name)
@@ -251,6 +303,9 @@ class FitResult:
     @property
     def elbo(self) -> float:
         """Mean true ELBO of the last quarter of the recorded steps; minus the mean loss with a loss of Pyro's."""
+        return self._elbo
+
+    def _mean_elbo(self) -> float:
         if self.history is not None and len(self.history):
             return self.history.recent(max(1, min(len(self.history) // 4, 1000)))["elbo"]
         return -float(self.losses["loss"].iloc[-1]) if len(self.losses) else math.nan
@@ -273,6 +328,22 @@ class FitResult:
             found.append(
                 f"{len(self.rollbacks)} returns to an earlier state, learning rates now {last.factor:g} of the given; the "
                 f"last at step {last.step}: {last.reason}"
+            )
+        return found + self._about_parameters()
+
+    def _about_parameters(self) -> list[str]:
+        """Where the parameters came from, if not from the guide, and whether they are still the live ones."""
+        found = []
+        if self.went_on_from:
+            found.append(
+                f"went on from parameters that were there before: {said(self.went_on_from)}; pyro.clear_param_store() "
+                "before a fit begins anew"
+            )
+        changed = self._own.changed()
+        if changed:
+            found.append(
+                f"model and guide have other numbers now than at the end of this fit: {said(changed)}. What this result "
+                "gives uses its own; restore_parameters() puts them back"
             )
         return found
 
