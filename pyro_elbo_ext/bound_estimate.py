@@ -128,6 +128,7 @@ def estimate_bound(
             scores = [plate_scores(of, sites, kl_weights) for of, sites in of_draws if of.scored_nodes]
             if scores:
                 weights.score_shares = score_shares(scores, draws.num_vectorized)
+    traces = [(of.model_trace, of.guide_trace) for of in draws.draws]
     detached = weights.log_weights.detach()
     value = bound.value(detached).sum()
     if not read.placement.is_plain:
@@ -147,7 +148,7 @@ def estimate_bound(
     host, _, rows = objective._transfer(scalars, read_scalars)
     infos = _infos(pair, read.signature, list(sites.values()), reason)
     if not math.isfinite(host):
-        objective._raise_not_finite(infos, rows)
+        objective._raise_not_finite(infos, rows, traces)
         raise ValueError(
             f"{type(bound).__name__} is {host} at step {objective.num_steps}, though no site's mean is infinite. No "
             "parameter has been changed. Check the scales and the range of the log densities."
@@ -173,7 +174,9 @@ def estimate_bound(
         reason,
         contributions,
     )
-    return Evaluation(pair, read.signature, infos, rows, host, 1.0, surrogate, draws.model_parameters), particles
+    return Evaluation(
+        pair, read.signature, infos, rows, host, 1.0, surrogate, draws.model_parameters, traces
+    ), particles
 
 
 @dataclass(slots=True)

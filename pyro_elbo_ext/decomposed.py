@@ -35,7 +35,7 @@ from pyro_elbo_ext.objective import (
     Values,
     signature_of,
 )
-from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.pairs import check_draws, check_pair
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.site_weights import Number
 from pyro_elbo_ext.terms import Site, Terms, outline, read_sites, stack_particles
@@ -46,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED = KLPrior("sampled", "kl='sampled'")
 _SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
+
+
+# signature, particles, how each one's terms are computed, and each one's traces
+_Evaluated = tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]], list[tuple[Trace, Trace]]]
 
 
 class DecomposedELBO(WeightedObjective):
@@ -210,9 +214,9 @@ class DecomposedELBO(WeightedObjective):
         ledger = Ledger()
         batched = self._evaluate_batch(pair, model, guide, args, kwargs, ledger)
         if batched is not None:
-            signature, particles, infos = batched
+            signature, particles, infos, traces = batched
         else:
-            signature, particles, infos = self._evaluate_loop(pair, model, guide, args, kwargs, ledger)
+            signature, particles, infos, traces = self._evaluate_loop(pair, model, guide, args, kwargs, ledger)
         repeats = len(particles)
         info: tuple[SiteInfo, ...] = ()
         numbers: list[Number] = []
@@ -231,7 +235,7 @@ class DecomposedELBO(WeightedObjective):
         scalars = ledger.stacked()
         reconstruction, kl_total, values = self._transfer(scalars, read)
         if not math.isfinite(reconstruction - kl_total):
-            self._raise_not_finite(info, values)
+            self._raise_not_finite(info, values, traces)
         self._last = particles
         by_particle = self.history is not None and self.history.gradient_mode == "particles"
         shares = ledger.surrogate_shares if by_particle else ledger.surrogate_loss
@@ -245,14 +249,15 @@ class DecomposedELBO(WeightedObjective):
                 self._traced.penalty = torch.as_tensor(penalty, dtype=torch.float64)
         objective: Any = reconstruction - penalty  # a number, but while a graph is traced, which has its own
         surrogate = partial(shares, self.num_particles, weights)
-        return Evaluation(pair, signature, info, values, objective, given, surrogate, list)
+        return Evaluation(pair, signature, info, values, objective, given, surrogate, list, traces)
 
     def _evaluate_loop(
         self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
-    ) -> tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]]]:
+    ) -> _Evaluated:
         """Particles one after the other, or all of them in Pyro's particle plate."""
         particles: list[Particle] = []
         infos: list[tuple[SiteInfo, ...]] = []
+        runs: list[tuple[Trace, Trace]] = []
         repeats, model, guide = self._programs(model, guide, args, kwargs)
         for _ in range(repeats):
             ledger.begin_particle()
@@ -264,7 +269,11 @@ class DecomposedELBO(WeightedObjective):
                     check_pair(model_trace, guide_trace)
                     if is_validation_enabled():
                         check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+                is_new = signature not in pair.structures and self._traced is None
                 structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
+            if is_new:
+                check_draws(model_trace)
+            runs.append((model_trace, guide_trace))
             sites = read_sites(model_trace, guide_trace, structure.sites)
             self._check_sites(sites)
             kls = [None if site.kind == "observed" else self._kl_prior(site, structure) for site in sites]
@@ -283,7 +292,7 @@ class DecomposedELBO(WeightedObjective):
                     counts_latent=self._free_bits is not None,
                 )
             )
-        return signature, particles, infos
+        return signature, particles, infos, runs
 
     def _is_tracked(self, pair: Pair, args: Args, kwargs: Kwargs) -> bool:
         """Whether the next run is to find out the dependencies of its sites."""
@@ -301,7 +310,7 @@ class DecomposedELBO(WeightedObjective):
 
     def _evaluate_batch(
         self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
-    ) -> tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]]] | None:
+    ) -> _Evaluated | None:
         """All particles in one run; None if they cannot be batched."""
         batch = self._batch(pair, model, guide, args, kwargs)
         if batch is None:
@@ -345,7 +354,7 @@ class DecomposedELBO(WeightedObjective):
             ledger=ledger,
             counts_latent=self._free_bits is not None,
         )
-        return signature, [particle], [info]
+        return signature, [particle], [info], [(model_trace, guide_trace)]
 
     def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
         return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)

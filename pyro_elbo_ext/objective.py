@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from pyro_elbo_ext.history import VALUES, History, SiteInfo
 from pyro_elbo_ext.hooks import PYROS, own_hooks
 from pyro_elbo_ext.kl import Structure, read_structure
 from pyro_elbo_ext.per_pair import PerPair
+from pyro_elbo_ext.programs.faults import cause
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import run_pair
@@ -97,6 +98,8 @@ class Evaluation:
         sum, a scalar, where the particles' shares cannot be told apart.
     model_parameters : callable
         Gives the names of the parameters that the model has and the guide has not.
+    traces
+        Model's and guide's, of each run.
     """
 
     pair: Pair
@@ -107,6 +110,7 @@ class Evaluation:
     kl_weight: Weight
     surrogate: Callable[[], Tensor]
     model_parameters: Callable[[], list[str]]
+    traces: Sequence[tuple[Trace, Trace]] = ()
 
 
 class Objective(ELBO):
@@ -215,6 +219,7 @@ class Objective(ELBO):
             if signature not in pair.registered and collects_parameters():
                 self._check_trainable(evaluation)
                 check_registered(shares, (model, guide), (args, kwargs))
+                self._check_gradient(shares, evaluation)
                 pair.registered.add(signature)
             if self.history is not None and self.history.gradient_mode is not None:
                 self._backward_and_record(shares, self.history)
@@ -250,6 +255,21 @@ class Objective(ELBO):
 
     def _check_trainable(self, evaluation: Evaluation) -> None:
         """Raise ValueError if SVI must not train what the loss depends on."""
+
+    def _check_gradient(self, shares: Tensor, evaluation: Evaluation) -> None:
+        """Raise ValueError if the gradient is not finite, though the objective is; asked once for each structure."""
+        parameters = parameters_of(shares)
+        gradients = torch.autograd.grad(shares.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None or bool(torch.isfinite(gradient).all()):
+                continue
+            reasons = [cause(*pair, of_gradient=True) for pair in evaluation.traces]
+            reason = next((found for found in reasons if found is not None), None)
+            raise ValueError(
+                ("" if reason is None else f"{reason}\n")
+                + f"The gradient of parameter '{name}' is not finite at step {self.num_steps}, though the objective is. No "
+                "parameter has been changed. Look for a branch of torch.where or a masked element that is NaN or infinite."
+            )
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
         """Pyro's hook: traces of one draw."""
@@ -334,7 +354,12 @@ class Objective(ELBO):
         pair.track_next = False
         return structure
 
-    def _raise_not_finite(self, sites: tuple[SiteInfo, ...], values: Values) -> None:
+    def _raise_not_finite(
+        self, sites: tuple[SiteInfo, ...], values: Values, traces: Sequence[tuple[Trace, Trace]] = ()
+    ) -> None:
+        """Raise ValueError for the first site with a term that is not finite, and why, as far as the traces tell."""
+        reasons = [cause(*pair) for pair in traces] if self._traced is None else []
+        reason = next((found for found in reasons if found is not None), None)
         for site, (log_p, log_q, kl, *_) in zip(sites, values, strict=True):
             if math.isfinite(log_p if site.kind == "observed" else kl):
                 continue
@@ -344,7 +369,8 @@ class Objective(ELBO):
                 f"{term} = {value}" for term, value in terms.items() if term not in absent and not math.isfinite(value)
             )
             raise ValueError(
-                f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. "
+                ("" if reason is None else f"{reason}\n")
+                + f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. "
                 "Check the data and parameters that reach this site, and that its value lies in the support of its "
                 "distribution; if training has diverged, lower the learning rate."
             )

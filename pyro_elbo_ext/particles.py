@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.gradients import Gradient, Path
 from pyro_elbo_ext.programs.nodes import Node
-from pyro_elbo_ext.programs.running import trace_pair, trace_program
+from pyro_elbo_ext.programs.running import trace_guide, trace_pair, trace_program
 from pyro_elbo_ext.supply import Supply
 
 Program = Callable[..., Any]
@@ -84,7 +84,7 @@ def draw(model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: G
             model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
             drawn = guide_trace
         else:
-            drawn = guide_trace = trace_program(guide, args, kwargs)
+            drawn = guide_trace = trace_guide(guide, model, args, kwargs)
             model_trace = None
     paths: list[Path] = []
     if gradient.separate_paths:

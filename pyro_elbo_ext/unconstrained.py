@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -19,7 +18,10 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from pyro_elbo_ext.programs.nodes import base_distribution, tensor_options
+from pyro_elbo_ext.programs.densities import check_densities
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause, discrete_latent, nan_parameter
+from pyro_elbo_ext.programs.nodes import tensor_options
+from pyro_elbo_ext.programs.running import trace_program
 
 logger = logging.getLogger(__name__)
 
@@ -84,25 +86,22 @@ class _Unconstrain(Messenger):
         for frame in msg["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
-                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: NUTS needs the density of "
-                    "all the data. Call the model without subsampling."
+                    f"plate '{frame.name}' subsamples {frame.size} of {frame.full_size}: the density of all the data is "
+                    "needed. Call the model without subsampling."
                 )
         fn = msg["fn"]
         if isinstance(fn, _Subsample):
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
-                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: NUTS needs the density of "
-                    "all the data. Call the model without subsampling."
+                    f"plate '{msg['name']}' subsamples {fn.subsample_size} of {fn.size}: the density of all the data is "
+                    "needed. Call the model without subsampling."
                 )
             return
         if msg["is_observed"] or msg["done"]:
             return
         if getattr(fn, "has_enumerate_support", False) or fn.support.is_discrete:
             if msg["infer"].get("enumerate") is None:
-                raise ValueError(
-                    f"latent site '{msg['name']}' is discrete ({base_distribution(fn)}): NUTS has no gradient for it. "
-                    "Sum it out in the model, or mark it infer={'enumerate': 'parallel'} so that Pyro sums it out."
-                )
+                raise ValueError(discrete_latent(msg))
             return
         transform = biject_to(fn.support)
         u = self.supply(msg, transform)
@@ -152,6 +151,7 @@ class UnconstrainedModel:
         tried = [torch.from_numpy(self._rng.uniform(-2, 2, self.dim)) for _ in range(points)]
         values = self._check_precision(tried)
         self._check_repeats(tried, values)
+        self._check_gradient(tried)
         self.points = [x for x, value in zip(tried, values, strict=True) if np.isfinite(value)] or tried
         self.names = [
             name
@@ -176,7 +176,7 @@ class UnconstrainedModel:
             model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
         unconstrain = _Unconstrain(supply)
         with poutine.block(), self.precision(), unconstrain:
-            trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+            trace = trace_program(model, self.args, self.kwargs)
             return trace, unconstrain.terms
 
     def run_at(self, x: torch.Tensor) -> tuple[poutine.Trace, list[torch.Tensor]]:
@@ -187,7 +187,7 @@ class UnconstrainedModel:
         def supply(msg: Any, _: Any) -> torch.Tensor:
             if msg["name"] not in self.layout:
                 raise ValueError(
-                    f"latent site '{msg['name']}' is not in every run of the model: NUTS needs the same sites each time"
+                    f"latent site '{msg['name']}' is not in every run of the model: a density needs the same ones"
                 )
             latent = self.layout[msg["name"]]
             u = pieces[msg["name"]].reshape(latent.shape).to(latent.device)
@@ -270,13 +270,14 @@ class UnconstrainedModel:
             self.layout = {}
             try:
                 trace, _ = self.run(supply)
+                with torch.no_grad(), self.precision():
+                    check_densities(trace, finite=False)
                 break
             except torch.linalg.LinAlgError:
                 if attempt == ATTEMPTS - 1:
                     raise
-        for name, site in trace.nodes.items():
-            if site["type"] == "param" and isinstance(site["value"], torch.Tensor) and site["value"].isnan().any():
-                raise ValueError(f"parameter '{name}' has NaN: set it anew, or train again from other starting values")
+        if sentence := nan_parameter(trace):
+            raise ValueError(sentence)
         sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
             frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
@@ -284,25 +285,13 @@ class UnconstrainedModel:
             model = poutine.enum(self.model, first_available_dim=-1 - self._plate_nesting)
             self.layout = {}
             with poutine.block(), self.precision(), _Unconstrain(supply):
-                enumerated = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+                enumerated = trace_program(model, self.args, self.kwargs)
             self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
         return sites
 
     def _check_sites(self) -> None:
         if not self.layout:
-            raise ValueError("the model has no continuous latent site: there is nothing for NUTS to sample")
-        for name, site in self.sites.items():
-            value = site["value"]
-            if not site["is_observed"] or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                continue
-            if site["infer"].get("_deterministic") or value.numel() == 0:
-                continue
-            nan = sum_rightmost(value.isnan(), site["fn"].event_dim) > 0
-            if site["mask"] is not False and nan.any():
-                raise ValueError(
-                    f"observed site '{name}' has NaN in {int(nan.sum())} of {nan.numel()} observations, which spoil "
-                    "the gradient even under a mask. Drop them, or replace them by numbers and mask them or pass obs_mask."
-                )
+            raise ValueError(NO_LATENT)
 
     def _check_precision(self, points: list[torch.Tensor]) -> list[float]:
         """Choose the dtype; the log density at the points in it."""
@@ -321,6 +310,24 @@ class UnconstrainedModel:
         if not self.float64:
             logger.info("sampling in the model's own dtype: in float64 its log density is %s, not %s", wide, own)
         return wide if self.float64 else own
+
+    def _check_gradient(self, points: list[torch.Tensor]) -> None:
+        """Raise ValueError if density or gradient are finite nowhere and it is known why; elsewhere they may be."""
+        of_gradient = False
+        for x in points:
+            try:
+                value, gradient = self.value_and_grad(x)
+            except torch.linalg.LinAlgError:
+                return
+            if bool(value.isfinite()) and bool(gradient.isfinite().all()):
+                return
+            of_gradient |= bool(value.isfinite())
+        with torch.no_grad():
+            trace, _ = self.run_at(points[0])
+            with self.precision():
+                check_densities(trace, finite=False)
+        if sentence := cause(trace, of_gradient=of_gradient):
+            raise ValueError(sentence)
 
     def _try_value(self, x: torch.Tensor) -> float:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from pyro.distributions import Delta
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
@@ -11,8 +12,10 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_site_shape
 from torch import Tensor
+from torch.distributions import Distribution
 
-from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.programs.faults import REMEDY, data_at_fault, described, draw_outside, shapes_at_fault
+from pyro_elbo_ext.programs.nodes import Node, innermost, is_latent, is_subsample
 
 
 def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> Tensor:
@@ -22,7 +25,7 @@ def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> T
         try:
             unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
         except (ValueError, RuntimeError) as error:
-            raise _at_site(error, node, trace) from error
+            raise _at_site(error, node, trace, of_model=True) from error
         node["unscaled_log_prob"] = unscaled
         node["log_prob"] = scale_and_mask(unscaled, node["scale"], node["mask"])
         _check_shape(node, max_plate_nesting)
@@ -39,7 +42,7 @@ def score_parts(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -
             try:
                 parts = fn.score_parts(node["value"], *node["args"], **node["kwargs"])
             except (ValueError, RuntimeError) as error:
-                raise _at_site(error, node, trace) from error
+                raise _at_site(error, node, trace, of_model=False) from error
         node["unscaled_log_prob"] = parts.log_prob
         if node["mask"] is not None or not (isinstance(node["scale"], float) and node["scale"] == 1.0):
             parts = parts.scale_and_mask(node["scale"], node["mask"])
@@ -55,9 +58,33 @@ def _is_own_draw(fn: Delta, value: Tensor) -> bool:
     return value.data_ptr() == fn.v.data_ptr() and value.shape == fn.v.shape and value.stride() == fn.v.stride()
 
 
-def _at_site(error: Exception, node: Node, trace: Trace) -> Exception:
-    """The same error, saying at which site it arose and what the shapes are, in Pyro's words."""
+def check_densities(trace: Trace, *, finite: bool = True) -> None:
+    """Compute the log densities of a model that was run alone.
+
+    Raises
+    ------
+    ValueError
+        For a site whose value does not fit its distribution, that is empty, or, if ``finite``, whose data have no
+        finite density.
+    """
+    for node in list(trace.nodes.values()):
+        if node["type"] == "sample" and not is_subsample(node):
+            density = log_prob(node, trace)
+            if finite and not bool(torch.isfinite(density).all()) and (sentence := data_at_fault(node)):
+                raise ValueError(sentence)
+
+
+def _at_site(error: Exception, node: Node, trace: Trace, of_model: bool) -> Exception:
+    """What is wrong at the site; if that is not known, the same error with its name and the shapes, in Pyro's words."""
     name = node["name"]
+    try:
+        sentence = shapes_at_fault(node) or data_at_fault(node)
+        if sentence is None and of_model and is_latent(node):
+            sentence = draw_outside(node)
+    except RuntimeError:  # under torch.vmap values cannot be looked at; the program is then run draw by draw
+        sentence = None
+    if sentence is not None:
+        return ValueError(f"{sentence}\n{error}")
     return type(error)(
         f"Error while computing log_prob at site '{name}':\n{error}\n{trace.format_shapes(last_site=name)}"
     )
@@ -68,15 +95,33 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
     shape = node["log_prob"].shape
     fn, value, name = node["fn"], node["value"], node["name"]
     batch_shape = getattr(fn, "batch_shape", shape)
-    if shape != batch_shape:
-        value_batch = value.shape[: value.dim() - fn.event_dim]
-        if shape != value_batch:
-            raise ValueError(
-                f"at site '{name}', a value with batch shape {tuple(value_batch)} was broadcast against a distribution with "
-                f"batch shape {tuple(batch_shape)} into a log density of shape {tuple(shape)}. Make the shapes agree, with "
-                ".to_event(...), pyro.plate(...) or an unsqueeze."
-            )
+    if shape != batch_shape and shape != value.shape[: value.dim() - fn.event_dim]:
+        raise ValueError(_broadcast(node))
+    event_shape = getattr(fn, "event_shape", ())
+    if event_shape and value.shape != batch_shape + event_shape and _is_spread(node):
+        raise ValueError(_broadcast(node))
     if 0 in shape or (0 in value.shape and type(fn).__name__ != "Unit"):
         raise ValueError(f"site '{name}' is empty: its value has shape {tuple(value.shape)}. Skip empty batches.")
     if is_validation_enabled():
         check_site_shape(node, max_plate_nesting)
+
+
+def _broadcast(node: Node) -> str:
+    mask = node["mask"]
+    of_mask = f", under a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+    return (
+        f"at site '{node['name']}', a value of {described(node)}{of_mask}: they were broadcast against each other, into a "
+        f"log density that counts elements several times. {REMEDY}"
+    )
+
+
+def _is_spread(node: Node) -> bool:
+    """Whether value and distribution broadcast to a shape that is neither's, which a sum over the event would hide."""
+    fn, value = node["fn"], node["value"]
+    if type(innermost(fn))._validate_sample is not Distribution._validate_sample:
+        return False  # it says itself what it takes, as a time series of any length
+    whole = fn.batch_shape + fn.event_shape
+    try:
+        return torch.broadcast_shapes(value.shape, whole) not in (value.shape, whole)
+    except RuntimeError:  # no elementwise density
+        return False

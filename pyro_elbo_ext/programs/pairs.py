@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
+
+from pyro_elbo_ext.programs.faults import REMEDY, described, draw_outside
+from pyro_elbo_ext.programs.nodes import Node, is_latent, is_subsample
 
 
 def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
-    """Raise ValueError for sites that are marked for enumeration or missing from the guide."""
+    """Compare names, kinds and shapes of the sites; nothing here waits for the device.
+
+    Raises
+    ------
+    ValueError
+        For a site that is marked for enumeration, latent in the model and missing from the guide, observed in one of them
+        only, or of another shape in the guide than in the model.
+    """
     for trace, where in ((guide_trace, "guide"), (model_trace, "model")):
         for name, node in trace.nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node):
+            if node["type"] != "sample" or is_subsample(node):
                 continue
             if node["infer"].get("enumerate") and not node["is_observed"]:
                 raise ValueError(
                     f"site '{name}' of the {where} is marked for enumeration (infer={{'enumerate': ...}}), which this ELBO "
                     "does not do. Use pyro.infer.TraceEnum_ELBO, or remove the mark to sample the site."
                 )
-            if where == "model" and not node["is_observed"] and name not in guide_trace:
-                raise ValueError(
-                    f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log q. "
-                    f"Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
-                )
+            if where == "guide":
+                _check_not_observed(node, model_trace)
+            elif not node["is_observed"]:
+                if name not in guide_trace:
+                    raise ValueError(
+                        f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log "
+                        f"q. Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
+                    )
+                check_latent_shape(node)
+
+
+def _check_not_observed(node: Node, model_trace: Trace) -> None:
+    theirs = model_trace.nodes.get(node["name"])
+    if theirs is None or theirs["type"] != "sample" or node["is_observed"]:
+        return
+    if theirs["is_observed"] and not is_subsample(theirs):
+        raise ValueError(
+            f"site '{node['name']}' is observed in the model, but the guide samples it. Leave it out of the guide, or "
+            "remove obs= in the model, so that it is latent."
+        )
+
+
+def check_latent_shape(node: Node) -> None:
+    """Raise ValueError if the guide's draw is not of the shape of the model's latent site ``node``."""
+    fn, value = node["fn"], node["value"]
+    if not hasattr(fn, "batch_shape"):
+        return
+    shape = fn.batch_shape + fn.event_shape
+    if value.shape != shape and any(a != b for a, b in zip_longest(value.shape[::-1], shape[::-1], fillvalue=1)):
+        raise ValueError(f"at site '{node['name']}', the guide's draw of {described(node)} in the model. {REMEDY}")
+
+
+def check_draws(model_trace: Trace) -> None:
+    """Raise ValueError if a draw of the guide is outside the support of the model's continuous site; waits for the device.
+
+    Some densities, such as the exponential's, are finite there, where values are not validated.
+    """
+    for node in model_trace.nodes.values():
+        if is_latent(node) and node["value"].is_floating_point():
+            sentence = draw_outside(node)
+            if sentence is not None:
+                raise ValueError(sentence)

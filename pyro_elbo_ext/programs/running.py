@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
@@ -15,8 +15,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 
+from pyro_elbo_ext.programs.densities import check_densities
+from pyro_elbo_ext.programs.faults import cause, fault_of_run
 from pyro_elbo_ext.programs.nodes import is_subsample
 from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.randomness import kept
 
 
 def run_pair(
@@ -51,32 +54,88 @@ def trace_pair(
     """
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
-        run = trace_program(guide, args, kwargs)
+        run = trace_program(guide, args, kwargs, "guide")
         model_trace, guide_trace = unwrapped.get_traces()  # without the subsample sites
         subsamples = {name: node for name, node in run.nodes.items() if is_subsample(node)}
         model_trace.nodes.update(subsamples)
         guide_trace.nodes.update(subsamples)
         return model_trace, guide_trace
-    guide_trace = trace_program(guide, args, kwargs)
+    guide_trace = trace_guide(guide, model, args, kwargs)
     if between is not None:
         between()
-    return trace_program(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
+    try:
+        return trace_program(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
+    except ValueError as error:
+        _raise_known_fault(error, model, guide, args, kwargs)
+        raise
 
 
-def trace_program(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
-    """Trace of one run, with subsample sites."""
+def trace_guide(
+    guide: Callable[..., Any], model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Trace:
+    """Trace of the guide's run; an autoguide, which runs the model, fails with what is wrong with the model."""
+    try:
+        return trace_program(guide, args, kwargs, "guide")
+    except (ValueError, RuntimeError) as error:
+        _raise_model_fault(error, model, args, kwargs)
+        _raise_known_fault(error, model, guide, args, kwargs)
+        raise
+
+
+def trace_program(
+    program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str = "model"
+) -> Trace:
+    """Trace of one run, with subsample sites.  ``where`` is what errors call the program."""
     traced = poutine.trace(program)
-    with _plates_are_not_empty():
+    try:
         traced(*args, **kwargs)
+    except Exception as error:
+        better = fault_of_run(error, traced.trace, where)
+        if better is None:
+            raise
+        raise better from error
     return traced.trace  # as it is: get_trace would copy it
 
 
-@contextmanager
-def _plates_are_not_empty() -> Iterator[None]:
-    try:
-        yield
-    except ZeroDivisionError as error:  # Pyro's own for pyro.plate(name, 0)
-        raise ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.") from error
+def _raise_model_fault(
+    error: Exception, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise what is wrong with the model by itself, which an autoguide runs; return if nothing is."""
+    store = pyro.get_param_store()
+    traced = poutine.trace(model)
+    with kept(), torch.no_grad(), store.scope(store.get_state()):
+        try:
+            traced(*args, **kwargs)
+        except Exception as own:
+            better = fault_of_run(own, traced.trace, "model")
+            if better is None:
+                return
+            raise better from error
+        check_densities(traced.trace)
+
+
+def _raise_known_fault(
+    error: Exception,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Raise what a run without validation has at fault: torch says that a parameter is NaN, but not at which site."""
+    if not isinstance(error, ValueError) or not is_validation_enabled():
+        return
+    store = pyro.get_param_store()
+    with kept(), torch.no_grad(), store.scope(store.get_state()), pyro.validation_enabled(False):
+        of_guide, of_model = poutine.trace(guide), poutine.trace(model)
+        try:
+            of_guide(*args, **kwargs)
+            of_model = poutine.trace(poutine.replay(model, trace=of_guide.trace))
+            of_model(*args, **kwargs)
+        except Exception:  # the first error is the one to report, and what has been traced is looked at
+            pass
+        sentence = cause(of_model.trace, of_guide.trace)
+    if sentence is not None and not str(error).startswith(sentence):
+        raise ValueError(f"{sentence}\n{error}") from error
 
 
 def signature_of_callable(function: Any) -> inspect.Signature | None:

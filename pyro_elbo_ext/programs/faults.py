@@ -1,0 +1,210 @@
+"""What is wrong with a program that failed, or whose log density is not finite: one sentence for each mistake.
+
+Nothing here is asked while all is well, so it may wait for the device.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_elbo_ext.programs.nodes import Node, base_distribution, is_data, is_latent, is_subsample
+
+_OF_DTYPES = re.compile(r"dtype|scalar type|Input type", re.IGNORECASE)  # as torch's messages have it
+
+
+def fault_of_run(error: Exception, trace: Trace, where: str) -> Exception | None:
+    """A better error for a program ``where`` that failed after the sites of ``trace``; None if there is none."""
+    if isinstance(error, ZeroDivisionError):  # Pyro's own for pyro.plate(name, 0)
+        return ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.")
+    if isinstance(error, torch.linalg.LinAlgError) or not isinstance(error, ValueError | RuntimeError):
+        return None
+    observed_there = re.match(r"site (.*) must be sampled in trace", str(error))
+    if observed_there:
+        return ValueError(
+            f"site '{observed_there[1]}' is observed in the guide, but latent in the model. Sample it in the guide, or "
+            "observe it in the model."
+        )
+    if isinstance(error, RuntimeError) and _OF_DTYPES.search(str(error)):
+        return RuntimeError(f"{_dtypes(trace, where)}\n{error}")
+    sentence = nan_parameter(trace) or _draw_at_fault(trace, where)
+    return None if sentence is None else ValueError(f"{sentence}\n{error}")
+
+
+def cause(model_trace: Trace, guide_trace: Trace | None = None, *, of_gradient: bool = False) -> str | None:
+    """Why log densities of these traces, or their gradients, are not finite; None where it cannot be told."""
+    for trace in (guide_trace, model_trace):
+        if trace is not None and (sentence := nan_parameter(trace)):
+            return sentence
+    if guide_trace is not None and (sentence := _draw_at_fault(guide_trace, "guide")):
+        return sentence
+    if sentence := _draw_at_fault(model_trace, "model"):
+        return sentence
+    for trace in (model_trace, guide_trace):
+        for node in trace.nodes.values() if trace is not None else ():
+            if node["type"] != "sample" or is_subsample(node) or _is_finite(node, of_gradient):
+                continue
+            if sentence := data_at_fault(node):
+                return sentence
+    return None
+
+
+def data_at_fault(node: Node) -> str | None:
+    """Observed values that are NaN, infinite or outside the support; None where there are none."""
+    if node["type"] != "sample" or is_subsample(node) or not is_data(node) or node["mask"] is False:
+        return None
+    value, fn, name = node["value"], node["fn"], node["name"]
+    if not isinstance(value, Tensor) or not value.numel():
+        return None
+    kind = base_distribution(fn)
+    if value.is_floating_point():
+        for what, elements in (("NaN", value.isnan()), ("infinite values", value.isinf())):
+            bad = sum_rightmost(elements, min(fn.event_dim, value.dim())) > 0
+            if bad.any():
+                return (
+                    f"observed site '{name}' has {what} in {int(bad.sum())} of {bad.numel()} observations, for which its "
+                    f"{kind} has no finite log density, or under a mask no finite gradient. Drop them, replace them by "
+                    "numbers and mask them (poutine.mask, or obs_mask=), or use a distribution that leaves them out, such "
+                    "as dist.NanMaskedNormal or dist.NanMaskedMultivariateNormal."
+                )
+    outside = _outside(node)
+    if outside is None:
+        return None
+    return (
+        f"observed site '{name}' has data outside the support of its {kind}, {fn.support}: {outside}. Look for wrong "
+        "units or codes in the data, or use another distribution."
+    )
+
+
+def draw_outside(node: Node) -> str | None:
+    """Says that a draw is outside the support of the model's latent site ``node``; None if it is inside."""
+    outside = _outside(node)
+    if outside is None:
+        return None
+    return (
+        f"the guide draws site '{node['name']}' outside the support of the model's {base_distribution(node['fn'])}, "
+        f"{node['fn'].support}: {outside}. Give the guide's site that support, by another distribution or by a transform."
+    )
+
+
+NO_LATENT = (
+    "the model has no continuous latent site, so there is no posterior to find. Give it a latent site, or train its "
+    "parameters alone, by pyro.infer.SVI with an empty guide."
+)
+
+
+def discrete_latent(node: Node) -> str:
+    """Says that a latent site is discrete, and how it can be summed out."""
+    fn, name = node["fn"], node["name"]
+    advice = "Sum it out, with pyro.infer.config_enumerate(model) or by hand."
+    if not getattr(fn, "has_enumerate_support", False):
+        advice = "Its values cannot be enumerated: sum it out by hand, or replace it by a continuous site."
+    return (
+        f"latent site '{name}' is discrete ({base_distribution(fn)}): it has no place in a continuous space and no "
+        f"gradient. {advice}"
+    )
+
+
+def shapes_at_fault(node: Node) -> str | None:
+    """Says that a value does not broadcast against its distribution; None if it does."""
+    try:
+        value, shape = node["value"].shape, node["fn"].shape()
+        torch.broadcast_shapes(value, shape)
+    except RuntimeError:
+        return f"at site '{node['name']}', a value of {described(node)}. {REMEDY}"
+    except (AttributeError, NotImplementedError):  # a distribution that has no shapes
+        return None
+    return None
+
+
+REMEDY = "Make the shapes agree, with .to_event(...), pyro.plate(...) or an unsqueeze."
+
+
+def described(node: Node) -> str:
+    fn = node["fn"]
+    shapes = f"batch shape {tuple(fn.batch_shape)}"
+    if len(fn.event_shape):
+        shapes += f" and event shape {tuple(fn.event_shape)}"
+    return f"shape {tuple(node['value'].shape)} does not fit a distribution with {shapes}"
+
+
+@torch.no_grad()
+def _is_finite(node: Node, behind_masks: bool) -> bool:
+    """Whether the density, if computed, is finite; behind masks too, where what is not finite spoils the gradient."""
+    density = node.get("log_prob")
+    if density is None:
+        return True
+    if not behind_masks:
+        return bool(torch.isfinite(density).all())
+    fn = node["fn"]
+    while isinstance(fn, MaskedDistribution | Independent):
+        fn = fn.base_dist
+    try:
+        density = node["unscaled_log_prob"] if fn is node["fn"] else fn.log_prob(node["value"])
+    except ValueError:  # values are validated
+        return False
+    return bool(torch.isfinite(density).all())
+
+
+def nan_parameter(trace: Trace) -> str | None:
+    """Says which parameter has NaN."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "param" and isinstance(node["value"], Tensor) and bool(node["value"].isnan().any()):
+            return f"parameter '{name}' has NaN: set it anew, or train again from other starting values."
+    return None
+
+
+def _draw_at_fault(trace: Trace, where: str) -> str | None:
+    for name, node in trace.nodes.items():
+        if not is_latent(node) or not isinstance(node["value"], Tensor):
+            continue
+        if node["value"].is_floating_point() and bool(node["value"].isnan().any()):
+            return (
+                f"site '{name}' of the {where} draws NaN. Look for parameters that are NaN, from a fit that diverged."
+            )
+        # a soft draw of a discrete site has a density, as some want it
+        if where == "model" and node["value"].is_floating_point() and (sentence := draw_outside(node)):
+            return sentence
+    return None
+
+
+@torch.no_grad()
+def _outside(node: Node) -> str | None:
+    """A value that is outside the support, as text."""
+    value = node["value"]
+    try:
+        inside = node["fn"].support.check(value)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # no support, or of another shape
+        return None
+    if bool(inside.all()):
+        return None
+    bad = value[~inside] if inside.shape == value.shape else value
+    return f"{bad.reshape(-1)[0].item():.6g}" if inside.shape == value.shape else f"shape {tuple(value.shape)}"
+
+
+def _dtypes(trace: Trace, where: str) -> str:
+    """Which dtypes have met, and after which site."""
+    sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_subsample(node)}
+    found = {f"'{name}' {_dtype(node['value'])}": None for name, node in sites.items() if _dtype(node["value"])}
+    given = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
+    arguments = [
+        f"argument {key if isinstance(key, str) else key + 1} {_dtype(value)}"
+        for key, value in (*enumerate(given["args"]), *given["kwargs"].items())
+        if _dtype(value)
+    ]
+    after = f"after site '{next(reversed(sites))}'" if sites else "before its first site"
+    met = ", ".join([*found, *arguments])
+    return (
+        f"the {where} puts tensors of different dtypes together {after}{f' ({met})' if met else ''}. Convert the data, "
+        "x.float(), or make all of it float64, torch.set_default_dtype(torch.float64)."
+    )
+
+
+def _dtype(value: object) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
