@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pyro.poutine import Trace
 
 from pyro_elbo_ext.programs.faults import REMEDY, described, draw_outside
-from pyro_elbo_ext.programs.nodes import Node, is_latent, is_subsample
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_latent, is_subsample
 
 
 def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
@@ -53,8 +53,8 @@ def _check_not_observed(node: Node, model_trace: Trace) -> None:
 def check_latent_shape(node: Node) -> None:
     """Raise ValueError if the guide's draw is not of the shape of the model's latent site ``node``."""
     fn, value = node["fn"], node["value"]
-    if not hasattr(fn, "batch_shape"):
-        return
+    if not hasattr(fn, "batch_shape") or any(frame.name == PARTICLE_PLATE for frame in node["cond_indep_stack"]):
+        return  # in a batched run the model's distribution may be one for all particles
     shape = fn.batch_shape + fn.event_shape
     if value.shape != shape and any(a != b for a, b in zip_longest(value.shape[::-1], shape[::-1], fillvalue=1)):
         raise ValueError(f"at site '{node['name']}', the guide's draw of {described(node)} in the model. {REMEDY}")
