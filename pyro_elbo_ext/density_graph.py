@@ -8,11 +8,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_elbo_ext.compile.compiler import failures_are_reasons, import_dynamo, import_inductor
+from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +30,22 @@ Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 def trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -> Graph:
     """``function`` as one ATen graph with its constants folded, or unchanged where that would not be the same."""
-    try:
-        with _no_collection():
-            graph = make_fx(lambda x: function(x))(points[0])
-            _write_anew(graph.graph)
-            if any(
-                _writes(node) for node in graph.graph.nodes
-            ):  # writes in place bar the folding of what is written to
-                graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(points[0])
-            _fold_constants(graph)
-        check_equal(graph, function, points, rtol)
-    except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
-        logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
-        return function
-    return graph
+    with handlers_are_heard():
+        try:
+            with _no_collection():
+                import_dynamo()
+                graph = make_fx(lambda x: function(x))(points[0])
+                _write_anew(graph.graph)
+                if any(
+                    _writes(node) for node in graph.graph.nodes
+                ):  # writes in place bar the folding of what is written to
+                    graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(points[0])
+                _fold_constants(graph)
+            check_equal(graph, function, points, rtol)
+            return graph
+        except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
+            logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
+    return function
 
 
 @contextmanager
@@ -62,8 +69,6 @@ def to_machine_code(
     process with the same model and shapes skips the C++ compiler. It runs in as many threads as torch is set to at this
     moment, or in the caller's alone.
     """
-    from torch import _inductor  # slow to import
-
     # without trial programs for the instruction sets; a compiler that lacks one fails at the graph instead
     # The number of threads is written into the code, which otherwise has memory for so many and starts as many as the
     # calling thread is set to.
@@ -71,14 +76,14 @@ def to_machine_code(
     if _has_long_vectors():
         options["cpp.simdlen"] = SHORT
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with failures_are_reasons(f"compiling the {what}", "inductor"), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's of itself, no error where warnings are errors
             # on an ATen graph this is torch.compile without Dynamo, whose guards cost five times the call itself
             copy = torch.fx.GraphModule(graph, deepcopy(graph.graph))
-            compiled = _inductor.compile(copy, [points[0]], options=options)
+            compiled: Graph = import_inductor().compile(copy, [points[0]], options=options)
             check_equal(compiled, graph, points, rtol)
-    except (RuntimeError, AssertionError) as error:  # no C++ compiler, an operation it lacks, or another result
-        logger.info("the %s is not compiled, its graph is interpreted: %s", what, str(error).splitlines()[:1])
+    except CannotCompile as reason:  # no C++ compiler, an operation it lacks, or another result
+        logger.info("the %s is not compiled, its graph is interpreted: %s", what, reason)
         return None
     return compiled
 
@@ -89,8 +94,16 @@ def short_vectors_only() -> Iterator[None]:
 
     Together these take longer than the compilation of a small graph. What it finds meanwhile is forgotten afterwards.
     """
-    from torch._inductor import cpu_vec_isa  # slow to import
-
+    cpu_vec_isa: Any = None
+    with handlers_are_heard():
+        try:
+            import_inductor()
+            cpu_vec_isa = import_module("torch._inductor.cpu_vec_isa")
+        except Exception as error:
+            logger.info("torch's compiler cannot be imported: %s", str(error).splitlines()[:1])
+    if cpu_vec_isa is None:
+        yield
+        return
     if not _has_long_vectors() or cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:  # tried already: known
         yield
         return

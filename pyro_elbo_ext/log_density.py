@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.density_graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
 from pyro_elbo_ext.native_density import NativeDensity, NotNative
 from pyro_elbo_ext.programs.randomness import isolated
@@ -339,15 +340,16 @@ def _tensors(value: float, gradient: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def _native(compiled: Graph, points: list[Tensor]) -> NativeDensity | None:
     """The C function of compiled code, equal to it at the points; None, with a message, where there is none."""
-    try:
-        native = NativeDensity(compiled, points[0])
-        tolerance = 0.0 if native.is_exact else 1e-9
-        check_equal(lambda x: _tensors(*native(x.numpy())), compiled, points, tolerance)
-    except NotNative as error:
-        logger.info("the log density is called through Python: %s", error)
-    # what Inductor generates is no public interface: whatever differs in another release is no reason to fail
-    except (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError) as error:
-        logger.warning("the log density is called through Python, unexpectedly: %s", str(error).splitlines()[:1])
-    else:
-        return native
+    with handlers_are_heard():
+        try:
+            native = NativeDensity(compiled, points[0])
+            tolerance = 0.0 if native.is_exact else 1e-9
+            check_equal(lambda x: _tensors(*native(x.numpy())), compiled, points, tolerance)
+            return native
+        except NotNative as error:
+            logger.info("the log density is called through Python: %s", error)
+        except (
+            Exception
+        ) as error:  # what Inductor generates is no public interface, and it can be called through Python
+            logger.warning("the log density is called through Python, unexpectedly: %s", str(error).splitlines()[:1])
     return None

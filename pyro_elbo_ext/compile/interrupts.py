@@ -37,3 +37,38 @@ def interrupts_wait() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if received:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def handlers_are_heard() -> Iterator[None]:
+    """Whatever a signal handler raises in the block comes out of it as it was raised.
+
+    A time-out is raised in the middle of whatever runs. Torch's compiler wraps some exceptions and goes on after others.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone runs handlers
+        yield
+        return
+    raised: list[BaseException] = []
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    before = {number: (_heard(of, raised), of) for number, of in handlers.items() if callable(of)}
+    for number, (heard, _) in before.items():
+        signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number, (heard, handler) in before.items():
+            if signal.getsignal(number) is heard:  # or the handler has set another
+                signal.signal(number, handler)
+        if raised:
+            raise raised[0]
+
+
+def _heard(handler: Any, raised: list[BaseException]) -> Any:
+    def heard(*of: Any) -> Any:
+        try:
+            return handler(*of)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    return heard

@@ -202,13 +202,14 @@ class NativeSteps:
         weights = torch.ones((1, *self._of_weights), dtype=torch.float64)
 
         def outcome(step: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-            with torch.random.fork_rng(devices=[]):
-                results = [tensor.clone() for tensor in step()]
-            results += [tensor.clone() for tensor in written]
-            for tensor, old in zip(written, before, strict=True):
-                if not torch.equal(tensor, old):
-                    tensor.copy_(old)
-            return results
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    results = [tensor.clone() for tensor in step()]
+                return results + [tensor.clone() for tensor in written]
+            finally:
+                for tensor, old in zip(written, before, strict=True):
+                    if not torch.equal(tensor, old):
+                        tensor.copy_(old)
 
         def by_c() -> Sequence[Tensor]:
             taken = Taken()

@@ -17,6 +17,8 @@ from torch import Tensor
 from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.binding import Binding
 from pyro_elbo_ext.compile.capture import Evaluation, capture, written_inputs
+from pyro_elbo_ext.compile.compiler import failures_are_reasons
+from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.compile.kernel_calls import NotNative
 from pyro_elbo_ext.compile.losses import TracedLoss
 from pyro_elbo_ext.compile.native import NativeSteps, Taken
@@ -65,7 +67,7 @@ class Program:
         self._weight = torch.ones(_shape(loss), dtype=torch.float64, device=device)
         # an argument may be the very tensor that the program reads elsewhere too: the tracer must not confuse the two
         inputs = [*tensors, self._weight, *[tensor.detach() for tensor in arguments.tensors]]
-        with nothing_changed((model, guide)):
+        with nothing_changed((model, guide)), failures_are_reasons("tracing the step"):
             check_structure(model, guide, *arguments.rebuild(arguments.tensors))
             evaluation = Evaluation(loss, model, guide, tensors, arguments)
             self._capture = capture(evaluation, inputs, (model, guide))
@@ -107,25 +109,27 @@ class Program:
             inputs = self._inputs_of_one(arguments)
             compiled = self._compiled_steps(1, inputs)
             start = time.perf_counter()
-            try:
-                if self._settings.backend != "inductor":
-                    raise NotNative(f"the backend is {self._settings.backend!r}")
-                assert self.binding is not None
-                last = len(self.binding.tensors()) - 1  # of what a step always writes to: ``good``
-                first = len(inputs) - len(self._capture.captured)
-                written = [*range(last + 1), *[first + i for i in self._written]]
-                self._native = NativeSteps(compiled, inputs, last, written)
-            except NotNative as reason:
-                logger.info("the step is called from Python each time: %s", reason)
-                self._native = reason
-            # what Inductor generates is no public interface: whatever differs in another release is no reason to fail
-            except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-                logger.warning(
-                    "the step is called from Python each time, unexpectedly: %s", str(error).splitlines()[:1]
-                )
-                self._native = NotNative(str(error))
+            with handlers_are_heard():
+                native = self._make_native(compiled, inputs)
+            self._native = native
             self.compile_time += time.perf_counter() - start
         return self._native if isinstance(self._native, NativeSteps) else None
+
+    def _make_native(self, compiled: Compiled, inputs: Sequence[Tensor]) -> NativeSteps | NotNative:
+        try:
+            if self._settings.backend != "inductor":
+                raise NotNative(f"the backend is {self._settings.backend!r}")
+            assert self.binding is not None
+            last = len(self.binding.tensors()) - 1  # of what a step always writes to: ``good``
+            first = len(inputs) - len(self._capture.captured)
+            written = [*range(last + 1), *[first + i for i in self._written]]
+            return NativeSteps(compiled, inputs, last, written)
+        except NotNative as reason:
+            logger.info("the step is called from Python each time: %s", reason)
+            return reason
+        except Exception as error:  # what Inductor generates is no public interface, and it can be called from Python
+            logger.warning("the step is called from Python each time, unexpectedly: %s", str(error).splitlines()[:1])
+            return NotNative(str(error))
 
     def take(self, steps: int, kl_weights: list[Weight], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and tables, shape ``(steps, sites * 6)``."""

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_elbo_ext.compile.capture import Capture
-from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.compiler import failures_are_reasons, import_inductor, innermost, is_from_compiler
 from pyro_elbo_ext.compile.updates import Rule
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,9 @@ def compile_function(
     Raises
     ------
     CannotCompile
-        If the compiler fails.
+        If that fails, for whatever cause.
     """
-    with torch.no_grad():
+    with failures_are_reasons(f"compiling the step with backend={backend!r}", backend), torch.no_grad():
         # a trace on tensors without memory: nothing is computed, drawn or written
         graph = make_fx(function, tracing_mode="fake")(*[_plain(tensor) for tensor in inputs])
         if same_draws:
@@ -103,16 +103,10 @@ def compile_function(
         graph.recompile()
         if backend == "eager":
             return graph
-        try:
-            with warnings.catch_warnings():
-                for category in (FutureWarning, DeprecationWarning):  # torch's compiler warns of torch
-                    warnings.filterwarnings("ignore", category=category, module="torch")
-                return _compile(graph, inputs, backend, same_draws, options)
-        except Exception as error:
-            raise CannotCompile(
-                f"torch cannot compile this step with backend='{backend}': {type(error).__name__}: "
-                f"{str(error).strip().splitlines()[:1]}. It needs a C++ compiler; backend='eager' runs the graph without."
-            ) from error
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):  # torch's compiler warns of torch
+                warnings.filterwarnings("ignore", category=category, module="torch")
+            return _compile(graph, inputs, backend, same_draws, options)
 
 
 def _compile(
@@ -120,21 +114,35 @@ def _compile(
 ) -> Compiled:
     if not same_draws:
         _fuse_draws(graph)
-    examples: list[Any] = [_plain(tensor) for tensor in inputs]
     if backend != "inductor":
         compiled: Compiled = torch.compile(graph, backend=backend, dynamic=False)
+        with torch.random.fork_rng(_devices_of(inputs)):  # Dynamo compiles at the first call, which must not be a step
+            compiled(*[_apart(tensor) for tensor in inputs])
         return compiled
-    from torch import _inductor  # slow to import
-
-    if "cpp.vec_isa_ok" not in options:
-        try:  # by default torch asks the C++ compiler for what the CPU has; that takes as long as a small graph
-            return _compile(graph, inputs, backend, same_draws, {"cpp.vec_isa_ok": True, **options})
-        except _inductor.exc.CppCompileError:
-            logger.info("the C++ compiler does not know this CPU; torch looks for what it knows")
+    inductor = import_inductor()
     # On an ATen graph this is torch.compile without Dynamo, whose guards cost more than the call itself; shapes and
     # dtypes have been compared before a step is run. The number of threads is written into the code.
-    settings = {"fallback_random": same_draws, "size_asserts": False, "cpp.threads": torch.get_num_threads()}
-    return _inductor.compile(graph, examples, {**settings, **options})
+    settings = {"fallback_random": same_draws, "size_asserts": False, "cpp.threads": torch.get_num_threads(), **options}
+    examples: list[Any] = [_plain(tensor) for tensor in inputs]
+    if "cpp.vec_isa_ok" not in options:
+        try:  # by default torch asks the C++ compiler for what the CPU has; that takes as long as a small graph
+            return inductor.compile(graph, examples, {"cpp.vec_isa_ok": True, **settings})
+        except Exception as error:
+            if not is_from_compiler(innermost(error)):
+                raise
+            logger.info("the C++ compiler does not know this CPU; torch looks for what it knows")
+    return inductor.compile(graph, examples, settings)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A copy with the same layout, for a call that must leave no trace."""
+    storage = tensor.untyped_storage().clone()
+    copy = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return copy.requires_grad_(tensor.requires_grad)
+
+
+def _devices_of(inputs: Sequence[Tensor]) -> list[torch.device]:
+    return list({tensor.device for tensor in inputs if tensor.device.type == "cuda"})
 
 
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}

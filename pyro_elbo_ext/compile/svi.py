@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, take_apart
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
+from pyro_elbo_ext.compile.compiler import import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
@@ -101,8 +102,9 @@ class CompiledSVI(SVI):
     Raises
     ------
     CannotCompile
-        A ValueError: the loss, an argument or the programs cannot be compiled; says why, at which site or line, and what to
-        do. It comes at construction for the loss, otherwise after the first step.
+        A ValueError: the loss, an argument or the programs cannot be compiled, or the compiler fails; says why, at which
+        site or line, and what to do. It comes at construction for the loss, otherwise after the first step, or at a later
+        one that needs another graph; parameters, optimizer and history are then those after the last whole step.
     ValueError
         If a term of an objective of this package is NaN or infinite, naming the site; the parameters are then those before
         that step. With Pyro's losses a NaN is a warning, as in Pyro.
@@ -143,6 +145,7 @@ class CompiledSVI(SVI):
         self._modules: list[nn.Module] | None = None
         self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
         self._traced: TracedLoss | None = None
+        self._none_compiles: CannotCompile | None = None  # for want of something on this machine
         try:
             if loss_and_grads is not None:
                 raise CannotCompile("loss_and_grads cannot be compiled. Leave it out, or train with pyro.infer.SVI.")
@@ -169,10 +172,14 @@ class CompiledSVI(SVI):
             return loss
         if not self._bind(program):
             return float(super().step(*args, **kwargs))
-        if self.optimizer_reason is not None:
-            return self._step_with_eager_optimizer(program, tensors)
-        (kl_weight,) = self._kl_weights(0, 1)
-        value, table = program.take_one(kl_weight, tensors)
+        try:
+            if self.optimizer_reason is not None:
+                return self._step_with_eager_optimizer(program, tensors)
+            (kl_weight,) = self._kl_weights(0, 1)
+            value, table = program.take_one(kl_weight, tensors)
+        except CannotCompile as error:  # its graph, before anything has changed
+            self._give_up(program, error)
+            return float(super().step(*args, **kwargs))
         assert program.binding is not None
         program.binding.advance(1)
         if isinstance(self.objective, Objective):
@@ -187,7 +194,11 @@ class CompiledSVI(SVI):
         if program is None:
             assert loss is not None
             return loss
-        value = float(program.value(self._kl_weights(0, 1)[0], tensors))
+        try:
+            value = float(program.value(self._kl_weights(0, 1)[0], tensors))
+        except CannotCompile as error:
+            self._give_up(program, error)
+            return float(super().evaluate_loss(*args, **kwargs))
         warn_if_nan(value, "loss")
         return value
 
@@ -242,9 +253,13 @@ class CompiledSVI(SVI):
             steps = min(num_steps, _CALLS_PER_CHECK)
             return torch.tensor([self.step(*args, **kwargs) for _ in range(steps)], dtype=torch.float64)
         tensors = take_apart(args, kwargs).tensors
-        native = program.native(tensors)
-        if native is None:
-            return self._many_by_python(program, num_steps, tensors)
+        try:
+            native = program.native(tensors)
+            if native is None:
+                return self._many_by_python(program, num_steps, tensors)
+        except CannotCompile as error:
+            self._give_up(program, error)
+            return None
         start = time.perf_counter()
         steps = min(self._in_one_go, num_steps)
         kl_weights = self._kl_weights(0, steps)
@@ -330,8 +345,10 @@ class CompiledSVI(SVI):
                 return _Found(found, arguments.tensors, None)
             self._forget()
             found = None
+        found = found or self._none_compiles
         if found is not None and not self.fallback:
             raise found
+        import_dynamo()  # the optimizers do, but not where torch cannot make its folder
         with poutine.trace(param_only=True) as called:
             loss = float(pyro_call(*args, **kwargs))
         if found is None:
@@ -391,11 +408,22 @@ class CompiledSVI(SVI):
         weighting = None if self._traced is None else self._traced.weighting
         return torch.get_num_threads(), torch.get_default_dtype(), modes, weighting
 
+    def _give_up(self, program: Program, error: CannotCompile) -> None:
+        """Leave the calls of a program, one of whose graphs cannot be compiled, to Pyro."""
+        for key, known in self._programs.items():
+            if known is program:
+                self._programs[key] = error
+        self._last = None
+        self._refuse(error)
+
     def _refuse(self, error: CannotCompile) -> None:
+        if error.is_everywhere:
+            self._none_compiles = error
         if not self.fallback:
             raise error
-        self.eager_reason = str(error)
-        logger.warning("CompiledSVI trains as pyro.infer.SVI does, uncompiled: %s", error)
+        is_new, self.eager_reason = self.eager_reason != str(error), str(error)
+        if is_new:
+            logger.warning("CompiledSVI trains as pyro.infer.SVI does, uncompiled: %s", error)
 
     # Taking steps
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.binding import WholeOptimizer
+from pyro_elbo_ext.compile.compiler import import_dynamo
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
@@ -172,6 +173,7 @@ def fit(
     >>> result.history.plot(), result.draws(1000), result.diagnose()
     """
     began = time.monotonic()
+    import_dynamo()  # torch does, on the way to what it need not compile, but not where it cannot make its folder
     _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
     if operator.index(max_rollbacks) < 0:
         raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.binding import WholeOptimizer
+from pyro_elbo_ext.compile.compiler import import_dynamo
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.registration import modules_of
 
@@ -96,6 +97,7 @@ class TrainingState:
         optim = self.svi.optim
         if isinstance(optim, WholeOptimizer):
             return
+        import_dynamo()  # they do, but not where torch cannot make its folder
         for parameter in self.parameters.values():
             if parameter not in optim.optim_objs:
                 optim.optim_objs[parameter] = optim._get_optim(parameter)

@@ -1,0 +1,171 @@
+"""Torch's compiler: importing it, and what to say when it fails."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.interrupts import handlers_are_heard
+
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+# What runs while torch traces and compiles: an error of a class that is not of these, raised among them, came from outside.
+_MACHINERY = sys.stdlib_module_names | {
+    *(
+        "torch",
+        "torchgen",
+        "functorch",
+        "triton",
+        "sympy",
+        "mpmath",
+        "networkx",
+        "jinja2",
+        "filelock",
+        "fsspec",
+        "numpy",
+    ),
+    *("typing_extensions", "setuptools", "pyro", "pyro_elbo_ext"),
+}
+_first_failure: Exception | None = None  # to import the compiler
+
+
+def import_dynamo() -> None:
+    """Import ``torch._dynamo``, as torch's optimizers and its tracer do, even where torch cannot make its cache folder.
+
+    Without the folder that import fails, and by another error each time after. Pyro's steps need it, but not the folder.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    try:
+        os.makedirs(_cache_folder(), exist_ok=True)
+    except OSError:
+        there = {_FOLDER: str(Path(torch.__file__).parent)}  # nothing is written to it
+        with patch.dict(os.environ, there):
+            import_module("torch._dynamo")
+            with suppress(ImportError):  # as the tracer does, in newer releases
+                import_module("torch._inductor.compiler_bisector")
+    else:
+        import_module("torch._dynamo")
+
+
+def _cache_folder() -> str:
+    return os.environ.get(_FOLDER) or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+
+
+def import_inductor() -> Any:
+    """``torch._inductor``, with all that it imports when it compiles.
+
+    Raises
+    ------
+    Exception
+        Whatever the import fails with, the first time.
+    """
+    global _first_failure
+    try:
+        import_dynamo()
+        import_module("torch._inductor.compile_fx")
+        return import_module("torch._inductor")
+    except Exception as error:
+        _first_failure = _first_failure or error
+        if isinstance(error, AssertionError):  # half of it is there from the first time
+            raise _first_failure from None
+        raise
+
+
+@contextmanager
+def failures_are_reasons(what: str, backend: str | None = None) -> Iterator[None]:
+    """Whatever fails in the block is a reason not to compile; but errors from outside, such as time-outs, come through.
+
+    Parameters
+    ----------
+    what
+        Is done in the block, for the message.
+    backend
+        That compiles in it, if any.
+
+    Raises
+    ------
+    CannotCompile
+        With the cause, and a remedy where one is known.
+    """
+    with handlers_are_heard():
+        try:
+            yield
+        except CannotCompile:
+            raise
+        except Exception as error:
+            cause = innermost(error)
+            if backend in (None, "inductor") and _is_from_outside(cause):
+                raise cause from None
+            instead = " backend='eager' runs the graph without a compiler." if backend not in (None, "eager") else ""
+            refusal = CannotCompile(f"{what} failed: {_describe(cause)}.{_remedy(cause)}{instead}")
+            refusal.is_everywhere = isinstance(cause, OSError | ImportError) or _lacks_compiler(cause)
+            raise refusal from cause
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What torch has wrapped in an error of its own."""
+    inner = getattr(error, "inner_exception", None)
+    return innermost(inner) if isinstance(inner, BaseException) else error
+
+
+def _is_from_outside(error: BaseException) -> bool:
+    """Whether an error was raised from outside in the middle of it, in this thread, as libraries for time-outs do."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    at = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    of = type(error).__module__.partition(".")[0]
+    return of not in {*_MACHINERY, "builtins", at}
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error)
+    if is_from_compiler(error):
+        lines = str(getattr(error, "output", "")).strip().splitlines() or ["it says nothing"]
+        return f"the C++ compiler failed: {next((line for line in lines if 'error' in line.lower()), lines[0])}"
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}".rstrip(": .")
+
+
+def is_from_compiler(error: BaseException) -> bool:
+    """Whether it is what a C++ compiler says of a program."""
+    return type(error).__name__ == "CppCompileError"  # by name, as torch may be unable to import it
+
+
+def _lacks_compiler(error: BaseException) -> bool:
+    return type(error).__name__ == "InvalidCxxCompiler"
+
+
+def _remedy(error: BaseException) -> str:
+    if _lacks_compiler(error):
+        return " Install a C++ compiler, such as g++ or clang++, or name one in the environment variable CXX."
+    if is_from_compiler(error):
+        return " Mend that compiler, or name another one in the environment variable CXX."
+    if isinstance(error, ImportError):
+        return " Mend the installation of torch."
+    if isinstance(error, OSError):
+        return (
+            f" Torch keeps machine code in {_folder_for_message()}: make that a folder that can be written to, with space "
+            f"left, by the environment variable {_FOLDER}."
+        )
+    if isinstance(error, AssertionError) and "already registered" in str(error):
+        return " An earlier import of torch's compiler has failed in this process: start Python anew to see why."
+    return ""
+
+
+def _folder_for_message() -> str:
+    try:
+        return _cache_folder()
+    except OSError:  # there is no folder for temporary files
+        return "the folder for temporary files"
