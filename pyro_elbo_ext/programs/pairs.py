@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import zip_longest
 
 from pyro.poutine import Trace
@@ -17,7 +18,7 @@ def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
     ------
     ValueError
         For a site that is marked for enumeration, latent in the model and missing from the guide, observed in one of them
-        only, or of another shape in the guide than in the model.
+        only, of another shape in the guide than in the model, or of plates that count it another number of times.
     """
     for trace, where in ((guide_trace, "guide"), (model_trace, "model")):
         for name, node in trace.nodes.items():
@@ -37,6 +38,7 @@ def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
                         f"q. Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
                     )
                 check_latent_shape(node)
+                _check_plates(node, guide_trace.nodes[name])
 
 
 def _check_not_observed(node: Node, model_trace: Trace) -> None:
@@ -48,6 +50,26 @@ def _check_not_observed(node: Node, model_trace: Trace) -> None:
             f"site '{node['name']}' is observed in the model, but the guide samples it. Leave it out of the guide, or "
             "remove obs= in the model, so that it is latent."
         )
+
+
+def _check_plates(node: Node, guide_node: Node) -> None:
+    """Raise ValueError if the draws of a latent site stand for other numbers of draws in the guide than in the model."""
+    ours, theirs = _copies(node), _copies(guide_node)
+    if math.isclose(ours, theirs, rel_tol=1e-6):
+        return
+    plates = [frame for frame in node["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
+    plates = plates or [frame for frame in guide_node["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
+    listed = ", ".join(f"'{frame.name}' ({frame.size} of {frame.full_size})" for frame in plates)
+    raise ValueError(
+        f"latent site '{node['name']}' stands for {ours:g} draws in the model and for {theirs:g} in the guide, by plate "
+        f"{listed}: its densities would not belong together. Put it into plates of the same names and sizes in both."
+    )
+
+
+def _copies(node: Node) -> float:
+    """How many draws each draw of a site in subsampled plates stands for."""
+    frames = node["cond_indep_stack"]
+    return math.prod([frame.full_size / frame.size for frame in frames if frame.full_size not in (None, frame.size)])
 
 
 def check_latent_shape(node: Node) -> None:

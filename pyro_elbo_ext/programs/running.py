@@ -20,6 +20,7 @@ from pyro_elbo_ext.programs.faults import cause, fault_of_run
 from pyro_elbo_ext.programs.nodes import is_subsample
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.randomness import kept
+from pyro_elbo_ext.programs.replay import replayed
 
 
 def run_pair(
@@ -64,7 +65,7 @@ def trace_pair(
     if between is not None:
         between()
     try:
-        return trace_program(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
+        return trace_program(replayed(model, guide_trace), args, kwargs), guide_trace
     except ValueError as error:
         _raise_known_fault(error, model, guide, args, kwargs)
         raise

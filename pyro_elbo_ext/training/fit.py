@@ -326,6 +326,8 @@ def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.T
             parameters = parameters_of_programs(
                 lambda: values.append(float(evaluate(model, guide, *call[0], **call[1])))
             )
+            if not isinstance(objective, Objective):  # a loss of Pyro's does not look at the indices of plates
+                trace_pair(model, guide, *call)
     finally:
         if isinstance(loss, Objective):
             loss.forget()
