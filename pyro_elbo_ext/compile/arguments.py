@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import SequenceKey, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from pyro_elbo_ext.compile.errors import CannotCompile
 
@@ -64,6 +65,21 @@ def take_apart(args: Args, kwargs: Kwargs) -> Arguments:
         return tree_unflatten(filled, spec)
 
     return Arguments([leaf for leaf in leaves if isinstance(leaf, Tensor)], tuple(key), rebuild)
+
+
+def name_of(place: int, args: Args, kwargs: Kwargs, program: Callable[..., Any]) -> str:
+    """What to call the tensor at a place in :class:`Arguments`: where it stands, and the program's name for it."""
+    paths = [path for path, leaf in tree_flatten_with_path((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    (_, first, *rest) = paths[place]
+    inner = keystr(tuple(rest))
+    if paths[place][0] == SequenceKey(1):
+        return f"argument {first.key!r}{inner}"  # type: ignore[attr-defined]
+    position = first.idx  # type: ignore[attr-defined]
+    try:
+        name = list(inspect.signature(program).bind_partial(*args).arguments)[position]
+    except (TypeError, ValueError, IndexError):  # not known, or *args
+        return f"argument {position}{inner}"
+    return f"argument {position} ('{name}'){inner}"
 
 
 def _as_positional(tensors: list[Tensor]) -> tuple[Args, Kwargs]:

@@ -12,13 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.compile.kernel_calls import LINEAR_ALGEBRA, Calls, NotNative, record
+from pyro_elbo_ext.compile.layouts import SOURCE as LAYOUTS
+from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c
 from pyro_elbo_ext.objective import Weight
 from pyro_elbo_ext.record import VALUES
 
 _SOURCE = """
-extern "C" long steps(long count, char** at, void** kernel, const long* seeds, const double* weights,
+static const long places[][3] = {{{places}}};  // of inputs: where their addresses are asked for, which, how far into it
+
+extern "C" long steps(const Layouts* inputs, long count, char** at, void** kernel, const long* seeds, const double* weights,
                       double* losses, double* tables, long* done)
 {{
+    const long changed = first_changed(inputs);
+    if (changed >= 0) return 2 + changed;
+    for (long i = 0; i < {num_places}; i++) at[places[i][0]] = inputs->addresses[places[i][1]] + places[i][2];
     long i = 0;
     try {{
         for (; i < count; i++) {{
@@ -59,9 +66,10 @@ class NativeSteps:
         One step, as :func:`~pyro_elbo_ext.compile.step_graph.build_steps` makes it, compiled by Inductor.
     inputs
         What it is called with.
-    good
-        Which of the inputs says whether all losses were finite; the next one is the weight of ``kl_prior``, or the weights
-        of sites.
+    fixed
+        Which of them are these tensors at every call; the last is the weight of ``kl_prior``, or the weights of sites, and
+        the one before says whether all losses were finite. The others are ``live``: they may be other tensors of the same
+        shape, strides and dtype.
     written
         Which of them the step may write to.
 
@@ -72,8 +80,11 @@ class NativeSteps:
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], inputs: Sequence[Tensor], good: int, written: Sequence[int]
+        self, compiled: Callable[..., Any], inputs: Sequence[Tensor], fixed: slice, written: Sequence[int]
     ) -> None:
+        if not comparable_in_c():
+            raise NotNative("this version of torch does not let C look at tensors")
+        good = fixed.stop - 2
         calls = record(compiled, inputs)
         loss, table = calls.results
         if not all(of.dtype == torch.float64 and of.is_contiguous() for of in calls.results):
@@ -86,17 +97,18 @@ class NativeSteps:
         self._all_weights = slice(None) if self._of_weights else 0
         self._num_seeds = sum(seeds.numel() for _, _, seeds in calls.seeds)
         self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
-        self._addresses = [tensor.data_ptr() for tensor in inputs]
-        self._described = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs]
+        # the order of Layouts: first the live ones
+        order = [*range(fixed.start), *range(fixed.stop, len(inputs)), *range(fixed.start, fixed.stop)]
+        live, kept = [*inputs[: fixed.start], *inputs[fixed.stop :]], inputs[fixed]
+        self._layouts = Layouts(live, kept, in_c=True)
         self._places: list[tuple[int, int, int]] = []  # of addresses in inputs: their slot, the input, how far into it
-        spans = [(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in inputs]
         slots: dict[int, int] = {}
 
         def at(tensor: Tensor) -> str:
             address = tensor.data_ptr()
             if address not in slots:
                 slots[address] = len(slots)
-                self._find_input(address, slots[address], spans, calls)
+                self._find_input(address, slots[address], [inputs[i] for i in order], calls)
             return f"at[{slots[address]}]"
 
         seeds, start = [], 0
@@ -114,14 +126,17 @@ class NativeSteps:
             loss=value,
             table=row,
             width=self._width,
+            places=", ".join(f"{{{slot}, {which}, {offset}}}" for slot, which, offset in self._places) or "{0, 0, 0}",
+            num_places=len(self._places),
         )
         from torch._inductor.codecache import CppCodeCache  # slow to import
 
-        library = CppCodeCache.load(LINEAR_ALGEBRA + source)  # on disk, by a hash of the source, which holds no address
+        # on disk, by a hash of the source, which holds no address
+        library = CppCodeCache.load(LINEAR_ALGEBRA + LAYOUTS + source)
         libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in calls.kernels]
         pointer = ctypes.c_void_p
         self._steps = library.steps
-        self._steps.restype, self._steps.argtypes = ctypes.c_long, [ctypes.c_long, *[pointer] * 7]
+        self._steps.restype, self._steps.argtypes = ctypes.c_long, [pointer, ctypes.c_long, *[pointer] * 7]
         self._at = (pointer * len(slots))(*slots)
         self._kernels = (pointer * len(libraries))(*[ctypes.cast(of.kernel, pointer).value for of in libraries])
         self._keep = calls, compiled, libraries
@@ -132,22 +147,22 @@ class NativeSteps:
         addresses = (drawn.data_ptr(), at_loss + 16, at_loss, at_loss + 8 * table_at, at_loss + 8)
         self._single = numbers, addresses, drawn
         self._weights, self._row = numbers[2:table_at], numbers[table_at:].reshape(-1, len(VALUES))
-        self._check(
-            compiled, inputs, [inputs[i] for i in written], max((_TOLERANCE[of] for of in calls.sums), default=0.0)
-        )
+        tolerance = max((_TOLERANCE[of] for of in calls.sums), default=0.0)
+        self._check(compiled, inputs, live, [inputs[i] for i in written], tolerance)
 
-    def _find_input(self, address: int, place: int, spans: list[tuple[int, int]], calls: Calls) -> None:
+    def _find_input(self, address: int, place: int, inputs: Sequence[Tensor], calls: Calls) -> None:
         buffers = [buffer.untyped_storage() for buffer in calls.buffers]
         if any(b.data_ptr() <= address < b.data_ptr() + max(b.nbytes(), 1) for b in buffers):
             return
-        found = [i for i, known in enumerate(self._addresses) if known == address]
-        found = found or [i for i, (start, size) in enumerate(spans) if start <= address < start + size]
+        found = [i for i, tensor in enumerate(inputs) if tensor.data_ptr() == address]
+        storages = [tensor.untyped_storage() for tensor in inputs]
+        found = found or [i for i, of in enumerate(storages) if of.data_ptr() <= address < of.data_ptr() + of.nbytes()]
         if len(found) > 1:
             raise NotNative("two of its inputs are in the same memory")
         if found:  # otherwise a constant of the graph, or a tensor without entries
-            self._places.append((place, found[0], address - self._addresses[found[0]]))
+            self._places.append((place, found[0], address - inputs[found[0]].data_ptr()))
 
-    def __call__(self, taken: Taken, weights: Tensor, inputs: Sequence[Tensor]) -> None:
+    def __call__(self, taken: Taken, weights: Tensor, live: Sequence[Tensor]) -> None:
         """Take as many steps as there are weights; if the graph guards, only up to the first whose loss is not finite.
 
         Parameters
@@ -156,46 +171,47 @@ class NativeSteps:
             Takes the results, even if a step fails.
         weights
             Of ``kl_prior``, float64, shape ``(count,)``, or ``(count, sites)``; contiguous.
-        inputs
-            As at construction, with the same shapes and strides; those that hold ``good`` and the weight are written to.
+        live
+            The inputs that are not fixed.
+
+        Raises
+        ------
+        Changed
+            If one of the inputs has another shape, or the like, than at construction; then no step has been taken.
         """
         count = len(weights)
         taken.losses, taken.tables = weights.new_empty(count), weights.new_empty((count, self._width))
         # in one call the numbers that the steps would draw one after the other
         seeds = torch.randint(*self._bounds, (count, self._num_seeds))
         tensors = seeds, weights, taken.losses, taken.tables, taken.count
-        self._run(count, inputs, *map(Tensor.data_ptr, tensors))
+        self._run(count, live, *map(Tensor.data_ptr, tensors))
 
-    def once(self, weight: Weight, inputs: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
+    def once(self, weight: Weight, live: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites, 6)``, in memory that the next step writes to."""
         numbers, addresses, seeds = self._single
         self._weights[self._all_weights] = weight
         if self._num_seeds:
             torch.randint(*self._bounds, seeds.shape, out=seeds)
-        self._run(1, inputs, *addresses)
+        self._run(1, live, *addresses)
         return float(numbers[0]), self._row
 
-    def _run(self, count: int, inputs: Sequence[Tensor], *addresses: int) -> None:
-        current = list(map(Tensor.data_ptr, inputs))
-        if current != self._addresses:
-            for tensor, old, new, described in zip(inputs, self._addresses, current, self._described, strict=True):
-                if old != new and (tensor.shape, tensor.stride(), tensor.dtype) != described:  # C would read elsewhere
-                    raise RuntimeError(
-                        f"a tensor that model or guide reads had shape {tuple(described[0])} and dtype {described[2]} when "
-                        f"the step was compiled and has now {tuple(tensor.shape)} and {tensor.dtype}. Make a new "
-                        "CompiledSVI, or pass it as an argument."
-                    )
-            self._addresses = current
-            for place, index, offset in self._places:
-                self._at[place] = current[index] + offset
-        if self._steps(count, self._at, self._kernels, *addresses) != 0:
+    def _run(self, count: int, live: Sequence[Tensor], *addresses: int) -> None:
+        state = self._steps(self._layouts.refresh(live), count, self._at, self._kernels, *addresses)
+        if state == 1:
             raise RuntimeError(
                 "a compiled kernel failed; most likely an index is out of bounds. pyro.infer.SVI with validation on "
                 "shows where."
             )
+        if state > 1:
+            raise Changed(self._layouts.at(state - 2, live))
 
     def _check(
-        self, compiled: Callable[..., Any], inputs: Sequence[Tensor], written: Sequence[Tensor], tolerance: float
+        self,
+        compiled: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        live: Sequence[Tensor],
+        written: Sequence[Tensor],
+        tolerance: float,
     ) -> None:
         """Take one step by Python and one by C from the same state, compare, and undo both."""
         before = [tensor.clone() for tensor in written]
@@ -213,7 +229,7 @@ class NativeSteps:
 
         def by_c() -> Sequence[Tensor]:
             taken = Taken()
-            self(taken, weights, inputs)
+            self(taken, weights, live)
             return taken.results()
 
         with torch.no_grad():

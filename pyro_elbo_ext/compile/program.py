@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from pyro_elbo_ext.compile.capture import Evaluation, capture, written_inputs
 from pyro_elbo_ext.compile.compiler import failures_are_reasons
 from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.compile.kernel_calls import NotNative
+from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c, look_of
 from pyro_elbo_ext.compile.losses import TracedLoss
 from pyro_elbo_ext.compile.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
@@ -27,8 +29,12 @@ from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value,
 from pyro_elbo_ext.objective import Program as PyroProgram
 from pyro_elbo_ext.objective import Weight
 from pyro_elbo_ext.record import VALUES
+from pyro_elbo_ext.registration import modules_of
 
 logger = logging.getLogger(__name__)
+
+
+_IS_TRAINED = operator.attrgetter("requires_grad")
 
 
 class Settings(NamedTuple):
@@ -60,7 +66,7 @@ class Program:
         start = time.perf_counter()
         self.parameters = list(parameters)
         self.binding: Binding | None = None
-        self._settings = settings
+        self._settings, self._programs = settings, (model, guide)
         self._guards = loss.guards
         tensors = [p for _, p in parameters]
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -81,6 +87,12 @@ class Program:
         self._prefix: dict[int, tuple[list[Tensor], Tensor, list[Weight]]] = {}
         self._native: NativeSteps | NotNative | None = None
         self._written = [i - len(inputs) for i in written_inputs(self._capture.graph) if i >= len(inputs)]
+        self._tensors, self._watched = tensors, [*tensors, *self._capture.captured]
+        self._trained = list(map(_IS_TRAINED, self._watched))
+        self._looks = [look_of(tensor) for tensor in self._live(arguments.tensors)]
+        self._names = [name for name, _ in parameters if name is not None]
+        self._named = [p for name, p in parameters if name is not None]
+        self._layouts: dict[int | str, Layouts] = {}
 
     @property
     def is_compiled(self) -> bool:
@@ -92,21 +104,57 @@ class Program:
         """Whether a step writes to other tensors than parameters and the optimizer's state, as batch normalization does."""
         return bool(self._written)
 
+    def fits(self) -> bool:
+        """Whether all is as it was when the program was traced, but for the tensors' shapes; asked at each step."""
+        return self.has_same_parameters() and list(map(_IS_TRAINED, self._watched)) == self._trained
+
     def has_same_parameters(self) -> bool:
         """Whether the param store holds the tensors that it held when the program was traced."""
-        store = pyro.get_param_store()._params
-        return all(name is None or store.get(name) is p for name, p in self.parameters)
+        stored = map(pyro.get_param_store()._params.get, self._names)
+        return all(map(operator.is_, stored, self._named))
+
+    def has_same_looks(self, arguments: Sequence[Tensor]) -> bool:
+        """Whether what it reads still has the shapes, and so on, that it was traced with."""
+        return [look_of(tensor) for tensor in self._live(arguments)] == self._looks
+
+    def name_of(self, tensor: Tensor) -> str:
+        """What to call a tensor that is not an argument."""
+        for name, p in self.parameters:
+            if p is tensor:
+                return f"the parameter {name!r}"
+        return _name_of_captured(tensor, self._programs)
+
+    def _live(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs that may be other tensors at another call, or look otherwise."""
+        return [*self._tensors, *arguments, *self._capture.captured]
+
+    def _check(self, key: int | str, arguments: Sequence[Tensor]) -> None:
+        """Raise Changed if an input of a graph does not look as it did."""
+        live = self._live(arguments)
+        layouts = self._layouts.get(key)
+        if layouts is not None:
+            layouts.check(live)
+            return
+        for tensor, look in zip(live, self._looks, strict=True):  # not compiled yet: what it was traced with counts
+            if look_of(tensor) != look:
+                raise Changed(tensor)
 
     def bind(self, binding: Binding) -> None:
-        """Take parameters and state from there."""
+        """Take parameters and state from there; graphs of steps with other updates are dropped."""
+        self._forget_steps()
         self.binding = binding
-        self._prefix.clear()
-        self._native = None
+
+    def unbind(self) -> None:
+        """Look for the optimizers' state anew at the next step."""
+        self._forget_steps()
+        self.binding = None
 
     def native(self, arguments: Sequence[Tensor]) -> NativeSteps | None:
         """The step as a C function, which repeats it without Python; None where that is not possible."""
         if self._native is None:
-            inputs = self._inputs_of_one(arguments)
+            prefix = self._prefix.get(1) or self._prepare(1, [self._weight.tolist()])
+            self._check(1, arguments)
+            inputs = [*prefix[0], *arguments, *self._capture.captured]
             compiled = self._compiled_steps(1, inputs)
             start = time.perf_counter()
             with handlers_are_heard():
@@ -123,7 +171,7 @@ class Program:
             last = len(self.binding.tensors()) - 1  # of what a step always writes to: ``good``
             first = len(inputs) - len(self._capture.captured)
             written = [*range(last + 1), *[first + i for i in self._written]]
-            return NativeSteps(compiled, inputs, last, written)
+            return NativeSteps(compiled, inputs, slice(len(self._tensors), last + 2), written)
         except NotNative as reason:
             logger.info("the step is called from Python each time: %s", reason)
             return reason
@@ -134,6 +182,7 @@ class Program:
     def take(self, steps: int, kl_weights: list[Weight], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Run the graph of ``steps`` steps: losses, shape ``(steps,)``, and tables, shape ``(steps, sites * 6)``."""
         inputs, weights, known = self._prefix.get(steps) or self._prepare(steps, kl_weights)
+        self._check(steps, arguments)
         if kl_weights != known:
             weights.copy_(torch.tensor(kl_weights, dtype=torch.float64))
             known[:] = kl_weights
@@ -148,19 +197,15 @@ class Program:
 
     def repeat(self, native: NativeSteps, taken: Taken, kl_weights: list[Weight], arguments: Sequence[Tensor]) -> None:
         """Take as many steps as there are weights; less if the loss is not finite."""
-        native(taken, torch.tensor(kl_weights, dtype=torch.float64), self._inputs_of_one(arguments))
+        native(taken, torch.tensor(kl_weights, dtype=torch.float64), self._live(arguments))
 
     def take_one(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites, 6)``, which the next step may overwrite."""
         native = self.native(arguments)
         if native is not None:
-            return native.once(kl_weight, self._inputs_of_one(arguments))
+            return native.once(kl_weight, self._live(arguments))
         losses, tables = self.take(1, [kl_weight], arguments)
         return losses.item(), tables[0].cpu().numpy().reshape(len(self.sites), len(VALUES))
-
-    def _inputs_of_one(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        prefix = self._prefix.get(1) or self._prepare(1, [self._weight.tolist()])
-        return [*prefix[0], *arguments, *self._capture.captured]
 
     def _prepare(self, steps: int, kl_weights: list[Weight]) -> tuple[list[Tensor], Tensor, list[Weight]]:
         assert self.binding is not None
@@ -178,7 +223,7 @@ class Program:
 
     def value(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> Tensor:
         """The loss alone."""
-        inputs = self._evaluated(kl_weight, arguments)
+        inputs = self._evaluated("value", kl_weight, arguments)
         function = self._compiled.get("value")
         if function is None:
             function = self._compile("value", build_value(self._capture), inputs, "the loss")
@@ -187,7 +232,7 @@ class Program:
 
     def gradients(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """The loss, the table, and each parameter's gradient."""
-        inputs = self._evaluated(kl_weight, arguments)
+        inputs = self._evaluated("gradients", kl_weight, arguments)
         function = self._compiled.get("gradients")
         if function is None:
             function = self._compile("gradients", self._capture.graph, inputs, "the gradient")
@@ -196,7 +241,8 @@ class Program:
         remaining = iter(known)
         return loss, table, [next(remaining) if reached else None for reached in self.reached]
 
-    def _evaluated(self, kl_weight: Weight, arguments: Sequence[Tensor]) -> list[Tensor]:
+    def _evaluated(self, key: str, kl_weight: Weight, arguments: Sequence[Tensor]) -> list[Tensor]:
+        self._check(key, arguments)
         self._weight.copy_(torch.tensor(kl_weight, dtype=torch.float64))
         return [*[p for _, p in self.parameters], self._weight, *arguments, *self._capture.captured]
 
@@ -209,13 +255,25 @@ class Program:
         self.compile_time += seconds
         logger.info("compiled %s in %.1f s", what, seconds)
         self._compiled[key] = compiled
+        start_of_fixed = len(self._tensors)
+        end_of_fixed = len(self._prefix[key][0]) if isinstance(key, int) else start_of_fixed + 1
+        live, fixed = [*inputs[:start_of_fixed], *inputs[end_of_fixed:]], inputs[start_of_fixed:end_of_fixed]
+        self._layouts[key] = Layouts(live, fixed, settings.backend == "inductor" and comparable_in_c())
         return compiled
 
-    def forget_steps(self) -> None:
-        """Drop the graphs of steps, whose optimizer has changed."""
+    def _forget_steps(self) -> None:
+        self._layouts = {key: layouts for key, layouts in self._layouts.items() if not isinstance(key, int)}
         self._compiled = {key: compiled for key, compiled in self._compiled.items() if not isinstance(key, int)}
         self._prefix.clear()
         self._native = None
+
+
+def _name_of_captured(tensor: Tensor, programs: tuple[PyroProgram, PyroProgram]) -> str:
+    for path, module in modules_of({"model and guide": programs}):
+        for name, buffer in module.named_buffers():
+            if buffer is tensor:
+                return f"the buffer {path}.{name}"
+    return "a tensor that model or guide read from outside"
 
 
 def _shape(loss: TracedLoss) -> tuple[int, ...]:

@@ -21,14 +21,16 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, take_apart
+from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, name_of, take_apart
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
 from pyro_elbo_ext.compile.compiler import import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
+from pyro_elbo_ext.compile.layouts import Changed, has_memory
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
+from pyro_elbo_ext.compile.programs import Programs
 from pyro_elbo_ext.compile.updates import Unsupported
 from pyro_elbo_ext.objective import Objective, Weight
 from pyro_elbo_ext.record import VALUES
@@ -140,7 +142,8 @@ class CompiledSVI(SVI):
         self.eager_reason: str | None = None
         self.optimizer_reason: str | None = None
         self._settings = Settings(backend, same_draws, dict(options or {}))
-        self._programs: dict[Key, Program | CannotCompile] = {}
+        self._programs = Programs()
+        self._closely = False  # whether the program of the next call must be found by a look at every tensor
         self._in_one_go = 64  # steps in one call of C, by the time that they take
         self._modules: list[nn.Module] | None = None
         self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
@@ -172,11 +175,14 @@ class CompiledSVI(SVI):
             return loss
         if not self._bind(program):
             return float(super().step(*args, **kwargs))
+        (kl_weight,) = self._kl_weights(0, 1)
         try:
             if self.optimizer_reason is not None:
                 return self._step_with_eager_optimizer(program, tensors)
-            (kl_weight,) = self._kl_weights(0, 1)
             value, table = program.take_one(kl_weight, tensors)
+        except Changed as changed:
+            self._look_again(program, changed, args, kwargs)
+            return self.step(*args, **kwargs)
         except CannotCompile as error:  # its graph, before anything has changed
             self._give_up(program, error)
             return float(super().step(*args, **kwargs))
@@ -196,6 +202,9 @@ class CompiledSVI(SVI):
             return loss
         try:
             value = float(program.value(self._kl_weights(0, 1)[0], tensors))
+        except Changed as changed:
+            self._look_again(program, changed, args, kwargs)
+            return self.evaluate_loss(*args, **kwargs)
         except CannotCompile as error:
             self._give_up(program, error)
             return float(super().evaluate_loss(*args, **kwargs))
@@ -248,6 +257,14 @@ class CompiledSVI(SVI):
         program = self._known(args, kwargs)
         if program is None or not self._bind(program) or self.optimizer_reason is not None:
             return None
+        try:
+            return self._many_of(program, num_steps, args, kwargs)
+        except Changed as changed:
+            self._look_again(program, changed, args, kwargs)
+            return None
+
+    def _many_of(self, program: Program, num_steps: int, args: Args, kwargs: Kwargs) -> Tensor | None:
+        """Losses of up to ``num_steps`` steps by the graphs of a program."""
         assert self._traced is not None
         if self._traced.one_by_one:
             steps = min(num_steps, _CALLS_PER_CHECK)
@@ -327,9 +344,9 @@ class CompiledSVI(SVI):
         """The program for these arguments; if there is none yet, Pyro takes the call, and then it is made."""
         last = self._last
         if last is not None and not kwargs and _same_objects(args, last[0]) and self._mode() == last[1]:
-            if last[2].has_same_parameters():
+            if last[2].fits():
                 return _Found(last[2], list(args), None)
-            self._forget()
+            self._last = None
         if self._traced is None:
             return _Found(None, [], float(pyro_call(*args, **kwargs)))
         try:
@@ -338,16 +355,19 @@ class CompiledSVI(SVI):
             self._refuse(error)
             return _Found(None, [], float(pyro_call(*args, **kwargs)))
         key = (*self._mode(), arguments.key)
-        found = self._programs.get(key)
+        found = self._made_for(key, arguments)
+        self._closely = False
         if isinstance(found, Program):
-            if found.has_same_parameters():
-                self._remember(args, kwargs, found)
-                return _Found(found, arguments.tensors, None)
-            self._forget()
-            found = None
+            self._remember(args, kwargs, found)
+            return _Found(found, arguments.tensors, None)
         found = found or self._none_compiles
         if found is not None and not self.fallback:
             raise found
+        for place, tensor in enumerate(arguments.tensors):
+            if not has_memory(tensor):
+                raise ValueError(_no_memory(tensor, name_of(place, args, kwargs, self.model)))
+        # none is of use after the param store was cleared, or a parameter replaced
+        self._programs.keep(Program.has_same_parameters)
         import_dynamo()  # the optimizers do, but not where torch cannot make its folder
         with poutine.trace(param_only=True) as called:
             loss = float(pyro_call(*args, **kwargs))
@@ -360,19 +380,39 @@ class CompiledSVI(SVI):
         if self._traced is None:
             return None
         try:
-            found = self._programs.get((*self._mode(), take_apart(args, kwargs).key))
+            arguments = take_apart(args, kwargs)
         except CannotCompile:  # the step that follows says so
             return None
-        return found if isinstance(found, Program) and found.has_same_parameters() else None
+        found = self._made_for((*self._mode(), arguments.key), arguments)
+        return found if isinstance(found, Program) else None
+
+    def _made_for(self, key: Key, arguments: Arguments) -> Program | CannotCompile | None:
+        if not self._closely:
+            return self._programs.find(key, Program.fits)
+        return self._programs.find(key, lambda of: of.fits() and of.has_same_looks(arguments.tensors))
+
+    def _look_again(self, program: Program, changed: Changed, args: Args, kwargs: Kwargs) -> None:
+        """Before the program of a call is looked for again: one of its tensors has changed since it was made.
+
+        Raises
+        ------
+        ValueError
+            If that tensor cannot be read at all.
+        """
+        self._last = None
+        tensors = take_apart(args, kwargs).tensors
+        if not has_memory(changed.tensor):
+            place = next((i for i, tensor in enumerate(tensors) if tensor is changed.tensor), None)
+            name = program.name_of(changed.tensor) if place is None else name_of(place, args, kwargs, self.model)
+            raise ValueError(_no_memory(changed.tensor, name))
+        if program.has_same_looks(tensors):  # then it is the optimizer's
+            program.unbind()
+        else:
+            self._closely = True
 
     def _is_compiled(self, args: Args, kwargs: Kwargs) -> bool:
         program = self._known(args, kwargs)
         return program is not None and program.is_compiled
-
-    def _forget(self) -> None:
-        """Begin anew: the param store was cleared or loaded, or a parameter replaced."""
-        self._programs.clear()
-        self._last = None
 
     def _make(self, key: Key, arguments: Arguments, called: poutine.Trace) -> None:
         assert self._traced is not None
@@ -382,11 +422,10 @@ class CompiledSVI(SVI):
             p = site["value"].unconstrained()
             parameters.setdefault(id(p), (store.param_name(p), p))
         try:
-            self._programs[key] = Program(
-                self.model, self.guide, self._traced, list(parameters.values()), arguments, self._settings
-            )
+            made = Program(self.model, self.guide, self._traced, list(parameters.values()), arguments, self._settings)
+            self._programs.add(key, made)
         except CannotCompile as error:
-            self._programs[key] = error
+            self._programs.add(key, error)
             self._refuse(error)
         if len(self._programs) > _MANY_PROGRAMS:
             logger.warning(
@@ -410,9 +449,7 @@ class CompiledSVI(SVI):
 
     def _give_up(self, program: Program, error: CannotCompile) -> None:
         """Leave the calls of a program, one of whose graphs cannot be compiled, to Pyro."""
-        for key, known in self._programs.items():
-            if known is program:
-                self._programs[key] = error
+        self._programs.replace(program, error)
         self._last = None
         self._refuse(error)
 
@@ -437,7 +474,6 @@ class CompiledSVI(SVI):
             binding = Binding(program.parameters, self.optim, program.reached)
             if binding.is_missing:
                 return False
-            program.forget_steps()
             program.bind(binding)
         except Unsupported as reason:
             self._leave_optimizer(str(reason))
@@ -492,6 +528,13 @@ class CompiledSVI(SVI):
         objective.num_steps += count
         if count < len(losses):
             self._record(program, float(losses[count]), rows[count], kl_weights[count])
+
+
+def _no_memory(tensor: Tensor, name: str) -> str:
+    return (
+        f"{name} has shape {tuple(tensor.shape)}, but its memory does not reach that far, as after "
+        "untyped_storage().resize_(). No step has been taken."
+    )
 
 
 def _same_objects(args: Args, others: Args) -> bool:
