@@ -23,6 +23,7 @@ from pyro_elbo_ext.objective import (
     Args,
     Evaluation,
     Kwargs,
+    NotFinite,
     Objective,
     Pair,
     Program,
@@ -149,7 +150,7 @@ def estimate_bound(
     infos = _infos(pair, read.signature, list(sites.values()), reason)
     if not math.isfinite(host):
         objective._raise_not_finite(infos, rows, traces)
-        raise ValueError(
+        raise NotFinite(
             f"{type(bound).__name__} is {host} at step {objective.num_steps}, though no site's mean is infinite. No "
             "parameter has been changed. Check the scales and the range of the log densities."
         )

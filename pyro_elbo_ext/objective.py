@@ -47,6 +47,10 @@ _PYROS = frozenset(PYROS)
 _PACKAGE = __name__.partition(".")[0] + "."
 
 
+class NotFinite(ValueError):
+    """A loss, or a term of it, is NaN or infinite: training may go on from an earlier state with smaller steps."""
+
+
 @dataclass(slots=True)
 class Pair:
     """What has been found out about one (model, guide)."""
@@ -265,7 +269,7 @@ class Objective(ELBO):
                 continue
             reasons = [cause(*pair, of_gradient=True) for pair in evaluation.traces]
             reason = next((found for found in reasons if found is not None), None)
-            raise ValueError(
+            raise NotFinite(
                 ("" if reason is None else f"{reason}\n")
                 + f"The gradient of parameter '{name}' is not finite at step {self.num_steps}, though the objective is. No "
                 "parameter has been changed. Look for a branch of torch.where or a masked element that is NaN or infinite."
@@ -368,7 +372,7 @@ class Objective(ELBO):
             listed = ", ".join(
                 f"{term} = {value}" for term, value in terms.items() if term not in absent and not math.isfinite(value)
             )
-            raise ValueError(
+            raise NotFinite(
                 ("" if reason is None else f"{reason}\n")
                 + f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. "
                 "Check the data and parameters that reach this site, and that its value lies in the support of its "

@@ -116,9 +116,9 @@ def test_resumed_run_equals_the_uninterrupted_one(two: list[dict[str, Any]]) -> 
 
 def test_an_error_in_one_process_is_raised_in_all(two: list[dict[str, Any]]) -> None:
     expected = {
-        "nan": "ValueError: process 1 of 2 at step 2: site 'y' (observed) has log_p = nan",
-        "nan, evaluated": "ValueError: process 1 of 2 at step 2: site 'y' (observed) has log_p = nan",
-        "nan, Pyro's loss": "ValueError: process 1 of 2 at step 0: site 'y' (observed) has log_p = nan",
+        "nan": "NotFinite: process 1 of 2 at step 2: observed site 'y' has NaN in 1 of 4 observations",
+        "nan, evaluated": "NotFinite: process 1 of 2 at step 2: observed site 'y' has NaN in 1 of 4 observations",
+        "nan, Pyro's loss": "NotFinite: process 1 of 2 at step 0: observed site 'y' has NaN in 1 of 4 observations",
         "in the model": "ValueError: process 1 of 2 at step 2: Shape mismatch inside plate('row') at site y",
         "size": "ValueError: plate 'row' has size 40, 41 in processes 0 to 1",
         "unscaled": "ValueError: site 'y' has other data in process 1 than in process 0, but its weight is 1",

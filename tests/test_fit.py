@@ -294,6 +294,161 @@ def test_divergence_goes_back() -> None:
     assert abs(pyro.param("loc").item()) < 5
 
 
+class Own(ValueError):
+    pass
+
+
+class Later(Callback):
+    """A model, data set or callback that makes a mistake after a while."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.calls, self.error = where, 0, Own(f"a mistake in the {where}")
+
+    def spoil(self, where: str, after: int = 30) -> None:
+        self.calls += where == self.where
+        if where == self.where and self.calls > after:
+            raise self.error
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        self.spoil("model")
+        line(x, y)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        for i in range(0, 40, 10):
+            self.spoil("data")
+            yield X[i : i + 10], Z[i : i + 10]
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.spoil("callback", 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "compiled"),
+    [
+        ("model", False),  # which a compiled step does not call
+        *[(where, compiled) for where in ("data", "callback") for compiled in (False, {"backend": "eager"})],
+    ],
+)
+def test_mistakes_come_through_as_they_were_raised(where: str, compiled: Any) -> None:
+    later = Later(where)
+    guide = fresh(line)
+    with pytest.raises(Own) as caught:
+        fit(
+            later.model,
+            guide,
+            batches=later,
+            dataset_size=40,
+            callbacks=[later] if where == "callback" else [],
+            log_every=10,
+            num_steps=200,
+            compiled=compiled,
+            progress=False,
+            seed=0,
+        )
+    assert str(later.error) in str(caught.value)  # Pyro makes another one of it, with the shapes of the model
+    assert later.calls <= 31 + 1
+
+
+def varying(x: Tensor, y: Tensor) -> None:
+    line(x, y)
+    if float(x[0]) > 0:
+        pyro.sample("more", dist.Normal(0.0, 1.0))
+
+
+def scaled(x: Tensor, y: Tensor) -> None:
+    mean = pyro.sample("a", dist.Normal(0.0, 1.0)) + pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 40, subsample_size=len(x)):
+        pyro.sample("y", dist.Normal(mean, (0.5 - x).clamp(min=0)), obs=y)
+
+
+def counted(x: Tensor, y: Tensor) -> None:
+    rate = (pyro.sample("a", dist.Normal(0.0, 1.0)) + pyro.sample("b", dist.Normal(0.0, 1.0))).exp()
+    with pyro.plate("data", 40, subsample_size=len(x)):
+        pyro.sample("y", dist.Poisson(rate), obs=(x < 0.5).to(x) - 0.5 * (x > 0.9))
+
+
+PYRO, GRAPH = False, {"backend": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message", "compiled"),
+    [
+        *[(line, {"loss": lambda: DecomposedELBO(kl_weight={"nope": 0.5})}, "nope", how) for how in (PYRO, GRAPH)],
+        *[(line, {"loss": lambda: DecomposedELBO(free_bits={"nope": 1.0})}, "nope", how) for how in (PYRO, GRAPH)],
+        *[(varying, {}, "'more'", how) for how in (PYRO, GRAPH)],
+        (scaled, {}, "Expected parameter scale", PYRO),  # a compiled step does not check values
+        (counted, {}, "Expected value argument", PYRO),
+    ],
+)
+def test_mistakes_are_not_taken_for_divergence(model: Any, options: Any, message: str, compiled: Any) -> None:
+    guide = fresh(line)
+    given = {name: make() for name, make in options.items()}
+    batches = [(X[i : i + 10], Z[i : i + 10]) for i in range(0, 40, 10)]
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(
+            model,
+            guide,
+            batches=batches,
+            dataset_size=40,
+            num_steps=200,
+            compiled=compiled,
+            progress=False,
+            seed=0,
+            **given,
+        )
+    assert "times" not in str(caught.value)
+    assert "learning rate" not in str(caught.value)
+
+
+def overflowing() -> None:
+    loc = pyro.param("loc", torch.tensor(1.0))
+    pyro.sample("z", dist.Normal(loc.exp() - loc.exp(), 1.0))
+
+
+def vanishing() -> None:
+    pyro.sample("z", dist.Normal(0.0, pyro.param("loc", torch.tensor(1.0)).exp()))
+
+
+def singular() -> None:
+    loc = pyro.param("loc", torch.tensor(1.0))
+    z = pyro.sample("z", dist.Normal(loc, 1.0))
+    torch.linalg.cholesky(torch.eye(2) * torch.where(loc.detach().abs() > 50, -1.0, 1.0) + 0 * z)
+
+
+@pytest.mark.parametrize("guide", [overflowing, vanishing, singular])
+@pytest.mark.parametrize("loss", [Trace_ELBO, DecomposedELBO])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_what_divergence_does_to_a_program_is_taken_back(guide: Any, loss: Any) -> None:
+    pyro.clear_param_store()
+    rates = {overflowing: 100.0, vanishing: -200.0, singular: 100.0}
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    class Jump(torch.optim.Optimizer):
+        """Goes to its learning rate at the tenth step, so that it can be told what happens."""
+
+        def __init__(self, parameters: Any, lr: float) -> None:
+            super().__init__(parameters, {"lr": lr, "steps": 0})
+
+        def step(self, closure: Any = None) -> None:
+            (group,) = self.param_groups
+            group["steps"] += 1
+            if group["steps"] == 10:
+                group["params"][0].data.add_(group["lr"])
+
+    optim = pyro.optim.PyroOptim(Jump, {"lr": rates[guide]})
+    result = fit(
+        model, guide, num_steps=40, optim=optim, loss=loss(), compiled=False, progress=False, seed=0, max_rollbacks=8
+    )
+    assert result.num_steps == 40
+    assert len(result.rollbacks) >= 1
+    assert abs(pyro.param("loc").item()) < 110
+
+
 @pytest.mark.parametrize("loss", [Trace_ELBO, DecomposedELBO])
 def test_bad_data_changes_nothing(loss: Callable[[], Any]) -> None:
     guide = fresh(schools)

@@ -32,7 +32,7 @@ from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.programs import Programs
 from pyro_elbo_ext.compile.updates import Unsupported
-from pyro_elbo_ext.objective import Objective, Weight
+from pyro_elbo_ext.objective import NotFinite, Objective, Weight
 from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import modules_of
 
@@ -511,7 +511,7 @@ class CompiledSVI(SVI):
             if program.binding is not None:
                 program.binding.good.fill_(True)
             objective._raise_not_finite(sites, [tuple(row) for row in table.tolist()])
-            raise ValueError(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
+            raise NotFinite(f"the loss is {loss} at step {objective.num_steps}. No parameter has been changed.")
         objective._record_step(sites, table, -loss if objective.maximized else loss, kl_weight)
 
     def _record_many(self, program: Program, losses: Tensor, tables: Tensor, kl_weights: list[Weight]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_elbo_ext.compile.binding import WholeOptimizer
-from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.objective import NotFinite, Objective
 from pyro_elbo_ext.registration import check_registered
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.joint_loss import JointLoss, Run
@@ -177,7 +177,7 @@ class DistributedSVI(SVI):
         name = self._parameters.name_of(reached[finite.index(False)])
         for p in reached:
             p.grad = torch.zeros_like(p)
-        raise ValueError(
+        raise NotFinite(
             f"the gradient of parameter '{name}' is not finite at step {self.steps}, though the loss is. No parameter has "
             "been changed. Look for a density at the edge of its support; if training has diverged, lower the learning rate."
         )

@@ -21,13 +21,14 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.objective import Evaluation, Objective
+from pyro_elbo_ext.objective import Evaluation, NotFinite, Objective
 from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import leaves_of
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.batch_shares import Report, Survey, check_reports, merge, weights_of
 from pyro_elbo_ext.training.random_streams import Purpose, RandomStreams
 from pyro_elbo_ext.training.replica import Replica
+from pyro_elbo_ext.training.safety import is_numerical
 
 _READY, _NEW, _FAILED = 0.0, 1.0, 2.0
 _HEAD = 3  # status, loss, objective
@@ -231,12 +232,12 @@ class JointLoss:
     ) -> None:
         """Name the site where one of Pyro's losses is not finite, from the same draws made again."""
         if isinstance(self.objective, Objective):
-            raise ValueError(f"the loss is {loss}")
+            raise NotFinite(f"the loss is {loss}")
         count, purpose = self._place(with_gradient)
         with self.streams.at(count, purpose), torch.no_grad():
             sampled = DecomposedELBO(self.objective.num_particles, kl="sampled", history=False)
             sampled.loss(self.model, self.guide, *args, **kwargs)
-        raise ValueError(f"the loss is {loss}, though every site's log density is finite")
+        raise NotFinite(f"the loss is {loss}, though every site's log density is finite")
 
     def _knows(self, run: Run) -> bool:
         """Whether the processes have agreed on runs like this one."""
@@ -280,10 +281,14 @@ class JointLoss:
         """Raise the error of the first process that has one."""
         if run.error is not None and not processes.is_distributed():
             raise run.error
-        own = None if run.error is None else (type(run.error).__name__, str(run.error))
+        own = None
+        if run.error is not None:
+            own = "NotFinite" if is_numerical(run.error) else type(run.error).__name__, str(run.error)
         errors = processes.gather_objects(own)
         first, (kind, message) = next((number, error) for number, error in enumerate(errors) if error is not None)
         head = f"process {first} of {len(errors)} at step {self.steps}: "
+        if kind == "NotFinite":
+            raise NotFinite(head + message) from run.error
         raise (
             ValueError(head + message) if kind == "ValueError" else RuntimeError(f"{head}{kind}: {message}")
         ) from run.error

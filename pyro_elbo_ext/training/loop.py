@@ -19,14 +19,14 @@ from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
-from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.objective import NotFinite, Objective
 from pyro_elbo_ext.training import checkpoints, processes
 from pyro_elbo_ext.training.batches import Batches, Call, Whole, named_arguments
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import Rollback, check_same_parameters
-from pyro_elbo_ext.training.safety import Watch, explain
+from pyro_elbo_ext.training.safety import Watch, explain, is_numerical
 from pyro_elbo_ext.training.state import (
     State,
     TrainingState,
@@ -115,7 +115,8 @@ class Loop:
         Raises
         ------
         ValueError
-            If a step is NaN, infinite or diverges again and again, naming the site where it is known.
+            If a step is NaN, infinite or diverges again and again, naming the site where it is known. Whatever else a
+            program, its data or a callback raises comes through at once.
         """
         began = time.monotonic()
         self.state.make_optimizers()
@@ -177,11 +178,15 @@ class Loop:
         until = self._next_look()
         while self.step < until:
             with self._whole():
+                call = self._call = self.data.next()
                 try:
-                    self._take(until - self.step)
+                    self._take(call, until - self.step)
                     if self.step == until:
                         self._check()
-                except (ValueError, torch.linalg.LinAlgError) as error:
+                except (ValueError, RuntimeError) as error:
+                    # with parameters that are not finite any operation may fail
+                    if not (is_numerical(error) or self.state.not_finite()):
+                        raise
                     self._roll_back(error)
                     return
                 if self.step == until:
@@ -221,9 +226,8 @@ class Loop:
 
     # Steps
 
-    def _take(self, most: int) -> None:
+    def _take(self, call: Call, most: int) -> None:
         """Take one step, or up to ``most`` compiled ones."""
-        call = self._call = self.data.next()
         args, kwargs = call
         svi = self.svi
         compiled = isinstance(svi, CompiledSVI) and svi.eager_reason is None
@@ -295,7 +299,7 @@ class Loop:
     # Safety
 
     def _check(self) -> None:
-        """Raise a ValueError if the steps since the last check have gone wrong."""
+        """Raise NotFinite if the steps since the last check have gone wrong."""
         losses, self._unchecked = self._unchecked, []
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -305,10 +309,10 @@ class Loop:
         self.state.adopt()
         names = self.state.not_finite()
         if names:
-            raise ValueError(f"parameter '{names[0]}' has become NaN or infinite by step {self.step}.")
+            raise NotFinite(f"parameter '{names[0]}' has become NaN or infinite by step {self.step}.")
         reason = self._watch.diverged(losses)
         if reason:
-            raise ValueError(f"{reason} by step {self.step}.")
+            raise NotFinite(f"{reason} by step {self.step}.")
         self._since_look += losses
 
     def _roll_back(self, error: Exception) -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.objective import Objective
+from pyro_elbo_ext.objective import NotFinite, Objective
 from pyro_elbo_ext.training.batches import Call
 from pyro_elbo_ext.training.state import State
 
 _FEWEST = 20  # losses before anything is said about their level
+_DEFINITE = (constraints.positive_definite, constraints.positive_semidefinite)
 _FACTOR = 100.0  # times the range of the losses so far, above the best level
 
 
@@ -62,12 +65,41 @@ class Watch:
         vars(self).update(state)
 
 
-def explain(model: Any, guide: Any, objective: Any, call: Call, loss: float, step: int) -> ValueError:
+def is_numerical(error: Exception) -> bool:
+    """Whether an error comes of numbers that a program has computed, not of the program or the data.
+
+    That is a loss or a term that is not finite, a matrix that is not positive definite, and a distribution that refuses a
+    value for being NaN or infinite, or because what was computed from the parameters has come down to zero.
+    """
+    if isinstance(error, NotFinite | torch.linalg.LinAlgError):
+        return True
+    first: BaseException = error
+    while first.__cause__ is not None:  # Pyro adds the site to it
+        first = first.__cause__
+    trace = first.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if not isinstance(first, ValueError) or trace is None:
+        return isinstance(first, torch.linalg.LinAlgError)
+    frame = trace.tb_frame
+    if frame.f_globals.get("__name__") != torch.distributions.distribution.__name__:
+        return False
+    value, constraint = frame.f_locals.get("value"), frame.f_locals.get("constraint")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if not bool(value.isfinite().all()):
+        return True
+    if not value.requires_grad:  # it is data, or a constant of the program
+        return False
+    return constraint in _DEFINITE or (bool((value >= 0).all()) and bool((value == 0).any()))
+
+
+def explain(model: Any, guide: Any, objective: Any, call: Call, loss: float, step: int) -> NotFinite:
     """An error for a loss that is not finite, naming the site where it can be found."""
     if not isinstance(objective, Objective):
         try:
             with torch.no_grad():
                 DecomposedELBO(history=False).loss(model, guide, *call[0], **call[1])
         except ValueError as error:
-            return ValueError(f"the loss is {loss} at step {step}: {error}")
-    return ValueError(f"the loss is {loss} at step {step}")
+            return NotFinite(f"the loss is {loss} at step {step}: {error}")
+    return NotFinite(f"the loss is {loss} at step {step}")
