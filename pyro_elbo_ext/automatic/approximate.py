@@ -148,7 +148,7 @@ def approximate(
         before, _ = look(check, gaussian, rng, count)
         flow, fit = bend(evaluate, gaussian, seed, fit.path, progress)
         weighted, gain, gain_se = look_through(check, gaussian, flow, rng, count)
-        distance, khat_before = distance_of(check, weighted), before.khat
+        telling, distance, khat_before = weighted, distance_of(check, weighted), before.khat
         guide = FlowGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.factor), flow)
         notes.append(
             f"the flow's ELBO is {gain:.3g} ± {gain_se:.1g} nats above the Gaussian's; k-hat was {khat_before:.2f} and is "
@@ -157,9 +157,11 @@ def approximate(
     else:
         gaussian, distance = fit.gaussian, np.nan
         if fit.converged:
-            gaussian, weighted, distance, notes = match_moments(check, gaussian, rng, count)
+            matched = match_moments(check, gaussian, rng, count)
+            gaussian, weighted, telling, distance = matched.gaussian, matched.own, matched.many, matched.distance
+            notes += [matched.note] if matched.note else []
         else:
-            weighted, _ = look(check, gaussian, rng, count)
+            weighted, telling = look(check, gaussian, rng, count)
         if diagonal:
             guide = DiagonalGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.sd))
         else:
@@ -189,25 +191,43 @@ def approximate(
         distance=distance,
         path=fit.path,
         notes=notes,
-        next_guide=_advice(made, weighted, distance, bool(rivals)),
+        next_guide=_advice(made, fit.converged, weighted, telling, distance, bool(rivals)),
         gain=gain,
         gain_se=gain_se,
         khat_before=khat_before,
     )
 
 
-def _advice(family: str, weighted: Weighted, distance: float, rivals: bool) -> str:
-    """What to try where a family is not enough."""
+def _advice(
+    family: str, converged: bool, own: Weighted, telling: Weighted, distance: float, rivals: bool
+) -> str:
+    """What to try where a family is not enough, by its own draws and those whose weights tell the distance, if any do.
+
+    Weights of too heavy a tail are an answer too: the guide is so far off that they cannot tell how far. A wider guide's
+    weights are the better ones, so that where even they are bad the guide's own are, whatever their k-hat is estimated at.
+    """
     reasons = []
     if rivals:
         reasons.append("there are other modes")
     if distance > GOOD:
         reasons.append(f"a mean or log sd is {distance:.2f} off, by importance weights")
-    elif np.isnan(distance) and not weighted.good:
-        reasons.append(f"k-hat {weighted.khat:.2f} is not below {khat_threshold(weighted.num_draws):.2f}")
-    if not reasons and np.isnan(distance):
-        return f"Whether a {family} guide is enough importance weights cannot tell; diagnose can."
-    if not reasons:
-        return ""
-    more = {"diagonal": "guide='gaussian'", "gaussian": "result.refine() (a flow), or run_nuts", "flow": "run_nuts"}
-    return f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more[family]}."
+    elif np.isnan(distance) and not own.good:
+        reasons.append(f"k-hat {own.khat:.2f} is not below {khat_threshold(own.num_draws):.2f}")
+    elif np.isnan(distance) and not telling.good:
+        limit = khat_threshold(telling.num_draws)
+        reasons.append(f"k-hat of draws spread wider, {telling.khat:.2f}, is not below {limit:.2f}")
+    if not converged:  # so that it does not tell what the family can do
+        reasons.insert(0, "it has not converged")
+        return (
+            f"The {family} guide is not to be relied on: {' and '.join(reasons)}. "
+            "Try another seed, a larger max_gradients, or run_nuts."
+        )
+    if reasons:
+        more = {"diagonal": "guide='gaussian'", "gaussian": "result.refine() (a flow), or run_nuts", "flow": "run_nuts"}
+        return f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more[family]}."
+    if np.isnan(distance):
+        return (
+            f"Whether a {family} guide is enough importance weights cannot tell, since the log density is not finite at "
+            f"{telling.outside} of {telling.num_draws} draws; diagnose can."
+        )
+    return ""

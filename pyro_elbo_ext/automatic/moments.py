@@ -60,6 +60,12 @@ class Weighted:
         return self.khat < khat_threshold(self.num_draws) or self.ess > EVEN * self.num_draws
 
     @property
+    def near_threshold(self) -> bool:
+        """Whether k-hat is within two of its standard errors of the threshold: other draws could fall on the other side."""
+        tail = min(self.num_draws / 5, 3 * self.num_draws**0.5)  # the largest weights, from which it is estimated
+        return abs(self.khat - khat_threshold(self.num_draws)) < 2 * (1 + self.khat) / tail**0.5
+
+    @property
     def reliable(self) -> bool:
         """Whether they tell the posterior's moments."""
         return self.good and not self.outside
@@ -123,9 +129,30 @@ def weigh(draws: Array, values: Array, log_proposal: Array, log_own: Array, floa
     )
 
 
-def match_moments(
-    evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int
-) -> tuple[Gaussian, Weighted, float, list[str]]:
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What `match_moments` has found.
+
+    Attributes
+    ----------
+    gaussian : Gaussian
+        The one given, or that near it with the posterior's means and sds.
+    own, many : Weighted
+        Draws of it alone, and those with as many of a wider one: of the last look at it, which had the most draws.
+    distance : float
+        Largest difference in a mean, in sds, or in a log sd from the posterior; NaN where the weights cannot tell.
+    note : str
+        What was moved, and what it cost; empty if nothing was.
+    """
+
+    gaussian: Gaussian
+    own: Weighted
+    many: Weighted
+    distance: float
+    note: str = ""
+
+
+def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int) -> Matched:
     """The Gaussian near that of greatest ELBO whose sites have the means and sds of the weighted draws.
 
     The greatest ELBO has too small sds where the posterior has heavier tails than a Gaussian, and a shift where it is skew.
@@ -143,53 +170,50 @@ def match_moments(
     count
         Number of draws with which to see whether it is worth it.
 
-    Returns
-    -------
-    tuple
-        The chosen Gaussian, its own weighted draws, its estimated distance from the posterior, which is the largest
-        difference in a mean, in sds, or in a log sd (NaN where the weights cannot tell), and a note if it is another.
-
     References
     ----------
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
-    weighted, many = look(evaluate, gaussian, rng, count)
-    before = distance_of(evaluate, many)
-    if before < WORTH:
-        return gaussian, weighted, before, []
+    own, many = look(evaluate, gaussian, rng, count)
+    distance = distance_of(evaluate, many)
+    if distance < WORTH:
+        return Matched(gaussian, own, many, distance)
     for draws in MATCH_DRAWS:
-        _, many = look(evaluate, gaussian, rng, draws)
-        if not many.reliable:
-            return gaussian, weighted, before, []
-        if many.ess > ENOUGH_EFFECTIVE:
+        closer = look(evaluate, gaussian, rng, draws)
+        if closer[1].outside:  # so rare that the first look saw none
             break
+        own, many = closer
+        if not many.near_threshold and (many.ess > ENOUGH_EFFECTIVE or not many.good):
+            break
+    if not many.reliable:  # whatever fewer draws said
+        return Matched(gaussian, own, many, np.nan)
     sites = _constrained(evaluate, many.draws)
-    before = _off(sites, many)
+    distance = _off(sites, many)
     if many.ess < LEAST_EFFECTIVE:
-        return gaussian, weighted, before, []
+        return Matched(gaussian, own, many, distance)
     varying = _varies(sites)
 
     def scalars(draws: Array) -> Array:
         return _constrained(evaluate, draws)[:, varying]
 
     # what the weights say of the differences, on draws that share their noise, on top of what the Gaussian's own moments are
-    seen, own = (Moments.of(sites[:, varying], weights[: len(sites)]) for weights in (many.weights, many.own))
+    seen, drawn = (Moments.of(sites[:, varying], weights[: len(sites)]) for weights in (many.weights, many.own))
     even = standard_draws(rng, OWN_DRAWS, evaluate.dim, gaussian.diagonal)
     equal = np.full(len(even), 1 / len(even))
     exact = Moments.of(scalars(gaussian.at(even)), equal)
-    target = Moments(exact.mean + seen.mean - own.mean, exact.sd * seen.sd / own.sd)
+    target = Moments(exact.mean + seen.mean - drawn.mean, exact.sd * seen.sd / drawn.sd)
     best, least = move_to_moments(gaussian, even, equal, scalars, target)
-    if not least < before - WORTH / 2:
-        return gaussian, weighted, before, []
-    of_best, _ = look(evaluate, best, rng, count)
-    if of_best.outside:
-        return gaussian, weighted, before, []
+    if not least < distance - WORTH / 2:
+        return Matched(gaussian, own, many, distance)
+    own_of_best, many_of_best = look(evaluate, best, rng, count)
+    if own_of_best.outside:
+        return Matched(gaussian, own, many, distance)
     note = (
         f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, "
-        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; that lowers "
-        f"the ELBO by {weighted.elbo - of_best.elbo:.2g} ± {np.hypot(weighted.elbo_se, of_best.elbo_se):.1g} nats"
+        f"{many.num_draws} draws): the worst mean or log sd of a site was {distance:.2f} off and is {least:.2f}; that lowers "
+        f"the ELBO by {own.elbo - own_of_best.elbo:.2g} ± {np.hypot(own.elbo_se, own_of_best.elbo_se):.1g} nats"
     )
-    return best, of_best, least, [note]
+    return Matched(best, own_of_best, many_of_best, least, note)
 
 
 def distance_of(evaluate: Evaluations, weighted: Weighted) -> float:
