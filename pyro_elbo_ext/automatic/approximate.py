@@ -198,9 +198,7 @@ def approximate(
     )
 
 
-def _advice(
-    family: str, converged: bool, own: Weighted, telling: Weighted, distance: float, rivals: bool
-) -> str:
+def _advice(family: str, converged: bool, own: Weighted, telling: Weighted, distance: float, rivals: bool) -> str:
     """What to try where a family is not enough, by its own draws and those whose weights tell the distance, if any do.
 
     Weights of too heavy a tail are an answer too: the guide is so far off that they cannot tell how far. A wider guide's

@@ -210,8 +210,8 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
         return Matched(gaussian, own, many, distance)
     note = (
         f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, "
-        f"{many.num_draws} draws): the worst mean or log sd of a site was {distance:.2f} off and is {least:.2f}; that lowers "
-        f"the ELBO by {own.elbo - own_of_best.elbo:.2g} ± {np.hypot(own.elbo_se, own_of_best.elbo_se):.1g} nats"
+        f"{many.num_draws} draws): the worst mean or log sd of a site was {distance:.2f} off and is {least:.2f}; that "
+        f"lowers the ELBO by {own.elbo - own_of_best.elbo:.2g} ± {np.hypot(own.elbo_se, own_of_best.elbo_se):.1g} nats"
     )
     return Matched(best, own_of_best, many_of_best, least, note)
 
