@@ -193,4 +193,6 @@ class Columns:
         for name, filled in self._filled.items():
             if filled != self.size:
                 raise ValueError(f"site '{name}' is not in every draw: a model whose sites vary has no array of draws")
-        return {name: array.reshape(chains, -1, *array.shape[1:]) for name, array in self.arrays.items()}
+        return {
+            name: array.reshape(chains, len(array) // chains, *array.shape[1:]) for name, array in self.arrays.items()
+        }

@@ -228,7 +228,7 @@ def _along_paths(weights: Weights, coefficient: Tensor) -> Tensor:
             continue
         product = path.draw * slope
         if path.particle is None:
-            batched = batched + product.reshape(count, -1).sum(1)
+            batched = batched + product.reshape(count, product[0].numel()).sum(1)
         else:
             looped[path.particle].append(product.sum())
     if not any(looped):

@@ -285,22 +285,28 @@ class Objective(ELBO):
         for _ in range(repeats):
             yield self._get_trace(model, guide, args, kwargs)
 
-    def _guess_max_plate_nesting(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
-        """Pyro's guess, from one run of the pair; but nothing is stored and the random state is left as it was."""
-        stored = self.max_plate_nesting
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        try:
-            with torch.random.fork_rng(devices=devices):
-                super()._guess_max_plate_nesting(model, guide, args, kwargs)
-            return int(self.max_plate_nesting)
-        finally:
-            self.max_plate_nesting = stored
+    def _guess_max_plate_nesting(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> None:
+        """Pyro's hook, for callers outside: guess from one run of the pair, and store the guess, as Pyro's does."""
+        super()._guess_max_plate_nesting(model, guide, args, kwargs)
+        if self.vectorize_particles == "vmap" and self.num_particles > 1:
+            self.max_plate_nesting -= 1  # Pyro has counted a particle plate, and there is none
 
     # What the objectives share
 
     def _transfer(self, scalars: Tensor, read: Read) -> Totals:
         """Bring all scalars of a step to the host and read them: the one point that waits for the device."""
         return read(scalars.tolist()) if self._traced is None else self._traced.transfer(scalars, read)
+
+    def _guess_in_private(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
+        """The same guess; but nothing is stored, and the random state is left as it was."""
+        stored = self.max_plate_nesting
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+            return int(self.max_plate_nesting)
+        finally:
+            self.max_plate_nesting = stored
 
     def _particle_dim(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int | None:
         """Dim of Pyro's particle plate; None if the particles are not in one."""
@@ -310,7 +316,7 @@ class Objective(ELBO):
         if math.isinf(nesting):
             pair = self._pairs(model, guide)
             if pair.max_plate_nesting is None:
-                pair.max_plate_nesting = self._guess_max_plate_nesting(model, guide, args, kwargs)
+                pair.max_plate_nesting = self._guess_in_private(model, guide, args, kwargs)
             nesting = pair.max_plate_nesting
         return -int(nesting)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import math
 import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.forecast import forecaster
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.elbo import ELBOModule
@@ -22,7 +25,14 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_elbo_ext import DecomposedELBO, History
+from pyro_elbo_ext import (
+    ChiUpperBound,
+    DecomposedELBO,
+    History,
+    ImportanceWeightedELBO,
+    RenyiELBO,
+    ThermodynamicELBO,
+)
 from pyro_elbo_ext.per_pair import PerPair
 
 
@@ -187,6 +197,45 @@ def test_guessed_nesting_does_not_stick() -> None:
     pyro.set_rng_seed(1)
     Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=2).loss(deep_model, deep_guide)
     assert torch.rand(()) == after
+
+
+@pytest.mark.parametrize("kind", [DecomposedELBO, ImportanceWeightedELBO, RenyiELBO, ChiUpperBound, ThermodynamicELBO])
+@pytest.mark.parametrize(("vectorize", "expected"), [(False, 2), (True, 3), ("vmap", 2)])
+def test_guess_that_a_caller_asks_for_is_stored(kind: Any, vectorize: Any, expected: int) -> None:
+    """As Pyro's is: with one more than the plates if the particles have a plate."""
+    elbo = kind(num_particles=2, vectorize_particles=vectorize)
+    elbo._guess_max_plate_nesting(deep_model, deep_guide, (), {})
+    assert elbo.max_plate_nesting == expected
+    if vectorize != "vmap":
+        of_pyro = Trace_ELBO(num_particles=2, vectorize_particles=vectorize)
+        of_pyro._guess_max_plate_nesting(deep_model, deep_guide, (), {})
+        assert of_pyro.max_plate_nesting == expected
+    assert math.isfinite(elbo.loss_and_grads(deep_model, deep_guide))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_particles": 2}, {"warm_start": True}, {"dct_gradients": True}], ids=str)
+def test_forecaster(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pyro's Forecaster asks for the guess and reads it; under the same seed the losses are those with Pyro's ELBO."""
+
+    class Trend(forecaster.ForecastingModel):  # type: ignore[misc]
+        def model(self, zero_data: torch.Tensor, covariates: torch.Tensor) -> None:
+            weight = pyro.sample("weight", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+            self.predict(dist.Normal(0.0, torch.ones(1)), weight.unsqueeze(-2) * covariates)
+
+    time = torch.linspace(0.0, 1.0, 8).unsqueeze(-1)
+
+    def losses(elbo: Any) -> list[float]:
+        monkeypatch.setattr(forecaster, "Trace_ELBO", elbo)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        trained = forecaster.Forecaster(Trend(), time[:6] ** 2, time[:6], num_steps=3, log_every=0, **options)
+        assert trained.max_plate_nesting == 1
+        assert len(trained(time[:6] ** 2, time, num_samples=2)) == 2
+        return list(trained.losses)
+
+    expected = losses(Trace_ELBO)
+    assert losses(partial(DecomposedELBO, kl="sampled")) == pytest.approx(expected, rel=1e-6)
+    assert all(map(math.isfinite, losses(DecomposedELBO)))
 
 
 def test_elbo_module_trains_with_local_parameters() -> None:

@@ -74,5 +74,5 @@ class Evaluations:
         sites: dict[str, Array] = {}
         for name, place in density.layout.items():
             transform = biject_to(density.program.sites[name]["fn"].support)
-            sites[name] = transform(u[:, place.start : place.stop].reshape(-1, *place.shape)).numpy()
+            sites[name] = transform(u[:, place.start : place.stop].reshape(len(u), *place.shape)).numpy()
         return sites

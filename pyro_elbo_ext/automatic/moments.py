@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -228,7 +229,9 @@ def _constrained(evaluate: Evaluations, draws: Array) -> Array:
     """All entries of all sites at the first of the draws, as many as fit, shape (T, entries)."""
     count = max(1, min(len(draws), MOST_ENTRIES // max(1, evaluate.density.num_entries)))
     sites = evaluate.constrain(draws[:count])
-    return np.concatenate([np.asarray(site, float).reshape(count, -1) for site in sites.values()], 1)
+    return np.concatenate(
+        [np.asarray(site, float).reshape(count, math.prod(site.shape[1:])) for site in sites.values()], 1
+    )
 
 
 def _off(sites: Array, weighted: Weighted) -> float:

@@ -181,7 +181,7 @@ def _draws(job: Job, found: Any, model: Any, args: list[Any], kwargs: dict[str, 
         posterior, draws = dataset_of(found), {}
         for name in posterior.data_vars:
             array = posterior[name].transpose("chain", "draw", ...).values
-            draws[str(name)] = array.reshape(-1, *array.shape[2:])
+            draws[str(name)] = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
     missing = [name for name in job.shapes if name not in draws]
     if missing:
         raise ValueError(

@@ -6,6 +6,7 @@ errors, by the influence of every draw on them (Hampel 1974).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def scalars_of(values: Mapping[str, Any], nodes: Mapping[str, Any], leading: int
         sample = [f"sample_{i}" for i in range(leading)]
         key = site.replace("/", ".")
         one = labels.dataset({site: array[(slice(0, 1),) * leading]}, nodes, sample)[key]
-        flat = array.reshape(*array.shape[:leading], -1).astype(np.float64)
+        flat = array.reshape(*array.shape[:leading], math.prod(array.shape[leading:])).astype(np.float64)
         names += [scalar_label(key, one, index) for index in np.ndindex(array.shape[leading:])]
         sites += [site] * flat.shape[-1]
         columns.append(flat)

@@ -140,7 +140,7 @@ def _by_nuts(
     values = {str(name): variable.transpose("chain", "draw", ...).values for name, variable in data.data_vars.items()}
     worst, which = 0.0, ""
     for name, array in values.items():
-        flat = array.reshape(*array.shape[:2], -1)
+        flat = array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
         rhat = float(np.nanmax(split_rhat(flat), initial=0.0))
         if rhat > worst:
             worst, which = rhat, name

@@ -181,7 +181,8 @@ class _Path:
         parts = []
         for site in self.sites:
             value = values[site.name]
-            parts.append(site.transform.inv(value.reshape(len(value), *site.value_shape)).reshape(len(value), -1))
+            u = site.transform.inv(value.reshape(len(value), *site.value_shape))
+            parts.append(u.reshape(len(u), u[0].numel()))
         return torch.cat(parts, 1)
 
     def at(self, u: Tensor) -> _State:

@@ -203,7 +203,7 @@ def _flattened(draws: Mapping[str, Any], scorer: Scorer) -> tuple[dict[str, Tens
         if shape is not None and found != shape:
             raise ValueError(f"the posterior has {found} chains and draws at site '{site}', {shape} at others")
         shape = found
-        flat[site] = value.detach().reshape(-1, *own)
+        flat[site] = value.detach().reshape(found[0] * found[1], *own)
     if shape is None:
         raise ValueError("the model has no latent site")
     if shape[1] < 4:

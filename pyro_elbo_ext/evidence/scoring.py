@@ -218,8 +218,8 @@ class Scorer:
                     "density at draws from elsewhere is not known. Use a guide that draws each latent site, or one of "
                     "Pyro's autoguides with a joint or a factorized density in unconstrained space."
                 )
-            parts = [transform_of(model_trace.nodes[site]).inv(draws[site]).reshape(count, -1) for site in blocks]
-            found[name] = torch.cat(parts, -1)
+            parts = [transform_of(model_trace.nodes[site]).inv(draws[site]) for site in blocks]
+            found[name] = torch.cat([part.reshape(count, part[0].numel()) for part in parts], -1)
         return found
 
     def _checked(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -248,7 +248,8 @@ class Scorer:
         if not given.is_floating_point():
             same = torch.equal(given, made)
         else:
-            spread = given.reshape(len(given), -1).std(0).max() if len(given) > 1 else given.new_zeros(())
+            several = len(given) > 1 and given.numel()
+            spread = given.reshape(len(given), -1).std(0).max() if several else given.new_zeros(())
             same = bool(((given - made).abs() <= 1e-3 * given.abs() + 1e-3 * spread + 1e-6).all())
         if not same:
             raise ValueError(

@@ -100,7 +100,8 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
     event_shape = getattr(fn, "event_shape", ())
     if event_shape and value.shape != batch_shape + event_shape and _is_spread(node):
         raise ValueError(_broadcast(node))
-    if 0 in shape or (0 in value.shape and type(fn).__name__ != "Unit"):
+    # A latent site may have no elements, as in Pyro: the weights of a model without covariates.
+    if node["is_observed"] and (0 in shape or (0 in value.shape and type(fn).__name__ != "Unit")):
         raise ValueError(f"site '{name}' is empty: its value has shape {tuple(value.shape)}. Skip empty batches.")
     if is_validation_enabled():
         check_site_shape(node, max_plate_nesting)

@@ -184,7 +184,7 @@ def batch_length(call: Call) -> int | None:
 
 
 def check_batch(call: Call, what: str) -> None:
-    """Raise a ValueError if a tensor among the arguments has no elements, naming it."""
+    """Raise a ValueError if a tensor among the arguments has no rows, naming it.  Rows may be empty: no covariates."""
     for name, value in named_arguments(call):
-        if isinstance(value, Tensor) and value.dim() and value.numel() == 0:
+        if isinstance(value, Tensor) and value.dim() and len(value) == 0:
             raise ValueError(f"{what}: {name} is empty, of shape {tuple(value.shape)}")
