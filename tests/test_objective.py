@@ -220,7 +220,8 @@ def test_forecaster(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
     class Trend(forecaster.ForecastingModel):  # type: ignore[misc]
         def model(self, zero_data: torch.Tensor, covariates: torch.Tensor) -> None:
             weight = pyro.sample("weight", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
-            self.predict(dist.Normal(0.0, torch.ones(1)), weight.unsqueeze(-2) * covariates)
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([1]).to_event(1))
+            self.predict(dist.Normal(0.0, scale.unsqueeze(-2)), weight.unsqueeze(-2) * covariates)
 
     time = torch.linspace(0.0, 1.0, 8).unsqueeze(-1)
 
