@@ -67,23 +67,28 @@ class GradientNoise:
         self.window = window
         self.clear()
 
+    _num_steps: int  # in the current bucket
+    _current: dict[str, Moments]
+    _previous: dict[str, Moments]
+
     def clear(self) -> None:
         """Forget every gradient."""
-        self._num_steps = 0  # in the current bucket
-        self._current: dict[str, Moments] = {}
-        self._previous: dict[str, Moments] = {}
+        vars(self).update(_num_steps=0, _current={}, _previous={})
 
     def append(self, gradients: Mapping[str, Tensor]) -> None:
         """Take in one step, as ``History.append_gradients`` describes it; an error leaves everything as it was."""
         step = {name: self._moments(name, gradient) for name, gradient in gradients.items()}
-        if self._num_steps == self.window:  # of all parameters at once: one that no longer comes is then forgotten
-            self._num_steps, self._current, self._previous = 0, {}, self._current
-        self._num_steps += 1
+        num_steps, current, previous = self._num_steps, dict(self._current), self._previous
+        if num_steps == self.window:  # of all parameters at once: one that no longer comes is then forgotten
+            num_steps, current, previous = 0, {}, current
         for name, moments in step.items():
-            for bucket in (self._current, self._previous):
-                if name in bucket and bucket[name].mean.shape != moments.mean.shape:  # another parameter by that name
-                    del bucket[name]
-            self._current[name] = self._merge(self._current[name], moments) if name in self._current else moments
+            if name in previous and previous[name].mean.shape != moments.mean.shape:  # another parameter by that name
+                previous = {other: known for other, known in previous.items() if other != name}
+            known = current.get(name)
+            fits = known is not None and known.mean.shape == moments.mean.shape
+            current[name] = self._merge(known, moments) if known is not None and fits else moments
+        # in one call: an exception from the handler of a signal may come between any two lines
+        vars(self).update(_num_steps=num_steps + 1, _current=current, _previous=previous)
 
     def table(self, by: Literal["parameter", "element"]) -> pd.DataFrame:
         """The signal-to-noise ratios, as ``History.gradient_snr`` describes them."""

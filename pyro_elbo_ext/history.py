@@ -341,7 +341,7 @@ class History(Record):
         if not self._rows:
             return "no steps recorded"
         kept = "" if len(self) == self.num_recorded else f", {len(self):,} kept"
-        return f"{self.num_recorded:,} steps recorded{kept}, ELBO {self.elbo[-1]:.6g} at step {self._last_step}"
+        return f"{self.num_recorded:,} steps recorded{kept}, ELBO {self.elbo[-1]:.6g} at step {self._end[2]}"
 
     def __repr__(self) -> str:
         return f"<History: {self._status()}>"

@@ -421,14 +421,36 @@ class Objective(ELBO):
     def _record_step(self, sites: tuple[SiteInfo, ...], values: Floats, objective: float, weight: Weight) -> None:
         """Enter a step into the history, and count it."""
         self._follow(sites, values)
-        if self.history is not None:
-            kl_weight = weight
-            if self._weighs_by_site:
-                rows, weights = self._recorded(sites, values[None], np.array([objective]), [weight])
-                values, kl_weight = rows[0], float(weights[0])
-            assert not isinstance(kl_weight, list)
-            self.history.append(self.num_steps, sites, values, objective=objective, kl_weight=kl_weight)
-        self.num_steps += 1
+        step, kl_weight, before = self.num_steps, weight, self._num_recorded()
+        if self.history is not None and self._weighs_by_site:
+            rows, weights = self._recorded(sites, values[None], np.array([objective]), [weight])
+            values, kl_weight = rows[0], float(weights[0])
+        try:
+            if self.history is not None:
+                assert not isinstance(kl_weight, list)
+                self.history.append(step, sites, values, objective=objective, kl_weight=kl_weight)
+            self.num_steps = step + 1
+        except BaseException:
+            self.num_steps = step + self._num_recorded() - before  # the exception may have come from outside, after it
+            raise
+
+    def _record_steps(
+        self, sites: tuple[SiteInfo, ...], rows: Floats, objective: Floats, kl_weights: list[Weight]
+    ) -> None:
+        """Enter n steps into the history, and count them: ``rows`` of shape (n, sites, 6), ``objective`` (n,)."""
+        step, count, before = self.num_steps, len(objective), self._num_recorded()
+        try:
+            if self.history is not None:
+                recorded, weights = self._recorded(sites, rows, objective, kl_weights)
+                steps = np.arange(step, step + count)
+                self.history.extend(steps, sites, recorded, objective=objective, kl_weight=weights)
+            self.num_steps = step + count
+        except BaseException:
+            self.num_steps = step + self._num_recorded() - before  # the exception may have come from outside, after it
+            raise
+
+    def _num_recorded(self) -> int:
+        return 0 if self.history is None else self.history.num_recorded
 
 
 def signature_of(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwargs) -> Signature:

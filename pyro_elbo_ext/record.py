@@ -57,22 +57,28 @@ class Record:
     """Every site's values at every step, at bounded memory.
 
     What is read from them, ``max_steps`` and ``num_recorded`` are described at :class:`pyro_elbo_ext.history.History`.
+
+    An exception may come between any two lines, from the handler of a signal. So what changes is made aside, and takes its
+    place at once, by one assignment or one ``vars(self).update``; what is written beyond ``_end`` does not count before.
     """
 
     def __init__(self, max_steps: int | None = 10_000) -> None:
         if max_steps is not None and (operator.index(max_steps) < 4):
             raise ValueError(f"max_steps must be at least 4, or None to keep every step; got {max_steps}")
         self.max_steps = max_steps
-        self.clear()
+        self._begin()
 
     def clear(self) -> None:
         """Forget every recorded step; ``max_steps`` stays."""
-        self.num_recorded = 0
-        self._rows = 0
-        self._used = 0  # numbers used in _flat
+        empty = object.__new__(Record)
+        empty._begin()
+        vars(self).update(vars(empty))
+
+    def _begin(self) -> None:
+        # kept rows, numbers used in _flat, last step, steps recorded
+        self._end: tuple[int, int, float, int] = 0, 0, -np.inf, 0
         self._stride = 1  # rows before record number _tail are those whose number is a multiple of it
         self._tail = 0
-        self._last_step: float = -np.inf
         self._steps = np.empty(0, np.int64)
         self._objective = np.empty(0)
         self._kl_weight = np.empty(0)
@@ -125,14 +131,16 @@ class Record:
                 f"one row per site, columns {', '.join(VALUES)}"
             )
         step, objective, kl_weight = operator.index(step), float(objective), float(kl_weight)
-        if step <= self._last_step:
+        row, start, last, count = self._end
+        if step <= last:
             raise ValueError(
-                f"step {step} is not after the last recorded step, {self._last_step}: continue the step count, "
+                f"step {step} is not after the last recorded step, {last}: continue the step count, "
                 "call history.clear(), or use a new History"
             )
-        if self._rows == self._steps.size:
+        if row == self._steps.size:
             self._make_room()
-        row, start, end = self._rows, self._used, self._used + values.size
+            row, start, _, _ = self._end
+        end = start + values.size
         if end > self._flat.size:
             rows_left = self._steps.size - row
             self._flat = _resized(self._flat, max(start + rows_left * values.size, start * 9 // 8))
@@ -141,10 +149,7 @@ class Record:
         self._objective[row] = objective
         self._kl_weight[row] = kl_weight
         self._layout[row] = self._id
-        self._rows = row + 1
-        self._used = end
-        self._last_step = step
-        self.num_recorded += 1
+        self._end = row + 1, end, step, count + 1
 
     def extend(
         self,
@@ -173,8 +178,8 @@ class Record:
             raise ValueError(
                 f"values has shape {values.shape}, but {len(steps)} steps need {(len(steps), *self._shape)}"
             )
-        if len(steps) and (steps[0] <= self._last_step or (np.diff(steps) <= 0).any()):
-            raise ValueError(f"the steps do not increase from the last recorded step, {self._last_step}, on")
+        if len(steps) and (steps[0] <= self._end[2] or (np.diff(steps) <= 0).any()):
+            raise ValueError(f"the steps do not increase from the last recorded step, {self._end[2]}, on")
         size, done = self._shape[0] * self._shape[1], 0
         while done < len(steps):
             if self._rows == self._steps.size:
@@ -190,10 +195,8 @@ class Record:
             self._objective[rows] = objective[taken]
             self._kl_weight[rows] = kl_weight[taken]
             self._layout[rows] = self._id
-            self._rows, self._used = row + count, end
-            self.num_recorded += count
             done += count
-            self._last_step = int(steps[done - 1])
+            self._end = row + count, end, int(steps[done - 1]), self.num_recorded + count
 
     def _switch_layout(self, sites: tuple[SiteInfo, ...], values: Floats) -> None:
         if not isinstance(sites, tuple):
@@ -207,13 +210,11 @@ class Record:
             for info in sites:
                 if info.kind not in KINDS:
                     raise ValueError(f"site {info.site!r} has kind {info.kind!r}; it must be one of {', '.join(KINDS)}")
-            self._ids[layout] = len(self._layouts)
-            self._layouts.append(layout)
             for name in names:
                 self._order.setdefault(name, len(self._order))
-        self._sites = sites
-        self._id = self._ids[layout]
-        self._shape = (len(sites), width)
+            self._layouts.append(layout)  # without its id, and so without rows, it would only take up room
+            self._ids[layout] = len(self._layouts) - 1
+        vars(self).update(_sites=sites, _id=self._ids[layout], _shape=(len(sites), width))
 
     def _make_room(self) -> None:
         if self._rows == self.max_steps:
@@ -222,8 +223,8 @@ class Record:
         capacity = max(2 * self._rows, 256)
         if self.max_steps is not None:
             capacity = min(capacity, self.max_steps)
-        for name in ("_steps", "_objective", "_kl_weight", "_layout"):
-            setattr(self, name, _resized(getattr(self, name), capacity))
+        columns = ("_steps", "_objective", "_kl_weight", "_layout")
+        vars(self).update({name: _resized(getattr(self, name), capacity) for name in columns})
 
     def _records(self) -> NDArray[np.int64]:
         """Record number of every kept row: multiples of the stride up to ``_tail``, then all."""
@@ -235,34 +236,37 @@ class Record:
 
     def _thin(self, max_steps: int) -> None:
         records = self._records()
-        tail = self.num_recorded - max_steps // 4
+        stride, tail = self._stride, self.num_recorded - max_steps // 4
         while True:
-            keep = (records % self._stride == 0) | (records >= tail)
+            keep = (records % stride == 0) | (records >= tail)
             rows = int(keep.sum())
             if 4 * rows <= 3 * max_steps:  # a quarter is freed at each pass, which pays for the pass
                 break
-            self._stride *= 2
-        self._tail = tail
+            stride *= 2
         lengths = self._lengths()[self._layout]
         kept, used = np.flatnonzero(keep), int(lengths[keep].sum())
+        flat = np.empty_like(self._flat)
         if (lengths == lengths[0]).all():
             table = self._flat[: self._used].reshape(self._rows, -1)
-            still = int((kept == np.arange(rows)).sum())  # rows at the start that stay where they are
-            for i in range(still, rows, 256):  # by blocks: a copy of all at once costs more than the rest of the pass
-                table[i : i + 256][: rows - i] = table[kept[i : i + 256]]
+            np.take(table, kept, axis=0, out=flat[:used].reshape(rows, -1), mode="clip")  # "raise" would make a copy
         else:
-            self._flat[:used] = self._flat[: self._used][np.repeat(keep, lengths)]
-        for column in (self._steps, self._objective, self._kl_weight, self._layout):
-            column[:rows] = column[kept]
-        self._rows, self._used = rows, used
+            flat[:used] = self._flat[: self._used][np.repeat(keep, lengths)]
+        columns = {name: getattr(self, name) for name in ("_steps", "_objective", "_kl_weight", "_layout")}
+        new: dict[str, Any] = {name: _resized(column[kept], column.size) for name, column in columns.items()}
+        new |= {"_flat": flat, "_end": (rows, used, *self._end[2:]), "_stride": stride, "_tail": tail}
         if len(self._layouts) > 1:  # forget layouts that no kept row has, or their number would not be bounded
-            alive = np.union1d(self._layout[:rows], [self._id])
-            self._layout[:rows] = np.searchsorted(alive, self._layout[:rows])
-            self._id = int(np.searchsorted(alive, self._id))
-            self._layouts = [self._layouts[i] for i in alive]
-            self._ids = {layout: i for i, layout in enumerate(self._layouts)}
-            names = {info.site for sites, _ in self._layouts for info in sites}
-            self._order = {name: i for i, name in enumerate(n for n in self._order if n in names)}
+            layout = new["_layout"][:rows]
+            alive = np.union1d(layout, [self._id])
+            layout[:] = np.searchsorted(alive, layout)
+            layouts = [self._layouts[i] for i in alive]
+            names = {info.site for sites, _ in layouts for info in sites}
+            new |= {
+                "_id": int(np.searchsorted(alive, self._id)),
+                "_layouts": layouts,
+                "_ids": {layout: i for i, layout in enumerate(layouts)},
+                "_order": {name: i for i, name in enumerate(n for n in self._order if n in names)},
+            }
+        vars(self).update(new)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -270,6 +274,25 @@ class Record:
             state[name] = state[name][: self._rows].copy()  # without the spare room
         state["_flat"] = self._flat[: self._used].copy()
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_end" not in state:  # pickled by an older version
+            state["_end"] = tuple([state.pop(name) for name in ("_rows", "_used", "_last_step", "num_recorded")])
+        vars(self).update(state)
+
+    @property
+    def num_recorded(self) -> int:
+        """Steps recorded since the start, whether kept or not."""
+        return self._end[3]
+
+    @property
+    def _rows(self) -> int:
+        return self._end[0]
+
+    @property
+    def _used(self) -> int:
+        return self._end[1]
 
     def __len__(self) -> int:
         return self._rows
@@ -385,7 +408,8 @@ class Record:
 
     def _resume(self, num_recorded: int, stride: int, tail: int, names: list[str]) -> None:
         """After its kept rows were appended to an empty record: go on where the record they come from stood."""
-        self.num_recorded, self._stride, self._tail = num_recorded, stride, tail
+        self._end = *self._end[:3], num_recorded
+        self._stride, self._tail = stride, tail
         self._order = {name: i for i, name in enumerate(names)}
         if len(self._records()) != self._rows:
             raise ValueError(

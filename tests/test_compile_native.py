@@ -17,10 +17,14 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
-from pyro_elbo_ext import CompiledSVI, DecomposedELBO
+from pyro_elbo_ext import CompiledSVI, DecomposedELBO, objective
+from pyro_elbo_ext import record as history_room
+from pyro_elbo_ext.compile import binding, program, svi
 from pyro_elbo_ext.compile import native as native_room
 from pyro_elbo_ext.compile.kernel_calls import NotNative, record
 from pyro_elbo_ext.compile.program import Program
+from pyro_elbo_ext.history import History
+from tests.interruptions import stopped_everywhere
 from tests.test_compile import SIGMA, Fit, Y, assert_equal, eight_schools, train
 
 ROWS = torch.linspace(-1, 1, 24).reshape(12, 2)
@@ -289,3 +293,36 @@ def test_a_kernel_that_fails_is_an_error() -> None:
     svi = fit(model, AutoNormal(model), (torch.tensor([0, 1, 2]),), steps=3).svi
     with pytest.raises(RuntimeError, match="index"):
         svi.step(torch.tensor([0, 1, 7]))
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["step", "run"])
+def test_an_exception_at_any_place_leaves_steps_history_and_optimizer_counted_alike(run: bool) -> None:
+    """As a time-out by a signal does, in a step, or after it, or while it is recorded."""
+    loss, rate, decay = DecomposedELBO(history=History(max_steps=64)), 0.01, 0.999
+    optim = pyro.optim.ClippedAdam({"lr": rate, "lrd": decay})  # type: ignore[attr-defined]
+    done = fit(eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=loss, optim=optim)
+    assert is_native(done)
+    (made,) = done.svi._programs.values()
+    counts = made.binding._counting
+    assert counts
+
+    def act(svi: CompiledSVI) -> None:
+        if run:
+            svi.run(5, Y, SIGMA, progress=False)
+        else:
+            svi.step(Y, SIGMA)
+
+    rooms, before, partly = (svi, program, native_room, binding, objective, history_room), loss.num_steps, 0
+    for _ in stopped_everywhere(lambda: done.svi, act, *rooms, stride=1 if not run else 2):
+        steps = loss.num_steps
+        assert loss.history.num_recorded == steps
+        assert loss.history.steps[-1] == steps - 1
+        for rule in counts:
+            assert rule.optimizer.state[rule.parameter]["step"] == int(rule.tensors[-1]) == steps
+            assert rule.group["lr"] == pytest.approx(rate * decay**steps, rel=1e-9)
+        partly += steps > before
+        before = steps
+    assert partly > 50  # it came after the step
+    act(done.svi)
+    assert loss.num_steps == before + (5 if run else 1)
+    assert len(loss.history.to_dataframe(by="step")) == len(loss.history)

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+from pyro_elbo_ext import gradient_noise
 from pyro_elbo_ext.history import History, SiteInfo
+from tests.interruptions import stopped_everywhere
 
 BY_PARAMETER = ["parameter", "numel", "snr", "snr_median", "snr_min", "snr_max", "num_steps"]
 BY_ELEMENT = ["parameter", "index", "mean", "sd", "snr", "num_steps"]
@@ -302,3 +304,24 @@ def test_a_bad_gradient_raises_and_changes_nothing(mode: Any, gradient: Any, err
     pd.testing.assert_frame_equal(history.gradient_snr("element"), before)
     with pytest.raises(ValueError, match="by must be 'parameter' or 'element', got 'site'"):
         history.gradient_snr(by="site")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [3, 10], ids=["in a bucket", "at its end"])
+def test_an_exception_at_any_place_leaves_the_moments_of_whole_steps(steps: int) -> None:
+    gradients = draws(steps + 1, 4)
+
+    def prepare() -> History:
+        history = History(gradient_snr="steps", gradient_window=10)
+        record(history, gradients[:-1])
+        return history
+
+    def act(history: History) -> None:
+        record(history, gradients[-1:])
+
+    stopped = 0
+    for history in stopped_everywhere(prepare, act, gradient_noise, stride=2):
+        stopped += 1
+        (count,) = set(history.gradient_snr(by="element")["num_steps"])
+        assert count in (steps, steps + 1)
+        assert_moments(history, gradients[:count].mean(0), gradients[:count].std(0, ddof=1), count)
+    assert stopped > 50

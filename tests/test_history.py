@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from pyro_elbo_ext import record as record_module
 from pyro_elbo_ext.history import VALUES, History, SiteInfo
+from tests.interruptions import stopped_everywhere
 
 MU = SiteInfo("mu", "latent", "analytic", "Normal against Normal")
 TAU = SiteInfo("tau", "latent", "sampled", "no closed form")
@@ -586,3 +588,70 @@ def test_many_bad_steps_at_once_change_nothing() -> None:
         with pytest.raises(ValueError, match="step"):
             history.extend(np.array(steps), TWO, table, objective=np.zeros(3), kl_weight=np.ones(3))
     assert history.to_dataframe().equals(before)
+
+
+# Exceptions from outside
+
+
+def appended(history: History) -> None:
+    history.append(1000, THREE, three_values(1000), objective=-1.0, kl_weight=1.0)
+
+
+def extended(history: History) -> None:
+    steps = np.arange(1000, 1010)
+    values = np.stack([two_values(t) for t in steps])
+    history.extend(steps, TWO, values, objective=-1.0 * steps, kl_weight=np.ones(10))
+
+
+@pytest.mark.parametrize("act", [appended, extended], ids=["append", "extend"])
+@pytest.mark.parametrize("steps", [0, 16, 40])
+def test_an_exception_at_any_place_leaves_the_history_whole(steps: int, act: Any) -> None:
+    """Empty, full so that it thins, and with layouts that alternate."""
+
+    def prepare() -> History:
+        history = History(max_steps=16)
+        record(history, 0, steps)
+        return history
+
+    before, after, stopped = prepare(), prepare(), 0
+    act(after)
+    known = {row["step"]: row["elbo"] for row in after.to_dataframe(by="step").to_dict("records")}
+    known |= {row["step"]: row["elbo"] for row in before.to_dataframe(by="step").to_dict("records")}
+    for history in stopped_everywhere(prepare, act, record_module, stride=5):
+        stopped += 1
+        assert before.num_recorded <= history.num_recorded <= after.num_recorded
+        table = history.to_dataframe(by="step")
+        assert len(table) == len(history) == len(history.steps)
+        assert all(known.get(row["step"], row["elbo"]) == row["elbo"] for row in table.to_dict("records"))
+        assert np.isfinite(table["elbo"]).all()
+        last = int(history.steps[-1]) if len(history) else -1
+        for t in range(last + 1, last + 40):  # it can be appended to, thinned and read
+            history.append(t, TWO, two_values(t), objective=0.0, kl_weight=1.0)
+        assert history.steps[-1] == last + 39
+        assert (history.elbo == history.to_dataframe(by="step")["elbo"]).all()
+        history.clear()
+        assert len(history) == 0
+    assert stopped > 20
+
+
+def test_an_exception_at_any_place_while_it_is_cleared() -> None:
+    def prepare() -> History:
+        history = History(max_steps=16)
+        record(history, 0, 40)
+        return history
+
+    for history in stopped_everywhere(prepare, History.clear, record_module, stride=2):
+        assert history.num_recorded in (0, 40)
+        assert len(history.to_dataframe(by="step")) == len(history)
+        record(history, 41, 80)
+
+
+def test_a_history_pickled_by_an_older_version_goes_on() -> None:
+    history = History(max_steps=16)
+    record(history, 0, 40)
+    state = history.__getstate__()
+    rows, used, last, count = state.pop("_end")
+    old = History.__new__(History)
+    old.__setstate__({**state, "_rows": rows, "_used": used, "_last_step": last, "num_recorded": count})
+    assert_same(old, history)
+    record(old, 40, 50)

@@ -117,15 +117,29 @@ class Binding:
         return [rule.optimizer.state[rule.parameter]["step"] for rule in self._counting]
 
     def advance(self, steps: int) -> None:
-        """Make the numbers that optimizers keep in Python what the graph has made its copies of them."""
-        for rule in self._counting:
-            rule.optimizer.state[rule.parameter]["step"] += steps
-        self._counted = self._counts()
+        """Make the numbers that optimizers keep in Python what the graph has made its copies of them.
+
+        From where they stood: if an exception from outside comes in the middle, :meth:`settle` does the rest.
+        """
+        if not self._counting:
+            return
+        counts, rates = [count + steps for count in self._counted], self.rates
+        for rule, count in zip(self._counting, counts, strict=True):
+            rule.optimizer.state[rule.parameter]["step"] = count
         if self._decaying:
-            for rule in self._decaying:
+            decays = {id(rule.group): rule.decay for rule in self._decaying}
+            rates = []
+            for rule, rate in zip(self._used, self.rates, strict=True):
                 for _ in range(steps):
-                    rule.group["lr"] *= rule.decay
-            self.rates = [rule.group["lr"] for rule in self._used]
+                    rate *= decays.get(id(rule.group), 1.0)
+                rates.append(rate)
+                rule.group["lr"] = rate
+        vars(self).update(_counted=counts, rates=rates)
+
+    def settle(self) -> None:
+        """Advance by the steps that the graph has taken since: after an exception has come in between."""
+        if self._counting:
+            self.advance(int(self._counting[0].tensors[-1]) - self._counted[0])
 
 
 def _optimizer_of(optim: PyroOptim, p: Tensor) -> Optimizer | None:

@@ -195,6 +195,15 @@ class NativeSteps:
         self._run(1, live, *addresses)
         return float(numbers[0]), self._row
 
+    def forget(self) -> None:
+        """Forget the last step: :meth:`last` is None until the next one."""
+        self._single[0][1] = 0.0  # all bits of the count
+
+    def last(self) -> tuple[float, NDArray[np.float64]] | None:
+        """What the last call of :meth:`once` gave, or would have given if no exception had come; None if it took no step."""
+        numbers = self._single[0]
+        return (float(numbers[0]), self._row) if numbers[1:2].view(np.int64)[0] else None
+
     def _run(self, count: int, live: Sequence[Tensor], *addresses: int) -> None:
         state = self._steps(self._layouts.refresh(live), count, self._at, self._kernels, *addresses)
         if state == 1:

@@ -207,6 +207,15 @@ class Program:
         losses, tables = self.take(1, [kl_weight], arguments)
         return losses.item(), tables[0].cpu().numpy().reshape(len(self.sites), len(VALUES))
 
+    def forget_last(self) -> None:
+        """:meth:`last_in_c` is None until the next step."""
+        if isinstance(self._native, NativeSteps):
+            self._native.forget()
+
+    def last_in_c(self) -> tuple[float, NDArray[np.float64]] | None:
+        """What the last :meth:`take_one` took in C, even if an exception has come since; None if that is nothing."""
+        return self._native.last() if isinstance(self._native, NativeSteps) else None
+
     def _prepare(self, steps: int, kl_weights: list[Weight]) -> tuple[list[Tensor], Tensor, list[Weight]]:
         assert self.binding is not None
         weights = torch.tensor(kl_weights, dtype=torch.float64, device=self._weight.device)

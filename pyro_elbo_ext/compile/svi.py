@@ -176,21 +176,30 @@ class CompiledSVI(SVI):
         if not self._bind(program):
             return float(super().step(*args, **kwargs))
         (kl_weight,) = self._kl_weights(0, 1)
+        binding, recorded, before = program.binding, isinstance(self.objective, Objective), self._count()
+        program.forget_last()
         try:
             if self.optimizer_reason is not None:
                 return self._step_with_eager_optimizer(program, tensors)
+            assert binding is not None
             value, table = program.take_one(kl_weight, tensors)
+            if recorded:
+                self._record(program, value, table, kl_weight)
+            binding.advance(1)
         except Changed as changed:
             self._look_again(program, changed, args, kwargs)
             return self.step(*args, **kwargs)
         except CannotCompile as error:  # its graph, before anything has changed
             self._give_up(program, error)
             return float(super().step(*args, **kwargs))
-        assert program.binding is not None
-        program.binding.advance(1)
-        if isinstance(self.objective, Objective):
-            self._record(program, value, table, kl_weight)
-        elif value != value:
+        except BaseException:  # it may come from outside, after the step: what has been taken is counted and recorded
+            taken = program.last_in_c()
+            if recorded and taken is not None and math.isfinite(taken[0]) and self._count() == before:
+                self._record(program, *taken, kl_weight)
+            if binding is not None:
+                binding.settle()
+            raise
+        if not recorded and value != value:
             warn_if_nan(value, "loss")
         return value
 
@@ -281,19 +290,18 @@ class CompiledSVI(SVI):
         steps = min(self._in_one_go, num_steps)
         kl_weights = self._kl_weights(0, steps)
         taken = Taken()
+        before = self._count()
         with interrupts_wait():
             try:
                 program.repeat(native, taken, kl_weights, tensors)
-            finally:  # a kernel that fails keeps the steps before it
-                losses, tables = taken.results()
-                assert program.binding is not None
-                program.binding.advance(len(losses))
-                if len(losses) and isinstance(self.objective, Objective):
-                    self._record_many(program, losses, tables, kl_weights)
+                self._enter(program, taken.results, kl_weights, before)
+            except BaseException:  # a kernel that fails, or what comes from outside, keeps the steps before it
+                self._enter(program, taken.results, kl_weights, before, failed=True)
+                raise
         seconds = time.perf_counter() - start
         if steps == self._in_one_go and not _SECONDS_IN_C / 4 < seconds < _SECONDS_IN_C:
             self._in_one_go = max(1, min(int(steps * _SECONDS_IN_C / (2 * seconds)), _MOST_IN_C))
-        return losses
+        return taken.losses[: int(taken.count)]
 
     def _many_by_python(self, program: Program, num_steps: int, tensors: list[Tensor]) -> Tensor:
         binding = program.binding
@@ -306,7 +314,12 @@ class CompiledSVI(SVI):
         losses: list[Tensor] = []
         tables: list[Tensor] = []
         kl_weights: list[Weight] = []
-        taken = 0
+        taken, before = 0, self._count()
+
+        def results() -> tuple[Tensor, Tensor]:
+            count = min(len(losses), len(tables))
+            return torch.cat(losses[:count]), torch.cat(tables[:count])
+
         try:
             for _ in range(_CALLS_PER_CHECK):
                 steps = min(size, num_steps - taken)
@@ -316,15 +329,48 @@ class CompiledSVI(SVI):
                     binding.count.fill_(steps)
                 weights = self._kl_weights(taken, size)
                 of_call = program.take(size, weights, tensors)
+                kl_weights += weights[:steps]
                 losses.append(of_call[0][:steps])
                 tables.append(of_call[1][:steps])
-                kl_weights += weights
                 taken += steps
-        finally:  # an interrupt keeps what is done
-            binding.advance(taken)
-            if losses and isinstance(self.objective, Objective):
-                self._record_many(program, torch.cat(losses), torch.cat(tables), kl_weights)
+            self._enter(program, results, kl_weights, before)
+        except BaseException:  # an interrupt keeps what is done
+            if losses and tables:
+                self._enter(program, results, kl_weights, before, failed=True)
+            raise
         return torch.cat(losses)
+
+    def _count(self) -> int:
+        """Steps that the objective has counted, if it counts."""
+        return self.objective.num_steps if isinstance(self.objective, Objective) else 0
+
+    def _enter(
+        self,
+        program: Program,
+        results: Callable[[], tuple[Tensor, Tensor]],
+        kl_weights: list[Weight],
+        before: int,
+        failed: bool = False,
+    ) -> None:
+        """Record and count the steps that a graph has taken since step ``before``, unless that has been done.
+
+        Where they have ``failed``, for a loss that is not finite or an exception from outside, at whatever place, that is up
+        to the first whose loss is not finite.
+        """
+        binding = program.binding
+        assert binding is not None
+        losses, tables = results()
+        if isinstance(self.objective, Objective):
+            done = self._count() - before
+            end = len(losses)
+            if failed and not bool(torch.isfinite(losses).all()):
+                end = int(torch.isfinite(losses).int().argmin())
+            if done < end:
+                self._record_many(program, losses[done:end], tables[done:end], kl_weights[done:end])
+        if failed:
+            binding.settle()
+        else:
+            binding.advance(len(losses))
 
     # What a training loop asks
 
@@ -520,12 +566,8 @@ class CompiledSVI(SVI):
         rows = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
         finite = torch.isfinite(losses)
         count = len(losses) if bool(finite.all()) else int(finite.int().argmin())
-        if objective.history is not None:
-            values = -losses[:count].cpu().numpy() if objective.maximized else losses[:count].cpu().numpy()
-            recorded, weights = objective._recorded(sites, rows[:count], values, kl_weights[:count])
-            steps = np.arange(objective.num_steps, objective.num_steps + count)
-            objective.history.extend(steps, sites, recorded, objective=values, kl_weight=weights)
-        objective.num_steps += count
+        values = losses[:count].cpu().numpy()
+        objective._record_steps(sites, rows[:count], -values if objective.maximized else values, kl_weights[:count])
         if count < len(losses):
             self._record(program, float(losses[count]), rows[count], kl_weights[count])
 
