@@ -46,12 +46,16 @@ def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args:
     missing = {id(leaf): leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in known}
     if not missing:
         return
+    programs = tuple(programs)
+    for leaf in missing.values():
+        if clash := two_of_one_name(leaf, programs):
+            raise ValueError(clash)
     names: dict[int, str] = {}
-    for path, module in modules_of({"model and guide": tuple(programs), "arguments": args}):
+    for path, module in modules_of({"model and guide": programs, "arguments": args}):
         for name, parameter in module.named_parameters():
             if id(parameter) in missing:
                 names.setdefault(id(parameter), f"{path}.{name} ({type(module).__name__})")
-    hint = next(filter(None, (replaced(leaf, (tuple(programs), args)) for leaf in missing.values())), "")
+    hint = next(filter(None, (replaced(leaf, (programs, args)) for leaf in missing.values())), "")
     listed = ", ".join(names.get(key, f"an nn.Parameter of shape {tuple(leaf.shape)}") for key, leaf in missing.items())
     raise ValueError(
         f"the loss depends on parameters that are not registered with Pyro, so SVI would never train them: {listed}. "
@@ -59,6 +63,30 @@ def check_registered(loss: Tensor, programs: Iterable[Callable[..., Any]], args:
         "pyro.settings.set(module_local_params=False)), or train through elbo(model, guide).parameters() and a "
         f"torch optimizer; if they are meant to stay fixed, call module.requires_grad_(False).{hint}"
     )
+
+
+def two_of_one_name(parameter: Tensor, programs: Iterable[Callable[..., Any]]) -> str:
+    """What to say if another module's parameter is in the param store by the name that this one would have; else ""."""
+    paths: dict[int, list[tuple[str, str]]] = {}  # of each parameter: where its module was found, and its name there
+    for path, module in modules_of(dict(zip(("model", "guide"), programs, strict=True))):
+        for inner, value in module.named_parameters():
+            paths.setdefault(id(value), []).append((path, inner))
+    own = paths.get(id(parameter), [])
+    for stored, value in pyro.get_param_store()._params.items():
+        if value is parameter or id(value) not in paths:
+            continue
+        prefix, _, inner = stored.rpartition("$$$")
+        fits = {inner, stored.replace("$$$", ".")}
+        if not fits & {name for _, name in own} or not fits & {name for _, name in paths[id(value)]}:
+            continue
+        name = prefix or stored.rpartition(".")[0] or stored
+        one, other = (".".join(where[0]) for where in (paths[id(value)], own))
+        return (
+            f"two modules use the name {name!r}: {one} and {other}. Pyro keeps one tensor for each name, here for "
+            f"{stored!r} that of the first, so SVI would never train the other. Rename one of the two: the attribute that "
+            "holds it, or the name given to pyro.module."
+        )
+    return ""
 
 
 def replaced(parameter: Tensor, programs: object) -> str:

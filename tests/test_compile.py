@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import linecache
 import logging
 import math
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -771,6 +773,99 @@ def test_refusal_is_repeated_without_a_step() -> None:
     with pytest.raises(CannotCompile, match="reads the value"):
         svi.step()
     assert pyro.param("loc").item() == after
+
+
+def in_file(filename: str, source: str) -> Any:
+    """The ``model`` that a source defines, as if it stood in a file, or in a cell, of that name."""
+    lines = source.splitlines(keepends=True)
+    linecache.cache[filename] = (len(source), None, lines, filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace["model"]
+
+
+READS = """
+import pyro, pyro.distributions as dist, torch
+def model():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z.item(), 1.0), obs=torch.tensor(0.0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("filename", "place"),
+    [
+        (f"{sysconfig.get_path('purelib')}/cells/model.py", r"at model.py:5: `pyro.*z.item.*`, in cells's model: "),
+        (
+            f"{sysconfig.get_path('purelib')}/torchcells/model.py",
+            r"at model.py:5: `pyro.*z.item.*`, in torchcells's model: ",
+        ),
+        ("<ipython-input-7-0123456789ab>", r"at cell \[7\], line 5: `pyro.*z.item"),
+        ("/tmp/ipykernel_4242/1234.py", r"at a cell of the notebook, line 5: `pyro.*z.item"),
+        ("<stdin>", r"at <stdin>:5: `pyro.*z.item"),
+    ],
+)
+def test_place_of_a_value_that_is_read(filename: str, place: str) -> None:
+    """Named although every frame is in an installed package, or in a notebook."""
+    with pytest.raises(CannotCompile, match=f"reads the value of a tensor into Python, {place}"):
+        train(by_operator, in_file(filename, READS), normal_guide, ())
+
+
+def test_place_names_own_code_before_that_of_a_package() -> None:
+    of_package = in_file(f"{sysconfig.get_path('purelib')}/cells/model.py", READS)
+
+    def model() -> None:
+        of_package()
+
+    with pytest.raises(
+        CannotCompile, match=r"at test_compile.py:\d+: `of_package\(\)`, in cells's model \(model.py:5\)"
+    ):
+        train(by_operator, model, normal_guide, ())
+
+
+@pytest.mark.parametrize("make", [by_operator, SVI], ids=["compiled", "eager"])
+@pytest.mark.parametrize("kind", ["Linear", "PyroModule", "Sequential", "pyro.module"])
+def test_two_networks_of_one_name(make: Any, kind: str) -> None:
+    """Pyro trains the first and leaves the other as it was; the remedy is another name."""
+    make_network: Callable[[], Any] = {
+        "PyroModule": lambda: PyroModule[nn.Linear](1, 1),
+        "Sequential": lambda: nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)),
+    }.get(kind, lambda: nn.Linear(1, 1))
+
+    class Holder(PyroModule):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            setattr(self, name, make_network())
+
+    def programs(name: str) -> tuple[Any, Any]:
+        if kind == "pyro.module":
+            decoder, encoder = make_network(), make_network()
+
+            def model() -> None:
+                pyro.module("net", decoder)
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=torch.ones(1))
+
+            def guide() -> None:
+                pyro.module(name, encoder)
+                pyro.sample("z", dist.Normal(encoder(torch.ones(1)), 1.0).to_event(1))
+
+            return model, guide
+
+        class Model(Holder):
+            def forward(self) -> None:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=torch.ones(1))
+
+        class Guide(Holder):
+            def forward(self) -> None:
+                pyro.sample("z", dist.Normal(getattr(self, name)(torch.ones(1)), 1.0).to_event(1))
+
+        return Model("net"), Guide(name)
+
+    with pytest.raises(ValueError, match=r"two modules use the name 'net'.*Rename one of the two"):
+        train(make, *programs("net"), (), loss=DecomposedELBO())
+    train(make, *programs("other"), (), loss=DecomposedELBO())
 
 
 def test_unregistered_parameters() -> None:

@@ -7,13 +7,9 @@ before, such as data in a closure or a buffer of a module, becomes an input too:
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyro
@@ -28,13 +24,9 @@ from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.losses import TracedLoss, Value
 from pyro_elbo_ext.compile.masks import MaskedAssignment, settle_sizes
+from pyro_elbo_ext.compile.places import line_of
 from pyro_elbo_ext.objective import Program
-from pyro_elbo_ext.registration import modules_of, replaced
-
-_PACKAGE = str(Path(__file__).parents[1])
-_PYRO = str(Path(pyro.__file__).parent)
-_MACHINERY = tuple(f"{_PYRO}/{room}" for room in ("poutine", "primitives.py", "nn"))  # what any program runs through
-_LIBRARIES = (str(Path(torch.__file__).parent), _PYRO, _PACKAGE)
+from pyro_elbo_ext.registration import modules_of, replaced, two_of_one_name
 
 
 @dataclass(slots=True)
@@ -150,22 +142,6 @@ def _reads_a_value(error: RuntimeError) -> str | None:
     )
 
 
-def line_of(trace: TracebackType | None) -> str:
-    """Where in the user's own code an error arose, as ", at file:line: code"; empty if that is not known.
-
-    If it is Pyro's code that the user's calls, such as a reparameterization, which function of Pyro follows.
-    """
-    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith("<")]
-    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, sys.prefix + "/lib"))]
-    if not own:
-        return ""
-    text = f", at {Path(own[-1].filename).name}:{own[-1].lineno}: `{own[-1].line}`"
-    of_pyro = [frame for frame in frames[frames.index(own[-1]) + 1 :] if frame.filename.startswith(_PYRO)]
-    if of_pyro and not of_pyro[-1].filename.startswith(_MACHINERY):
-        text += f", in Pyro's {of_pyro[-1].name} ({Path(of_pyro[-1].filename).name}:{of_pyro[-1].lineno})"
-    return text
-
-
 def _flatten_inputs(graph: GraphModule, count: int) -> GraphModule:
     """The graph with ``count`` plain tensors as inputs in place of a list of them."""
     flat = torch.fx.GraphModule(graph, graph.graph)
@@ -247,6 +223,8 @@ def _inline(module: GraphModule, node: torch.fx.Node, tensor: Tensor) -> bool:
 
 
 def _unregistered(tensor: Tensor, programs: tuple[Program, Program]) -> str:
+    if clash := two_of_one_name(tensor, programs):
+        return clash
     name = f"a tensor of shape {tuple(tensor.shape)}"
     for path, module in modules_of({"model and guide": programs}):
         for inner, parameter in module.named_parameters():
