@@ -42,6 +42,7 @@ from pyro_elbo_ext import (
     ImportanceWeightedELBO,
     RenyiELBO,
     ThermodynamicELBO,
+    fit,
 )
 from pyro_elbo_ext.compile import CannotCompile
 from tests.oracles import PROBLEMS, Problem
@@ -410,6 +411,216 @@ def test_scheduler() -> None:
         return pyro.optim.ExponentialLR(settings)  # type: ignore[attr-defined]
 
     compare(eight_schools, lambda: AutoNormal(eight_schools), (Y, SIGMA), optim=make, after=lambda optim: optim.step())
+
+
+def matrix(x: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(x.new_zeros(2, 3), 1.0).to_event(2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x @ weights).sum(-1), 1.0), obs=x[:, 0])
+
+
+def matrix_guide(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.ones(2, 3))
+    scale = pyro.param("scale", torch.full((2, 3), 0.5), constraint=dist.constraints.positive)
+    pyro.sample("weights", dist.Normal(loc, scale).to_event(2))
+
+
+SQUARE = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.3, 0.2]])
+# SparseAdam takes no dense gradient, LBFGS evaluates the loss several times; Horovod's needs Horovod
+ALL = [
+    name
+    for name in dir(pyro.optim)
+    if name in {*pyro.optim.pytorch_optims, "AdagradRMSProp", "ClippedAdam", "DCTAdam"} and not name.endswith("Adam")
+] + ["Adam", "ClippedAdam", "DCTAdam", "NAdam", "RAdam"]
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "ChainedScheduler": {},
+    "ConstantLR": {},
+    "CosineAnnealingLR": {"T_max": 3},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": False, "step_size_up": 2},
+    "ExponentialLR": {"gamma": 0.5},
+    "LambdaLR": {"lr_lambda": lambda step: 0.5**step},
+    "LinearLR": {"total_iters": 3},
+    "MultiStepLR": {"milestones": [2]},
+    "MultiplicativeLR": {"lr_lambda": lambda step: 0.5},
+    "OneCycleLR": {"max_lr": 0.2, "total_steps": 20},
+    "PolynomialLR": {"total_iters": 3},
+    "ReduceLROnPlateau": {"patience": 0},
+    "SequentialLR": {},
+    "StepLR": {"step_size": 2},
+}
+
+
+def same_as_pyro(make: Callable[[], Any], after: Callable[[Any], None] | None = None) -> CompiledSVI:
+    theirs = train(SVI, matrix, matrix_guide, (SQUARE,), optim=make(), after=after)
+    ours = train(by_operator, matrix, matrix_guide, (SQUARE,), optim=make(), after=after)
+    assert_equal(ours, theirs, 1e-6)
+    assert any(not torch.equal(value, torch.ones(2, 3)) for name, value in ours.parameters.items() if name == "loc")
+    assert ours.svi.eager_reason is None
+    return ours.svi
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_optimizer_equals_pyro(name: str) -> None:
+    if hasattr(torch.optim.lr_scheduler, name):
+        if name in ("LRScheduler", "_LRScheduler", "ChainedScheduler", "SequentialLR"):
+            return  # of other schedulers: not made by pyro.optim
+        settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, **SCHEDULERS[name]}
+
+        def after(optim: Any) -> None:
+            optim.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+
+        svi = same_as_pyro(lambda: getattr(pyro.optim, name)(dict(settings)), after)
+        assert (svi.optimizer_reason is None) == (name != "OneCycleLR")
+    else:
+        svi = same_as_pyro(
+            lambda: getattr(pyro.optim, name)({"eta": 0.1} if name == "AdagradRMSProp" else {"lr": 0.01})
+        )
+        assert (svi.optimizer_reason is None) == (name in ("Adam", "AdamW", "ClippedAdam", "SGD"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_part"),
+    [
+        ({"lr": torch.tensor(0.01)}, False),
+        ({"lr": 0.01, "foreach": True}, True),
+        ({"lr": 0.01, "foreach": False}, True),
+        ({"lr": 0.01, "fused": True}, False),
+        ({"lr": 0.01, "maximize": True}, True),
+        ({"lr": 0.01, "capturable": False}, True),
+        ({"lr": 0.01, "differentiable": False}, True),
+        ({"lr": np.float64(0.01)}, True),
+        ({"lr": torch.tensor(0.01), "betas": (torch.tensor(0.9), torch.tensor(0.99))}, False),
+    ],
+    ids=str,
+)
+def test_settings_of_optimizers(settings: dict[str, Any], is_part: bool) -> None:
+    svi = same_as_pyro(lambda: pyro.optim.Adam(dict(settings)))  # type: ignore[attr-defined]
+    assert (svi.optimizer_reason is None) == is_part
+
+
+class Noisy(pyro.optim.PyroOptim):
+    """Does something of its own before each step."""
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        params = list(params)
+        for p in params:
+            p.grad = p.grad.sign()
+        super().__call__(params, *args, **kwargs)
+
+
+class Stateless(torch.optim.Optimizer):
+    def __init__(self, params: Any, size: float = 0.01) -> None:
+        super().__init__(params, {"size": size})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["size"] * p.grad
+
+
+def hook(optim: Any) -> None:
+    """Halve each gradient from the second step on, by a hook of the optimizers."""
+
+    def halve(optimizer: Any, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = p.grad / 2
+
+    for optimizer in optim.optim_objs.values():
+        if not optimizer._optimizer_step_pre_hooks:
+            optimizer.register_step_pre_hook(halve)
+
+
+def decay(optim: Any) -> None:
+    """Change a setting beside the learning rate, after two compiled steps."""
+    optim.steps = getattr(optim, "steps", 0) + 1
+    for optimizer in optim.optim_objs.values():
+        optimizer.param_groups[0]["weight_decay"] = 0.5 * (optim.steps > 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "after"),
+    [
+        (lambda: Noisy(torch.optim.Adam, {"lr": 0.01}), None),
+        (lambda: pyro.optim.PyroOptim(Stateless, {}), None),
+        (lambda: pyro.optim.Adam({"lr": 0.01}), hook),  # type: ignore[attr-defined]
+        (lambda: pyro.optim.Adam({"lr": 0.01}), decay),  # type: ignore[attr-defined]
+    ],
+    ids=["a call of its own", "no state", "hooks", "another setting"],
+)
+def test_what_hangs_on_an_optimizer_is_not_left_out(make: Any, after: Any) -> None:
+    svi = same_as_pyro(make, after)
+    assert svi.optimizer_reason is not None
+
+
+def test_replaced_optimizer_is_used() -> None:
+    def fit(make: Callable[..., Any]) -> Fit:
+        first = train(make, matrix, matrix_guide, (SQUARE,), optim=pyro.optim.SGD({"lr": 1e-3}))  # type: ignore[attr-defined]
+        first.svi.optim = pyro.optim.Adam({"lr": 0.1})  # type: ignore[attr-defined]
+        losses = [first.svi.step(SQUARE) for _ in range(STEPS)]
+        values = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+        return Fit(losses, values, first.svi.optim.get_state(), first.svi)
+
+    assert_equal(fit(by_operator), fit(SVI), 1e-6)
+
+
+def test_optimizers_that_svi_cannot_use() -> None:
+    leaf = torch.zeros(1, requires_grad=True)
+    for optim in (torch.optim.LBFGS([leaf]), pyro.optim.PyroOptim(torch.optim.LBFGS, {})):
+        with pytest.raises(ValueError, match="LBFGS"):
+            by_operator(matrix, matrix_guide, optim, Trace_ELBO())
+
+
+def test_what_svi_takes_at_construction() -> None:
+    adam = OPTIMIZERS["Adam"]
+    with pytest.warns(FutureWarning, match="num_steps"):
+        svi = CompiledSVI(matrix, matrix_guide, adam(), Trace_ELBO(), None, 0, 7, num_chains=2)
+    assert (svi.num_steps, svi.num_samples, svi.num_chains) == (7, 0, 2)
+    with pytest.warns(FutureWarning, match="num_samples"):
+        CompiledSVI(matrix, matrix_guide, adam(), Trace_ELBO(), num_samples=3)
+    with pytest.raises(TypeError, match="backnd"):
+        CompiledSVI(matrix, matrix_guide, adam(), Trace_ELBO(), backnd="eager")
+    with pytest.raises(TypeError, match="number of steps first"):
+        svi.run(SQUARE)
+
+
+def test_losses_that_are_functions_and_tuples_fall_back() -> None:
+    def loss(model: Any, guide: Any, *args: Any) -> Any:
+        return Trace_ELBO().differentiable_loss(model, guide, *args)
+
+    def with_fallback(*args: Any) -> CompiledSVI:
+        return CompiledSVI(*args, backend="eager", fallback=True)
+
+    theirs = train(SVI, matrix, matrix_guide, (SQUARE,), loss=loss)
+    assert_equal(train(with_fallback, matrix, matrix_guide, (SQUARE,), loss=loss), theirs)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    wake = pyro.infer.ReweightedWakeSleep(num_particles=2)
+    svi = with_fallback(matrix, matrix_guide, OPTIMIZERS["Adam"](), wake)
+    assert len(svi.step(SQUARE)) == 2  # type: ignore[arg-type]
+    assert svi.run(3, SQUARE).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "zz"}, "'inductor', 'eager'.*'zz'"),
+        ({"backend": 3}, "not 3"),
+        ({"backend": "eager", "options": {"cpp_wrapper": True}}, "options are for backend='inductor'"),
+        ({"options": {"cpp_wraper": True}}, "'cpp_wraper'"),
+        ({"options": {"cpp_wrapper": "yes"}}, "must be of type bool"),
+        ({"steps_per_call": 0}, "steps_per_call"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fallback", [False, True])
+def test_how_to_compile_is_checked_at_construction(options: dict[str, Any], message: str, fallback: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompiledSVI(matrix, matrix_guide, OPTIMIZERS["Adam"](), Trace_ELBO(), fallback=fallback, **options)
+    with pytest.raises(ValueError, match=message):
+        fit(matrix, matrix_guide, SQUARE, num_steps=3, compiled={"fallback": fallback, **options}, progress=False)
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "OneCycleLR"])

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_elbo_ext.compile.updates import Rule, Unsupported, rule_for
+from pyro_elbo_ext.compile.updates import Rule, Unsupported, check_supported, rule_for
 
 
 class WholeOptimizer(PyroOptim):
@@ -37,6 +37,9 @@ class WholeOptimizer(PyroOptim):
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
 
+_OPTIMS = (PyroOptim, PyroLRScheduler, WholeOptimizer)
+
+
 class Binding:
     """Parameters with their rules, as tensors in the order that a graph of steps takes them.
 
@@ -54,6 +57,10 @@ class Binding:
     """
 
     def __init__(self, parameters: Sequence[tuple[str | None, Tensor]], optim: PyroOptim, reached: list[bool]) -> None:
+        for method in ("__call__", "_get_grad_clip"):
+            if all(getattr(type(optim), method) is not getattr(of, method) for of in _OPTIMS):
+                raise Unsupported(f"{type(optim).__name__} has a {method} of its own")
+        self.optim = optim
         self.rules: list[Rule | None] = []
         self._parameters = [p for _, p in parameters]
         self.is_missing = False  # whether the optimizer has yet to see a parameter
@@ -61,6 +68,8 @@ class Binding:
             optimizer = _optimizer_of(optim, p)
             if optimizer is None:
                 self.is_missing |= is_reached and not isinstance(optim, WholeOptimizer)
+            else:
+                check_supported(optimizer)
             has_state = optimizer is not None and len(optimizer.state.get(p, ())) > 0
             if optimizer is None or not (has_state or is_reached):
                 self.rules.append(None)
@@ -76,6 +85,8 @@ class Binding:
         self._counted = self._counts()
         self._decaying = _once([rule for rule in used if rule.decay != 1.0])
         device = parameters[0][1].device if parameters else torch.device("cpu")
+        self._groups = list({id(rule.group): rule.group for rule in used}.values())
+        self._seen = [dict(group) for group in self._groups]
         self.rates = [float(rule.group["lr"]) for rule in used]
         self.rate_tensor = torch.tensor(self.rates, dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
@@ -92,18 +103,18 @@ class Binding:
         Raises
         ------
         Unsupported
-            If another setting of an optimizer has changed.
+            If another setting of an optimizer has changed, or its learning rate is no number any more.
         """
         for optimizer, state in self._states:
             if optimizer.state is not state:
                 return False
         if self._counting and self._counts() != self._counted:  # another graph has taken steps since
             self.reload()
-        rates = [rule.group["lr"] for rule in self._used]
-        if rates != self.rates:
+        if self._groups != self._seen:
             if any(rule.has_other_settings for rule in self._used):
                 raise Unsupported("its settings, beside the learning rate, change from step to step")
-            self.rates = [float(rate) for rate in rates]
+            self._seen = [dict(group) for group in self._groups]
+            self.rates = [float(rule.group["lr"]) for rule in self._used]
             self.rate_tensor.copy_(torch.tensor(self.rates, dtype=torch.float64))
         return True
 
@@ -134,7 +145,8 @@ class Binding:
                     rate *= decays.get(id(rule.group), 1.0)
                 rates.append(rate)
                 rule.group["lr"] = rate
-        vars(self).update(_counted=counts, rates=rates)
+        seen = [dict(group) for group in self._groups] if self._decaying else self._seen
+        vars(self).update(_counted=counts, rates=rates, _seen=seen)
 
     def settle(self) -> None:
         """Advance by the steps that the graph has taken since: after an exception has come in between."""

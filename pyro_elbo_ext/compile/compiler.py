@@ -6,7 +6,7 @@ import getpass
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -82,8 +82,43 @@ def import_inductor() -> Any:
         raise
 
 
+def check_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Look at how graphs are to be compiled, before there is one.
+
+    Raises
+    ------
+    ValueError
+        For a backend, or an option of Inductor, that torch does not know.
+    CannotCompile
+        If torch's compiler cannot be imported.
+    """
+    if options and backend != "inductor":
+        raise ValueError(f"options are for backend='inductor', not for {backend!r}: leave them out")
+    if options:
+        with failures_are_reasons("importing torch's compiler", "inductor"):
+            import_dynamo()
+            config = import_module("torch._inductor.config")
+        unknown = sorted(set(options) - set(config.get_config_copy()))
+        if unknown:
+            raise ValueError(
+                f"options has {unknown[0]!r}, which is none of Inductor's: torch._inductor.list_options() gives them all"
+            )
+        for name, value in options.items():
+            kind = config.get_type(name) if hasattr(config, "get_type") else object
+            if isinstance(kind, type) and not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"options[{name!r}] must be of type {kind.__name__}, not {type(value).__name__}")
+    if callable(backend) or backend in ("inductor", "eager"):
+        return
+    with failures_are_reasons("importing torch's compiler"):
+        import_dynamo()
+        known = import_module("torch._dynamo").list_backends(exclude_tags=())
+    if backend not in known:
+        names = ", ".join(map(repr, ["inductor", "eager", *sorted(set(known) - {"inductor", "eager"})]))
+        raise ValueError(f"backend must be one of {names}, or a callable that torch.compile takes; not {backend!r}")
+
+
 @contextmanager
-def failures_are_reasons(what: str, backend: str | None = None) -> Iterator[None]:
+def failures_are_reasons(what: str, backend: str | Callable[..., Any] | None = None) -> Iterator[None]:
     """Whatever fails in the block is a reason not to compile; but errors from outside, such as time-outs, come through.
 
     Parameters

@@ -25,7 +25,7 @@ from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c, loo
 from pyro_elbo_ext.compile.losses import TracedLoss
 from pyro_elbo_ext.compile.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
-from pyro_elbo_ext.compile.step_graph import Compiled, build_steps, build_value, compile_function
+from pyro_elbo_ext.compile.step_graph import Backend, Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
 from pyro_elbo_ext.objective import Weight
 from pyro_elbo_ext.record import VALUES
@@ -40,7 +40,7 @@ _IS_TRAINED = operator.attrgetter("requires_grad")
 class Settings(NamedTuple):
     """How graphs are compiled; see :class:`~pyro_elbo_ext.CompiledSVI`."""
 
-    backend: str
+    backend: Backend
     same_draws: bool
     options: dict[str, Any]
 

@@ -19,6 +19,7 @@ from pyro_elbo_ext.compile.updates import Rule
 logger = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
+Backend = str | Callable[..., Any]
 
 
 def build_steps(found: Capture, rules: Sequence[Rule | None], steps: int, guards: bool) -> Compiled:
@@ -85,7 +86,7 @@ def build_value(found: Capture) -> Compiled:
 
 
 def compile_function(
-    function: Compiled, inputs: Sequence[Tensor], backend: str, same_draws: bool, options: dict[str, Any]
+    function: Compiled, inputs: Sequence[Tensor], backend: Backend, same_draws: bool, options: dict[str, Any]
 ) -> Compiled:
     """Make a function of flat tensors, which returns a tuple of tensors, into machine code.
 
@@ -110,7 +111,7 @@ def compile_function(
 
 
 def _compile(
-    graph: GraphModule, inputs: Sequence[Tensor], backend: str, same_draws: bool, options: dict[str, Any]
+    graph: GraphModule, inputs: Sequence[Tensor], backend: Backend, same_draws: bool, options: dict[str, Any]
 ) -> Compiled:
     if not same_draws:
         _fuse_draws(graph)

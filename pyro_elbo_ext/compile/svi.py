@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, name_of, take_apart
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
-from pyro_elbo_ext.compile.compiler import import_dynamo
+from pyro_elbo_ext.compile.compiler import check_backend, import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.compile.layouts import Changed, has_memory
@@ -31,7 +31,7 @@ from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.programs import Programs
-from pyro_elbo_ext.compile.updates import Unsupported
+from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objective import NotFinite, Objective, Weight
 from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import modules_of
@@ -77,8 +77,10 @@ class CompiledSVI(SVI):
         ``Trace_ELBO``, ``TraceMeanField_ELBO``, or any objective of this package, whose history is recorded as ever; its
         ``last`` is None after a compiled step.
     loss_and_grads
-        Not supported; here for the signature.
-    backend : str
+        Not compiled; with ``fallback`` Pyro trains with it.
+    num_samples, num_steps, kwargs
+        As ``pyro.infer.SVI`` takes them, deprecated there; they are for its :meth:`run`, which is another one here.
+    backend : str or callable
         "inductor", machine code; "eager", the graph run operator by operator; or another of ``torch.compile``'s.
     same_draws : bool
         Draw random numbers with the operators that Pyro uses, so that under the same seed a compiled step equals Pyro's up
@@ -108,8 +110,9 @@ class CompiledSVI(SVI):
         site or line, and what to do. It comes at construction for the loss, otherwise after the first step, or at a later
         one that needs another graph; parameters, optimizer and history are then those after the last whole step.
     ValueError
-        If a term of an objective of this package is NaN or infinite, naming the site; the parameters are then those before
-        that step. With Pyro's losses a NaN is a warning, as in Pyro.
+        At construction, for a backend or an option that torch does not know, or an optimizer that SVI cannot use. In a step,
+        if a term of an objective of this package is NaN or infinite, naming the site; the parameters are then those
+        before that step. With Pyro's losses a NaN is a warning, as in Pyro.
 
     References
     ----------
@@ -124,18 +127,22 @@ class CompiledSVI(SVI):
         optim: PyroOptim | torch.optim.Optimizer,
         loss: Any,
         loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
         *,
-        backend: str = "inductor",
+        backend: str | Callable[..., Any] = "inductor",
         same_draws: bool = False,
         steps_per_call: int | None = None,
         fallback: bool = False,
         options: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if steps_per_call is not None and operator.index(steps_per_call) < 1:
             raise ValueError(f"steps_per_call must be at least 1, not {steps_per_call!r}")
         if isinstance(optim, torch.optim.Optimizer):
             optim = WholeOptimizer(optim)
-        super().__init__(model, guide, optim, loss, loss_and_grads)
+        super().__init__(model, guide, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
+        check_evaluates_once(optim)
         self.objective = loss
         self.steps_per_call = steps_per_call
         self.fallback = fallback
@@ -152,7 +159,9 @@ class CompiledSVI(SVI):
         try:
             if loss_and_grads is not None:
                 raise CannotCompile("loss_and_grads cannot be compiled. Leave it out, or train with pyro.infer.SVI.")
-            self._traced = traced_loss(loss)
+            traced = traced_loss(loss)
+            check_backend(backend, self._settings.options)
+            self._traced = traced
         except CannotCompile as error:
             self._refuse(error)
 
@@ -238,8 +247,14 @@ class CompiledSVI(SVI):
         Returns
         -------
         Tensor
-            The loss of each step, float64, shape ``(num_steps,)``, on the device of the parameters.
+            The loss of each step, float64, shape ``(num_steps,)``, on the device of the parameters; ``(num_steps, n)`` for a
+            loss of Pyro's that returns a tuple of n.
         """
+        if not hasattr(num_steps, "__index__") or isinstance(num_steps, Tensor):
+            raise TypeError(
+                f"num_steps must be an integer, not a {type(num_steps).__name__}: run takes the number of steps first, then "
+                "the arguments of model and guide. Pyro's own run is another method, which is deprecated."
+            )
         if operator.index(num_steps) < 0:
             raise ValueError(f"num_steps must be at least 0, not {num_steps!r}")
         losses: list[Tensor] = []
@@ -256,7 +271,8 @@ class CompiledSVI(SVI):
                 taken += len(many)
                 bar.update(len(many))
                 if progress:
-                    bar.set_postfix(loss=f"{float(many[-1]):.5g}", refresh=False)
+                    last = many[-1].reshape(-1).tolist()  # several numbers of a loss of Pyro's that returns a tuple
+                    bar.set_postfix(loss=", ".join([f"{loss:.5g}" for loss in last]), refresh=False)
             bar.set_description(None)
         device = losses[-1].device if losses else None
         return torch.cat([of.to(device) for of in losses]) if losses else torch.zeros(0, dtype=torch.float64)
@@ -394,7 +410,8 @@ class CompiledSVI(SVI):
                 return _Found(last[2], list(args), None)
             self._last = None
         if self._traced is None:
-            return _Found(None, [], float(pyro_call(*args, **kwargs)))
+            import_dynamo()
+            return _Found(None, [], pyro_call(*args, **kwargs))  # of some losses a tuple
         try:
             arguments = take_apart(args, kwargs)
         except CannotCompile as error:
@@ -515,7 +532,7 @@ class CompiledSVI(SVI):
         if self.optimizer_reason is not None:
             return True
         try:
-            if program.binding is not None and program.binding.is_current():
+            if program.binding is not None and program.binding.optim is self.optim and program.binding.is_current():
                 return True
             binding = Binding(program.parameters, self.optim, program.reached)
             if binding.is_missing:

@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as _optimizer
+from torch.utils._pytree import tree_leaves
 
 Settings = dict[str, Any]
 # (parameter, gradient, state tensors, learning rate) -> their new values
@@ -53,12 +56,42 @@ class Rule:
 
     @property
     def has_other_settings(self) -> bool:
-        """Whether a setting beside the learning rate has changed since."""
-        return self.frozen != _settings(self.group)
+        """Whether a setting beside the learning rate has changed since, or that is no number any more."""
+        return not isinstance(self.group["lr"], float | int) or self.frozen != _settings(self.group)
 
 
 class Unsupported(Exception):
     """Says why an optimizer has no update here."""
+
+
+_KINDS = (Adam, AdamW, ClippedAdam, SGD)
+
+
+def check_supported(optimizer: Optimizer) -> None:
+    """Look at an optimizer before its state.
+
+    Raises
+    ------
+    Unsupported
+        If it is none of those that can be in a graph, or if a graph would leave out what hangs on its steps.
+    """
+    if type(optimizer) not in _KINDS:
+        raise Unsupported("only Adam, AdamW, ClippedAdam and SGD are")
+    hooks = [
+        name for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks") if getattr(optimizer, name, None)
+    ]
+    if hooks or _optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks:
+        raise Unsupported("its steps have hooks")
+
+
+def check_evaluates_once(optim: PyroOptim) -> None:
+    """Raise ValueError for an optimizer that evaluates the loss several times a step."""
+    constructor = optim.pt_optim_constructor
+    if isinstance(constructor, type) and issubclass(constructor, LBFGS):
+        raise ValueError(
+            f"optim must not be {constructor.__name__}: it evaluates the loss several times a step, which SVI does not let "
+            "it. Use Adam."
+        )
 
 
 def rule_for(optimizer: Optimizer, parameter: Tensor, clip: Settings) -> Rule:
@@ -67,12 +100,15 @@ def rule_for(optimizer: Optimizer, parameter: Tensor, clip: Settings) -> Rule:
     Raises
     ------
     Unsupported
-        If the optimizer, or a setting, is not among those that can be in a graph.
+        If a setting is not among those that can be in a graph.
     """
     (group,) = [group for group in optimizer.param_groups if any(parameter is p for p in group["params"])]
     state = optimizer.state.get(parameter, {})
     if not isinstance(group["lr"], float | int):
         raise Unsupported(f"its learning rate is a {type(group['lr']).__name__}, not a number")
+    of_tensors = [name for name, value in group.items() if name != "params" and _has_tensor(value)]
+    if of_tensors:
+        raise Unsupported(f"its {of_tensors[0]} are tensors, not numbers")
     if parameter.is_complex() or parameter.is_sparse:
         raise Unsupported("a parameter is complex or sparse")
     if set(clip) - {"clip_norm", "clip_value"}:
@@ -95,11 +131,15 @@ def rule_for(optimizer: Optimizer, parameter: Tensor, clip: Settings) -> Rule:
         tensors = [state["exp_avg"], state["exp_avg_sq"], step]
         rule = Rule(optimizer, group, parameter, tensors, _clipped_adam(dict(group)), True, group["lrd"])
     else:
-        raise Unsupported("only Adam, AdamW, ClippedAdam and SGD are")
+        raise AssertionError(kind)  # check_supported knows no other
     rule.frozen = _settings(group)
     if clip:
         rule.update = _clipped(rule.update, clip)
     return rule
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def _settings(group: dict[str, Any]) -> Settings:

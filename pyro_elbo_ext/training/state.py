@@ -165,14 +165,16 @@ class TrainingState:
 
     def learning_rates(self) -> list[float]:
         """Those of all groups of parameters."""
-        return [float(group["lr"]) for group in self._groups()]
+        return [float(group[_rate_of(group)]) for group in self._groups() if _rate_of(group) in group]
 
     def scale_learning_rates(self, factor: float) -> None:
         """Multiply every learning rate, and what schedulers start from, by a factor."""
         for _, optimizer in self._optimizers():
             inner = getattr(optimizer, "optimizer", optimizer)
             for group in inner.param_groups:
-                group["lr"] = group["lr"] * factor
+                rate = _rate_of(group)
+                if rate in group:
+                    group[rate] = group[rate] * factor
                 if "initial_lr" in group:
                     group["initial_lr"] = group["initial_lr"] * factor
             if inner is not optimizer and hasattr(optimizer, "base_lrs"):
@@ -192,6 +194,11 @@ class TrainingState:
         for name, p in self.parameters.items():
             if p in objects:
                 yield name, objects[p]
+
+
+def _rate_of(group: Mapping[str, Any]) -> str:
+    """What the optimizer calls its learning rate."""
+    return "eta" if "eta" in group and "lr" not in group else "lr"  # as Pyro's AdagradRMSProp
 
 
 def training_modes(programs: tuple[Any, ...]) -> list[tuple[nn.Module, bool]]:
