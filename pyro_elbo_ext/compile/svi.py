@@ -6,7 +6,8 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.programs import Programs
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objective import NotFinite, Objective, Weight
+from pyro_elbo_ext.programs.replay import OwnIndices
 from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import modules_of
 
@@ -119,6 +121,8 @@ class CompiledSVI(SVI):
     Ansel et al. (2024), "PyTorch 2: Faster machine learning through dynamic Python bytecode transformation and graph
     compilation".
     """
+
+    model: Callable[..., Any]
 
     def __init__(
         self,
@@ -432,11 +436,22 @@ class CompiledSVI(SVI):
         # none is of use after the param store was cleared, or a parameter replaced
         self._programs.keep(Program.has_same_parameters)
         import_dynamo()  # the optimizers do, but not where torch cannot make its folder
-        with poutine.trace(param_only=True) as called:
+        with poutine.trace(param_only=True) as called, self._own_indices():
             loss = float(pyro_call(*args, **kwargs))
         if found is None:
             self._make(key, arguments, called.trace)
         return _Found(None, arguments.tensors, loss)
+
+    @contextmanager
+    def _own_indices(self) -> Iterator[None]:
+        """Have Pyro's losses look at the indices of plates, as the objectives of this package do."""
+        model = self.model
+        if not isinstance(self.objective, Objective):
+            self.model = OwnIndices()(model)
+        try:
+            yield
+        finally:
+            self.model = model
 
     def _known(self, args: Args, kwargs: Kwargs) -> Program | None:
         """The program for these arguments, if it has been made."""

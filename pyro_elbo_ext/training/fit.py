@@ -34,7 +34,7 @@ from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop, uncompiled
 from pyro_elbo_ext.training.replica import start_alike
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
-from pyro_elbo_ext.training.scaling import check_scale
+from pyro_elbo_ext.training.scaling import ScaleCheck, check_dataset_size, check_whole
 from pyro_elbo_ext.training.settings import describe_run
 from pyro_elbo_ext.training.state import parameters_of_programs, random_state_kept
 from pyro_elbo_ext.training.stopping import Patience, StoppingRule
@@ -107,8 +107,8 @@ def fit(
         ``DataLoader`` or another iterable (not an iterator) of batches. A tensor becomes the first argument, a tuple or list
         the first arguments, a mapping keyword arguments; ``args`` and ``kwargs`` follow.
     dataset_size
-        Number of data behind ``batches``, for the check that the model scales each batch to it; by default that of the
-        loader's dataset.
+        Number of data behind ``batches``, for the check that the model counts every row once in an epoch; by default that of
+        the loader's dataset or the list, or what the first epoch has.
     validation
         Held-out data: a tensor, a tuple of arguments or a mapping, as one batch, or an iterable of batches. Its true ELBO,
         ``kl_prior`` at weight 1, is recorded without a step, in evaluation mode and under the same random numbers each time.
@@ -177,6 +177,7 @@ def fit(
     _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
     if operator.index(max_rollbacks) < 0:
         raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")
+    check_dataset_size(dataset_size)
     listeners = CallbackList(callbacks)
     if isinstance(guide, str):
         given = {
@@ -184,9 +185,13 @@ def fit(
             "optim": optim,
             "num_epochs": num_epochs,
             "batches": batches,
+            "dataset_size": dataset_size,
             "validation": validation,
+            "validate_every": validate_every,
             "stopping": stopping,
             "checkpoint": checkpoint,
+            "checkpoint_every": checkpoint_every,
+            "resume": resume or None,
             "distributed": distributed,
             "num_steps": None if num_steps == "auto" else num_steps,
         }
@@ -208,9 +213,7 @@ def fit(
     went_on_from = tuple(name for name in parameters if name in there)
     if went_on_from:
         logger.info("fit goes on from parameters that are there: %s", ", ".join(went_on_from))
-    size = data.dataset_size if dataset_size is None else dataset_size
-    if size is not None and batched:
-        _check_scale(model, guide, call, size)
+    _check_counts_of_data(model, guide, data, dataset_size)
     most = _steps(num_steps, num_epochs, max_steps, data)
     if stopping is None and num_steps == "auto" and num_epochs is None:
         stopping = AdaptiveStopping() if validation is None else Patience()
@@ -338,12 +341,18 @@ def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.T
     return parameters
 
 
-def _check_scale(model: Any, guide: Any, call: Call, size: int) -> None:
-    if operator.index(size) < 1:
-        raise ValueError(f"dataset_size must be at least 1, not {size!r}")
-    with random_state_kept(), torch.no_grad():
-        model_trace, _ = trace_pair(model, guide, *call)
-    check_scale(model_trace, call, size)
+def _check_counts_of_data(model: Any, guide: Any, data: Whole | Batches, dataset_size: int | None) -> None:
+    """See that every row counts once in an epoch: now as far as batches are known, and as they come."""
+    if isinstance(data, Whole):
+        if dataset_size is not None:
+            check_whole(model, guide, data.call, dataset_size)
+        return
+    check = ScaleCheck(model, guide, data, dataset_size)
+    data.check, data.at_epoch_end = check, check.judge
+    with random_state_kept():
+        for batch in (data.first_batch, *data.examples()):
+            data.look(batch)
+    data.first_batch = None
 
 
 def _stepper(
