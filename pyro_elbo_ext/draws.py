@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import Node, is_data
+from pyro_elbo_ext.programs.running import trace_program
 
 
 class Given(Messenger):
@@ -77,7 +77,7 @@ def run_given(
     """Run the model once at given values, see :class:`Given`; its trace without subsample sites."""
     with Given(values, redraw=redraw, option=option):
         # the handler is inside the trace, which so records what it gives
-        return prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        return prune_subsample_sites(trace_program(model, args, kwargs))
 
 
 def _sites(trace: Trace) -> Iterator[tuple[str, Node]]:

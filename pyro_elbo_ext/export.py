@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 from pyro.infer import MCMC
@@ -21,6 +21,9 @@ from pyro_elbo_ext.history import History
 from pyro_elbo_ext.labels import Labels
 from pyro_elbo_ext.model_runs import ModelRuns
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause
+from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import check_callable, run_pair
 from pyro_elbo_ext.terms import latent_values, read_sites
@@ -188,20 +191,26 @@ def from_pyro_svi(
     rest = ModelRuns(model, args, kwargs, size, posterior_predictive, prior, log_likelihood)
     with untouched(seed):
         for index in tqdm(range(size), desc="draws", disable=not progress):
-            model_trace, guide_trace = run_named(model, guide, args, kwargs, index)
+            model_trace, guide_trace = run_pair(model, guide, args, kwargs)
+            log_p, log_q = _log_densities(model_trace, guide_trace, index)
             if index == 0:
                 check_full(guide_trace)
                 check_full(model_trace)
                 first = model_trace
+                points = point_sites(model_trace, guide_trace, model, guide, args, kwargs)
+                if not any(is_latent(node) for node in model_trace.nodes.values()):
+                    raise ValueError(NO_LATENT)
             for name, value in values_of(model_trace).items():
                 posterior.put(index, name, value, allow_nan=model_trace.nodes[name]["is_observed"])
-            log_p, log_q = _log_densities(model_trace, guide_trace, index)
             stats.put(index, "log_p", log_p)
             stats.put(index, "log_q", log_q)
             rest.add(index, model_trace, latent_values(model_trace, guide_trace))
 
     labels = Labels(coords, dims)
     attrs = attributes()
+    if points:
+        warnings.warn(point_estimate(points), stacklevel=2)
+        attrs["point_estimates"] = ", ".join(points)
     groups = {
         "posterior": labels.dataset(posterior.by_chain(1), first.nodes, attrs=attrs),
         "sample_stats": labels.dataset(stats.by_chain(1), {}, attrs=attrs),
@@ -324,35 +333,6 @@ def from_pyro_mcmc(
     return to_arviz(groups)
 
 
-def run_named(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], index: int
-) -> tuple[Trace, Trace]:
-    """Run guide and model once; an error about NaN parameters names the site."""
-    try:
-        return run_pair(model, guide, args, kwargs)
-    except ValueError as error:
-        # torch says that a distribution's parameter is NaN, not at which site
-        with pyro.validation_enabled(False):
-            try:
-                traces = run_pair(model, guide, args, kwargs)
-            except Exception:
-                raise error from None
-        for trace, where in zip(traces, ("model", "guide"), strict=True):
-            for name, node in trace.nodes.items():
-                if (
-                    node["type"] == "sample"
-                    and not node["is_observed"]
-                    and torch.as_tensor(node["value"]).isnan().any()
-                ):
-                    raise ValueError(
-                        f"site '{name}' of the {where} draws NaN. Look for parameters that are NaN, from a fit that "
-                        "diverged."
-                    ) from error
-        with pyro.validation_enabled(False):
-            _log_densities(*traces, index)
-        raise
-
-
 def _log_densities(model_trace: Trace, guide_trace: Trace, index: int) -> tuple[float, float]:
     """Log densities of model and guide at one draw, scaled and masked, summed in float64."""
     sums = [0.0, 0.0]
@@ -364,7 +344,11 @@ def _log_densities(model_trace: Trace, guide_trace: Trace, index: int) -> tuple[
             term = float(to_numpy(density).sum(dtype=np.float64))
             if np.isnan(term):
                 where = "guide" if which else "model"
-                raise ValueError(f"the log density of site '{site.name}' in the {where} is NaN at draw {index}")
+                reason = cause(model_trace, guide_trace)
+                raise ValueError(
+                    ("" if reason is None else f"{reason}\n")
+                    + f"the log density of site '{site.name}' in the {where} is NaN at draw {index}"
+                )
             sums[which] += term
     return sums[0], sums[1]
 

@@ -43,7 +43,13 @@ class ModelRuns:
         """Take one draw: the model's trace at it, and its latent sites' values."""
         self.first = self.first or trace
         if self.pointwise:
-            for name, (density, counts) in pointwise_log_likelihood(trace).items():
+            try:
+                pointwise = pointwise_log_likelihood(trace)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}\nPass log_likelihood=False to do without pointwise log likelihoods."
+                ) from error
+            for name, (density, counts) in pointwise.items():
                 self.likelihood.put(index, name, density)
                 counted = to_numpy(counts)
                 self.counts[name] = self.counts[name] | counted if name in self.counts else counted

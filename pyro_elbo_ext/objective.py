@@ -232,6 +232,21 @@ class Objective(ELBO):
         self._record(evaluation)
         return self._loss(evaluation)
 
+    def check_programs(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss, after a look at its gradient too; nothing is recorded, and no ``grad`` is touched.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`loss`; and where the gradient is NaN or infinite.
+        """
+        with torch.enable_grad():
+            evaluation = self._evaluate(model, guide, args, kwargs, with_gradient=True)
+            shares = evaluation.surrogate()
+            if shares.requires_grad:
+                self._check_gradient(shares, evaluation)
+        return self._loss(evaluation)
+
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor with the gradient of the surrogate."""
         if not _PYROS.isdisjoint(vars(self)):

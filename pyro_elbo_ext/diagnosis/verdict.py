@@ -24,6 +24,7 @@ from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.labels import Labels
+from pyro_elbo_ext.programs.faults import discrete_latent
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 
 FINITE_VARIANCE = 0.5  # k-hat of the weights below which they are relied on
@@ -119,11 +120,7 @@ def diagnose(
         nodes = scorer.reference[0].nodes
         for name in scorer.latents:
             if nodes[name]["fn"].support.is_discrete:
-                raise ValueError(
-                    f"latent site '{name}' is discrete: means, standard deviations and gradients do not describe it. Sum it "
-                    "out in the model, or mark it infer={'enumerate': 'parallel'} in the model and leave it out of the "
-                    "guide."
-                )
+                raise ValueError(discrete_latent(nodes[name], by_hand=True))
         run = _Run(model, guide, args, kwargs, num_draws, seed, progress)
         sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
         found = None if mcmc is None else run.with_mcmc(mcmc, sample)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro.distributions import Delta
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -21,12 +22,13 @@ from tqdm import tqdm
 from pyro_elbo_ext.batched_draws import Batch
 from pyro_elbo_ext.batching import run_batched
 from pyro_elbo_ext.draws import check_full, to_numpy, values_of
-from pyro_elbo_ext.export import run_named
 from pyro_elbo_ext.folding import transform_of, unpack
 from pyro_elbo_ext.gradients import Pathwise
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause
 from pyro_elbo_ext.programs.nodes import Node, is_point_mass, is_random
 from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.supply import CannotBatch, Supply
 from pyro_elbo_ext.terms import Site, outline, read_sites
@@ -96,14 +98,15 @@ class Scorer:
             check_full(model_trace)
 
         with torch.no_grad():
-            try:
-                self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
-            except ValueError:
-                run_named(self.model, self.guide, self.args, self.kwargs, 0)  # the same error, saying at which site
-                raise
+            self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
         model_trace, guide_trace = self._batch.reference
         self.reference = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         self.latents = tuple(name for name, node in self.reference[0].nodes.items() if is_random(node))
+        if not self.latents:
+            raise ValueError(NO_LATENT)
+        points = point_sites(*self.reference, self.model, self.guide, self.args, self.kwargs)
+        if points:
+            raise ValueError(point_estimate(points))
         _check_density(*self.reference)
         self._plates, self.not_local = _factors(read_sites(*self.reference))
 
@@ -199,7 +202,7 @@ class Scorer:
         """
         model_trace, guide_trace = self.reference
         count = len(next(iter(draws.values())))
-        deltas = [name for name in self.latents if is_point_mass(guide_trace.nodes[name]["fn"])]
+        deltas = [name for name in self.latents if isinstance(guide_trace.nodes[name]["fn"], Delta)]
         found: dict[str, Tensor] = {}
         for name, node in guide_trace.nodes.items():
             if not is_random(node):
@@ -274,7 +277,9 @@ class Scorer:
                 total = to_numpy(
                     density.flatten(1).sum(1, dtype=torch.float64) if density.dim() > 1 else density.double()
                 )
-                _check_finite(total, site.name, "model" if sign > 0 else "guide", start, own)
+                _check_finite(
+                    total, site.name, "model" if sign > 0 else "guide", start, own, (model_trace, guide_trace)
+                )
                 if sign > 0:
                     log_p += total
                     if site.kind == "latent":
@@ -333,8 +338,8 @@ def _check_density(model_trace: Trace, guide_trace: Trace) -> None:
         points = [repr(name) for name in latents if is_point_mass(guide_trace.nodes[name]["fn"])]
         raise ValueError(
             f"the guide draws {there} of the {wanted} dimensions of the latent sites: at {', '.join(points)} it is a "
-            "point mass, which has no density and so no importance weight. Use a guide with a density, such as AutoNormal "
-            "or AutoLaplaceApproximation."
+            "point mass, computed from other draws, which has no density and so no importance weight. Use a guide that "
+            "draws each site, such as AutoNormal."
         )
     if there > wanted:
         extra = [repr(name) for name in drawn if name not in latents]
@@ -387,15 +392,17 @@ def _along(density: Tensor, dim: int, width: int) -> Array:
     return to_numpy(total.expand(len(density), width))
 
 
-def _check_finite(total: Array, site: str, where: str, start: int, own: bool) -> None:
+def _check_finite(total: Array, site: str, where: str, start: int, own: bool, traces: tuple[Trace, Trace]) -> None:
     """-inf is legal for the model, a draw outside its support; and for the guide at draws that are not its own."""
     bad = np.isnan(total) | (total == np.inf)
     if where == "guide" and own:
         bad |= total == -np.inf
     if bad.any():
         index = int(np.flatnonzero(bad)[0])
+        reason = cause(*traces)
         raise ValueError(
-            f"the log density of site '{site}' in the {where} is {total[index]} at draw {start + index}, and not finite "
+            ("" if reason is None else f"{reason}\n")
+            + f"the log density of site '{site}' in the {where} is {total[index]} at draw {start + index}, and not finite "
             f"in {int(bad.sum())} of {len(total)}. Look for parameters of the guide or model, or data, that are "
             "NaN or infinite."
         )

@@ -99,10 +99,10 @@ NO_LATENT = (
 )
 
 
-def discrete_latent(node: Node) -> str:
-    """Says that a latent site is discrete, and how it can be summed out."""
+def discrete_latent(node: Node, *, by_hand: bool = False) -> str:
+    """Says that a latent site is discrete, and how to sum it out; ``by_hand`` where Pyro's enumeration is of no use."""
     fn, name = node["fn"], node["name"]
-    advice = "Sum it out, with pyro.infer.config_enumerate(model) or by hand."
+    advice = "Sum it out by hand." if by_hand else "Sum it out, with pyro.infer.config_enumerate(model) or by hand."
     if not getattr(fn, "has_enumerate_support", False):
         advice = "Its values cannot be enumerated: sum it out by hand, or replace it by a continuous site."
     return (

@@ -71,6 +71,27 @@ def trace_pair(
         raise
 
 
+def look_at_pair(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Run guide and model once more, without gradient, to see whether names and shapes are right, for losses that do not.
+
+    Random numbers are left as they were. Programs that are marked for enumeration are left to the loss.
+
+    Raises
+    ------
+    ValueError
+        As :func:`run_pair`; and for a value that does not fit its distribution.
+    """
+    with kept(), torch.no_grad():
+        model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+        nodes = [node for trace in (guide_trace, model_trace) for node in trace.nodes.values()]
+        if any(node["type"] == "sample" and node["infer"].get("enumerate") for node in nodes):
+            return
+        check_pair(model_trace, guide_trace)
+        check_densities(model_trace, finite=False)
+
+
 def trace_guide(
     guide: Callable[..., Any], model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Trace:

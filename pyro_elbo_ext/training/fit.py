@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.compile.compiler import import_dynamo
+from pyro_elbo_ext.compile.static_check import nothing_changed
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.objective import Objective
-from pyro_elbo_ext.programs.running import check_callable, trace_pair
+from pyro_elbo_ext.programs.points import point_sites
+from pyro_elbo_ext.programs.running import check_callable, look_at_pair, trace_pair
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.adaptive import AdaptiveStopping
 from pyro_elbo_ext.training.automatic_fit import fit_automatically
@@ -211,6 +213,7 @@ def fit(
     there = set(pyro.get_param_store().keys())
     parameters = _look_at(model, guide, loss, call)
     went_on_from = tuple(name for name in parameters if name in there)
+    points = _point_sites(model, guide, call)
     if went_on_from:
         logger.info("fit goes on from parameters that are there: %s", ", ".join(went_on_from))
     _check_counts_of_data(model, guide, data, dataset_size)
@@ -268,6 +271,7 @@ def fit(
         parameters=loop.state.parameters,
         buffers=loop.state.buffers,
         went_on_from=went_on_from,
+        point_sites=points,
         rollbacks=loop.rollbacks,
         validation=pd.DataFrame(loop.validated, columns=["step", "elbo"]),
         losses=pd.DataFrame(loop.looks, columns=["step", "loss"]),
@@ -321,16 +325,11 @@ def _steps(num_steps: int | str, num_epochs: int | None, max_steps: int, data: W
 def _look_at(model: Any, guide: Any, loss: Any, call: Call) -> dict[str, torch.Tensor]:
     """One evaluation before anything changes: it makes the parameters and finds what is wrong with programs or data."""
     objective = true_objective(loss)
-    evaluate = getattr(objective, "loss", objective)
     values: list[float] = []
     try:
         with random_state_kept(), torch.no_grad(), flat_priors_have_a_start(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # which is an error below
-            parameters = parameters_of_programs(
-                lambda: values.append(float(evaluate(model, guide, *call[0], **call[1])))
-            )
-            if not isinstance(objective, Objective):  # a loss of Pyro's does not look at the indices of plates
-                trace_pair(model, guide, *call)
+            parameters = parameters_of_programs(lambda: values.append(_evaluated(objective, model, guide, call)))
     finally:
         if isinstance(loss, Objective):
             loss.forget()
@@ -353,6 +352,21 @@ def _check_counts_of_data(model: Any, guide: Any, data: Whole | Batches, dataset
         for batch in (data.first_batch, *data.examples()):
             data.look(batch)
     data.first_batch = None
+
+
+def _evaluated(objective: Any, model: Any, guide: Any, call: Call) -> float:
+    """The loss; what is wrong with shapes, with values or with the gradient is an error."""
+    if isinstance(objective, Objective):
+        return objective.check_programs(model, guide, *call[0], **call[1])
+    try:
+        return float(getattr(objective, "loss", objective)(model, guide, *call[0], **call[1]))
+    finally:
+        look_at_pair(model, guide, *call)
+
+
+def _point_sites(model: Any, guide: Any, call: Call) -> tuple[str, ...]:
+    with nothing_changed((model, guide)), torch.no_grad():
+        return point_sites(*trace_pair(model, guide, *call), model, guide, *call)
 
 
 def _stepper(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pyro_elbo_ext.batched_draws import Batch
 from pyro_elbo_ext.draws import check_full, values_of
-from pyro_elbo_ext.export import run_named
 from pyro_elbo_ext.gradients import Pathwise
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.randomness import untouched
+from pyro_elbo_ext.programs.running import run_pair
 
 _AT_ONCE = 4096
 
@@ -59,7 +59,7 @@ def draw_guide(
             drawn = batch.draw(model, guide, args, kwargs, size, Pathwise())
             if drawn is None:
                 size = 1
-                trace = run_named(model, guide, args, kwargs, done)[0]
+                trace = run_pair(model, guide, args, kwargs)[0]
             else:
                 trace = drawn.draw.model_trace
             values = values_of(prune_subsample_sites(trace))

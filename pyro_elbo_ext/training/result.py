@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.verdict import diagnose
 from pyro_elbo_ext.export import from_pyro_svi
 from pyro_elbo_ext.history import History
+from pyro_elbo_ext.programs.points import point_estimate
 from pyro_elbo_ext.training import checkpoints
 from pyro_elbo_ext.training.guide_draws import draw_guide
 from pyro_elbo_ext.training.ownership import Ownership, said
@@ -63,6 +65,8 @@ class FitResult:
         Parameters that were in Pyro's store before the fit, which went on from them.
     args, kwargs
         What they were called with; with batches, the first batch.
+    point_sites : tuple of str
+        Latent sites at which the guide is a point mass, such as AutoDelta's: a point estimate, without a posterior.
     history : History or None
         Every step's terms; None with a loss of Pyro's. ``losses`` is there in any case.
     reason : str
@@ -98,6 +102,7 @@ class FitResult:
     parameters: dict[str, Tensor] = field(default_factory=dict, repr=False)
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     went_on_from: tuple[str, ...] = ()
+    point_sites: tuple[str, ...] = ()
     rollbacks: list[Rollback] = field(default_factory=list)
     validation: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"step": [], "elbo": []}), repr=False)
     losses: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"step": [], "loss": []}), repr=False)
@@ -155,7 +160,14 @@ class FitResult:
         ------
         ValueError
             For no draws, a plate that subsamples (call with the full data), or sites that vary from draw to draw.
+
+        Warns
+        -----
+        UserWarning
+            Where the guide is a point mass at a site: its draws are all the same.
         """
+        if self.point_sites:
+            warnings.warn(point_estimate(self.point_sites), stacklevel=2)
         with self.own_parameters():
             return draw_guide(self.model, self.guide, self.args, self.kwargs, num_draws, seed)
 
@@ -200,6 +212,7 @@ class FitResult:
                     "num_steps",
                     "seconds",
                     "uncompiled",
+                    "point_sites",
                     "rollbacks",
                     "validation",
                     "losses",
@@ -317,7 +330,10 @@ class FitResult:
         found = [
             f"{self.num_steps:,} steps in {self.seconds:.1f} s, {how}",
             f"stopped: {self.reason}" + ("" if self.reason.startswith("converged") else f" ({state})"),
-            f"ELBO {self.elbo:.6g} nats",
+            f"ELBO {self.elbo:.6g} nats"
+            if not self.point_sites
+            else f"objective {self.elbo:.6g} nats: no ELBO and no bound on log p(x), since the guide is a point mass at "
+            f"{said(self.point_sites)}; draws have no spread there",
         ]
         if len(self.validation):
             found.append(
