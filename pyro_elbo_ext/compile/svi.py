@@ -15,7 +15,7 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.infer import SVI
+from pyro.infer import ELBO, SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
@@ -26,6 +26,7 @@ from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, name_o
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
 from pyro_elbo_ext.compile.compiler import check_backend, import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.first_look import FirstLook
 from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.compile.layouts import Changed, has_memory
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
@@ -147,6 +148,8 @@ class CompiledSVI(SVI):
             optim = WholeOptimizer(optim)
         super().__init__(model, guide, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
         check_evaluates_once(optim)
+        if isinstance(loss, ELBO) and not isinstance(loss, Objective) and loss_and_grads is None:
+            self.loss_and_grads = FirstLook(loss, self.loss_and_grads)  # type: ignore[has-type]
         self.objective = loss
         self.steps_per_call = steps_per_call
         self.fallback = fallback

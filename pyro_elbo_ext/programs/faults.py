@@ -6,15 +6,18 @@ Nothing here is asked while all is well, so it may wait for the device.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_elbo_ext.programs.nodes import Node, base_distribution, is_data, is_latent, is_subsample
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, base_distribution, is_data, is_latent, is_subsample
 
 _OF_DTYPES = re.compile(r"dtype|scalar type|Input type", re.IGNORECASE)  # as torch's messages have it
 
@@ -22,7 +25,7 @@ _OF_DTYPES = re.compile(r"dtype|scalar type|Input type", re.IGNORECASE)  # as to
 def fault_of_run(error: Exception, trace: Trace, where: str) -> Exception | None:
     """A better error for a program ``where`` that failed after the sites of ``trace``; None if there is none."""
     if isinstance(error, ZeroDivisionError):  # Pyro's own for pyro.plate(name, 0)
-        return ValueError(f"{error}: a plate in the model or guide is empty. Skip empty batches.")
+        return ValueError(f"{_empty_plate(error)}: {error}. Skip empty batches.")
     if isinstance(error, torch.linalg.LinAlgError) or not isinstance(error, ValueError | RuntimeError):
         return None
     observed_there = re.match(r"site (.*) must be sampled in trace", str(error))
@@ -33,7 +36,10 @@ def fault_of_run(error: Exception, trace: Trace, where: str) -> Exception | None
         )
     if isinstance(error, RuntimeError) and _OF_DTYPES.search(str(error)):
         return RuntimeError(f"{_dtypes(trace, where)}\n{error}")
-    sentence = nan_parameter(trace) or _draw_at_fault(trace, where)
+    try:
+        sentence = nan_parameter(trace) or _draw_at_fault(trace, where)
+    except RuntimeError:  # under torch.vmap values cannot be looked at; the program is then run draw by draw
+        return None
     return None if sentence is None else ValueError(f"{sentence}\n{error}")
 
 
@@ -59,7 +65,7 @@ def data_at_fault(node: Node) -> str | None:
     """Observed values that are NaN, infinite or outside the support; None where there are none."""
     if node["type"] != "sample" or is_subsample(node) or not is_data(node) or node["mask"] is False:
         return None
-    value, fn, name = node["value"], node["fn"], node["name"]
+    value, fn, name = _of_one_particle(node), node["fn"], node["name"]
     if not isinstance(value, Tensor) or not value.numel():
         return None
     kind = base_distribution(fn)
@@ -83,7 +89,9 @@ def data_at_fault(node: Node) -> str | None:
 
 
 def draw_outside(node: Node) -> str | None:
-    """Says that a draw is outside the support of the model's latent site ``node``; None if it is inside."""
+    """Says that a draw is NaN or outside the support of the model's latent site ``node``; None if it is neither."""
+    if node["value"].is_floating_point() and bool(node["value"].isnan().any()):
+        return _draws_nan(node["name"], "guide")
     outside = _outside(node)
     if outside is None:
         return None
@@ -123,6 +131,17 @@ def shapes_at_fault(node: Node) -> str | None:
     return None
 
 
+def _empty_plate(error: BaseException) -> str:
+    """The plate that was being made, found in the frames of Pyro's error."""
+    name, at = None, error.__traceback__
+    while at is not None:
+        found = at.tb_frame.f_locals
+        if isinstance(found.get("self"), SubsampleMessenger | IndepMessenger):
+            name = found.get("name", name)
+        at = at.tb_next
+    return "a plate" if name is None else f"plate '{name}'"
+
+
 REMEDY = "Make the shapes agree, with .to_event(...), pyro.plate(...) or an unsqueeze."
 
 
@@ -160,14 +179,27 @@ def nan_parameter(trace: Trace) -> str | None:
     return None
 
 
+def _draws_nan(name: str, where: str) -> str:
+    return f"site '{name}' of the {where} draws NaN. Look for parameters that are NaN, from a fit that diverged."
+
+
+def _of_one_particle(node: Node) -> Any:
+    """An observed value, which all particles of a batched run have in common."""
+    value = node["value"]
+    for frame in node["cond_indep_stack"]:
+        if frame.name == PARTICLE_PLATE and isinstance(value, Tensor):
+            dim = frame.dim - node["fn"].event_dim
+            if value.dim() >= -dim and value.shape[dim] == frame.size:
+                return value.select(dim, 0)
+    return value
+
+
 def _draw_at_fault(trace: Trace, where: str) -> str | None:
     for name, node in trace.nodes.items():
         if not is_latent(node) or not isinstance(node["value"], Tensor):
             continue
         if node["value"].is_floating_point() and bool(node["value"].isnan().any()):
-            return (
-                f"site '{name}' of the {where} draws NaN. Look for parameters that are NaN, from a fit that diverged."
-            )
+            return _draws_nan(name, where)
         # a soft draw of a discrete site has a density, as some want it
         if where == "model" and node["value"].is_floating_point() and (sentence := draw_outside(node)):
             return sentence

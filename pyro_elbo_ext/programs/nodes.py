@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import Independent
 
 Node = dict[str, Any]  # one site of a Pyro trace
 PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's name for it
@@ -45,8 +47,10 @@ def innermost(fn: Any) -> Any:
 
 
 def base_distribution(fn: Any) -> str:
-    """Name of the innermost distribution's class, for messages."""
-    return type(innermost(fn)).__name__
+    """Name of a distribution's class, through ``to_event``, ``expand`` and ``mask``, for messages."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def tensor_options(fn: Any) -> tuple[torch.dtype, torch.device]:

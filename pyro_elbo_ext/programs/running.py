@@ -73,10 +73,11 @@ def trace_pair(
 
 def look_at_pair(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> bool:
     """Run guide and model once more, without gradient, to see whether names and shapes are right, for losses that do not.
 
-    Random numbers are left as they were. Programs that are marked for enumeration are left to the loss.
+    Random numbers are left as they were. Programs that are marked for enumeration, whose sites have other shapes then, are
+    left to the loss; returns whether they are.
 
     Raises
     ------
@@ -87,9 +88,10 @@ def look_at_pair(
         model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
         nodes = [node for trace in (guide_trace, model_trace) for node in trace.nodes.values()]
         if any(node["type"] == "sample" and node["infer"].get("enumerate") for node in nodes):
-            return
+            return True
         check_pair(model_trace, guide_trace)
         check_densities(model_trace, finite=False)
+    return False
 
 
 def trace_guide(

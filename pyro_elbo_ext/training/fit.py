@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.compile.compiler import import_dynamo
+from pyro_elbo_ext.compile.first_look import look
 from pyro_elbo_ext.compile.static_check import nothing_changed
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.programs.points import point_sites
-from pyro_elbo_ext.programs.running import check_callable, look_at_pair, trace_pair
+from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.adaptive import AdaptiveStopping
 from pyro_elbo_ext.training.automatic_fit import fit_automatically
@@ -358,10 +359,8 @@ def _evaluated(objective: Any, model: Any, guide: Any, call: Call) -> float:
     """The loss; what is wrong with shapes, with values or with the gradient is an error."""
     if isinstance(objective, Objective):
         return objective.check_programs(model, guide, *call[0], **call[1])
-    try:
-        return float(getattr(objective, "loss", objective)(model, guide, *call[0], **call[1]))
-    finally:
-        look_at_pair(model, guide, *call)
+    look(objective, model, guide, *call)
+    return float(getattr(objective, "loss", objective)(model, guide, *call[0], **call[1]))
 
 
 def _point_sites(model: Any, guide: Any, call: Call) -> tuple[str, ...]:

@@ -101,5 +101,5 @@ def explain(model: Any, guide: Any, objective: Any, call: Call, loss: float, ste
             with torch.no_grad():
                 DecomposedELBO(history=False).loss(model, guide, *call[0], **call[1])
         except ValueError as error:
-            return NotFinite(f"the loss is {loss} at step {step}: {error}")
+            return NotFinite(f"{error}\nThe loss is {loss} at step {step}.")
     return NotFinite(f"the loss is {loss} at step {step}")

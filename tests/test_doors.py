@@ -1,0 +1,547 @@
+"""One mistake, one sentence, whatever the way in; and programs that are unusual but right pass everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_elbo_ext import (
+    CompiledSVI,
+    DecomposedELBO,
+    ImportanceWeightedELBO,
+    compiled_log_density,
+    diagnose,
+    evidence_bounds,
+    fit,
+    from_pyro_svi,
+    psis_khat,
+    run_nuts,
+)
+
+Program = Callable[..., Any]
+NAN = float("nan")
+N = 4
+
+
+def adam() -> Any:
+    return pyro.optim.Adam({"lr": 0.1})
+
+
+# The ways in. Each is given model, guide and arguments.
+
+WITH_GUIDE: dict[str, Callable[..., Any]] = {
+    "DecomposedELBO": lambda m, g, *a: SVI(m, g, adam(), DecomposedELBO()).step(*a),
+    "DecomposedELBO, sampled": lambda m, g, *a: SVI(m, g, adam(), DecomposedELBO(kl="sampled")).step(*a),
+    "IWAE": lambda m, g, *a: SVI(m, g, adam(), ImportanceWeightedELBO(2)).step(*a),
+    "fit": lambda m, g, *a: fit(m, g, *a, num_steps=2, compiled=False, progress=False),
+    "fit, Pyro's loss": lambda m, g, *a: fit(m, g, *a, num_steps=2, loss=Trace_ELBO(), compiled=False, progress=False),
+    "CompiledSVI": lambda m, g, *a: CompiledSVI(m, g, adam(), DecomposedELBO(), backend="eager").step(*a),
+    "CompiledSVI, Pyro's loss": lambda m, g, *a: CompiledSVI(m, g, adam(), Trace_ELBO(), backend="eager").step(*a),
+    "CompiledSVI, fallback": lambda m, g, *a: CompiledSVI(
+        m, g, adam(), Trace_ELBO(), backend="eager", fallback=True
+    ).step(*a),
+    "psis_khat": lambda m, g, *a: psis_khat(m, g, *a, num_draws=20),
+    "evidence_bounds": lambda m, g, *a: evidence_bounds(m, g, *a, num_draws=30, fallback=None),
+    "diagnose": lambda m, g, *a: diagnose(m, g, *a, num_draws=100, progress=False),
+    "from_pyro_svi": lambda m, g, *a: from_pyro_svi(m, g, *a, num_samples=3),
+}
+WITHOUT_GUIDE: dict[str, Callable[..., Any]] = {
+    "auto": lambda m, *a: fit(m, "auto", *a, seed=0, progress=False),
+    "compiled_log_density": lambda m, *a: compiled_log_density(m, *a),
+    "run_nuts": lambda m, *a: run_nuts(m, *a, num_samples=4, warmup=4, chains=1, compile=False, progress=False),
+}
+SCORERS = ("psis_khat", "evidence_bounds", "diagnose", "from_pyro_svi")
+
+
+@dataclass
+class Bad:
+    """A mistake, what every way in says of it, and which ways it cannot be met on."""
+
+    name: str
+    model: Program
+    guide: Program | None  # None: AutoNormal
+    sentence: str
+    args: tuple[Any, ...]
+    legal: tuple[str, ...] = ()  # ways on which it is no mistake
+    of_fit: str = ""  # what `fit` says, which looks at its arguments first
+    of_guide: bool = False  # so that the ways without a guide have nothing to say
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def loc() -> torch.Tensor:
+    return pyro.param("loc", torch.tensor(0.3))
+
+
+def guide(*args: Any) -> None:
+    pyro.sample("w", dist.Normal(loc(), 0.1))
+
+
+def regression(fn: Callable[[torch.Tensor], Any], plate: bool = True) -> Program:
+    """One weight w, and labels y with the distribution that ``fn`` makes of the means."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        if not plate:
+            pyro.sample("y", fn(w * x), obs=y)
+            return
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", fn(w * x), obs=y)
+
+    return model
+
+
+def normal(mean: torch.Tensor) -> Any:
+    return dist.Normal(mean, 1.0)
+
+
+X, Y = torch.linspace(-1, 1, N), torch.tensor([0.1, -0.2, 0.4, 0.8])
+COLUMN = Y.unsqueeze(-1)
+WITH_NAN = Y.clone().index_fill_(0, torch.tensor(1), NAN)
+
+
+def masked_nan(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)), poutine.mask(mask=~y.isnan()):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+
+def masked_by_fn(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 1.0, validate_args=False).mask(~y.isnan()), obs=y)
+
+
+def two_latents(x: torch.Tensor, y: torch.Tensor) -> None:
+    pyro.sample("extra", dist.Normal(0.0, 1.0))
+    regression(normal)(x, y)
+
+
+def guide_of_y(*args: Any) -> None:
+    guide()
+    with pyro.plate("data", N):
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+
+def guide_observes(*args: Any) -> None:
+    loc()
+    pyro.sample("w", dist.Normal(0.0, 1.0), obs=torch.tensor(0.1))
+
+
+def with_sigma(prior: Any) -> Program:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        sigma = pyro.sample("sigma", prior)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, sigma), obs=y)
+
+    return model
+
+
+def negative_sigma(*args: Any) -> None:
+    guide()
+    pyro.sample("sigma", dist.Normal(loc() - 5.0, 0.1))
+
+
+def matrix(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def vector_guide(*args: Any) -> None:
+    pyro.sample("w", dist.Normal(loc() + torch.zeros(2), 0.1).to_event(1))
+
+
+def wrong_shape_guide(*args: Any) -> None:
+    pyro.sample("w", dist.Normal(loc() + torch.zeros(3), 0.1).to_event(1))
+
+
+def elementwise(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+
+
+def nan_guide(*args: Any) -> None:
+    pyro.sample("w", dist.Normal(loc() * NAN, 0.1))
+
+
+def in_plate_of(size: int) -> Program:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", size):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    return model
+
+
+BROADCAST = "at site 'y', a value of shape (4, 1) does not fit a distribution with batch shape "
+NANS = "observed site 'y' has NaN in 1 of 4 observations"
+BAD = [
+    Bad("rows against columns", regression(normal), guide, BROADCAST + "(4,)", (X, COLUMN)),
+    Bad(
+        "rows against columns in an event",
+        regression(lambda mean: normal(mean).to_event(1), plate=False),
+        guide,
+        BROADCAST + "() and event shape (4,)",
+        (X, COLUMN),
+    ),
+    Bad(
+        "rows against columns of a discrete event",
+        regression(lambda mean: dist.Bernoulli(logits=mean).to_event(1), plate=False),
+        guide,
+        BROADCAST + "() and event shape (4,)",
+        (X, (COLUMN > 0).float()),
+    ),
+    Bad(
+        "rows against columns, masked",
+        regression(lambda mean: normal(mean).to_event(1).mask(torch.tensor(True)), plate=False),
+        guide,
+        BROADCAST + "() and event shape (4,)",
+        (X, COLUMN),
+    ),
+    Bad(
+        "too many labels",
+        regression(normal),
+        guide,
+        "at site 'y', a value of shape (5,) does not fit a distribution with batch shape (4,)",
+        (X, torch.zeros(5)),
+    ),
+    Bad("NaN in data", regression(normal), guide, NANS, (X, WITH_NAN)),
+    Bad("NaN in data, autoguide", regression(normal), None, NANS, (X, WITH_NAN)),
+    Bad("NaN behind a mask", masked_nan, guide, NANS, (X, WITH_NAN), legal=SCORERS),
+    Bad("NaN behind a mask of the distribution", masked_by_fn, guide, NANS, (X, WITH_NAN), legal=SCORERS),
+    Bad(
+        "data outside the support",
+        regression(lambda mean: dist.LogNormal(mean, 1.0)),
+        guide,
+        "observed site 'y' has data outside the support of its LogNormal, GreaterThan(lower_bound=0.0): -0.2",
+        (X, Y),
+    ),
+    Bad(
+        "empty data",
+        regression(lambda mean: normal(mean).to_event(1), plate=False),
+        guide,
+        "site 'y' is empty: its value has shape (0,)",
+        (X[:0], Y[:0]),
+        of_fit="the arguments: argument 0 is empty",
+    ),
+    Bad(
+        "empty plate",
+        in_plate_of(0),
+        guide,
+        "plate 'data': size cannot be zero",
+        (X[:0], Y[:0]),
+        of_fit="the arguments: argument 0 is empty",
+    ),
+    Bad(
+        "guide misses a site",
+        two_latents,
+        guide,
+        "site 'extra' is latent in the model but the guide has no site of that name",
+        (X, Y),
+        of_guide=True,
+    ),
+    Bad(
+        "guide samples an observed site",
+        regression(normal),
+        guide_of_y,
+        "site 'y' is observed in the model, but the guide samples it",
+        (X, Y),
+        of_guide=True,
+    ),
+    Bad(
+        "guide observes a latent site",
+        regression(normal),
+        guide_observes,
+        "site 'w' is observed in the guide, but latent in the model",
+        (X, Y),
+        of_guide=True,
+    ),
+    *[
+        Bad(
+            f"draw outside the support, {name}",
+            with_sigma(prior),
+            negative_sigma,
+            f"the guide draws site 'sigma' outside the support of the model's {name}",
+            (X, Y),
+            of_guide=True,
+        )
+        for name, prior in (
+            ("HalfNormal", dist.HalfNormal(1.0)),
+            ("Exponential", dist.Exponential(1.0)),
+            ("Gamma", dist.Gamma(2.0, 1.0)),
+            ("ImproperUniform", dist.ImproperUniform(dist.constraints.positive, (), ())),
+        )
+    ],
+    Bad(
+        "two dtypes",
+        matrix,
+        vector_guide,
+        "the model puts tensors of different dtypes together after site 'w' ('w' float32, argument 1 float64, argument 2",
+        (torch.ones(N, 2, dtype=torch.float64), Y),
+        legal=("auto", "compiled_log_density", "run_nuts"),  # they compute in float64
+    ),
+    Bad(
+        "another shape in the guide",
+        matrix,
+        wrong_shape_guide,
+        "at site 'w', the guide's draw of shape (3,) does not fit a distribution with batch shape () and event shape (2,)",
+        (torch.ones(N, 3), Y),
+        of_guide=True,
+    ),
+    Bad(
+        "a scalar for a vector",
+        elementwise,
+        guide,
+        "at site 'w', the guide's draw of shape () does not fit a distribution with batch shape () and event shape (2,)",
+        (torch.ones(N, 2), Y),
+        of_guide=True,
+    ),
+    Bad(
+        "a guide that draws NaN",
+        regression(normal),
+        nan_guide,
+        "site 'w' of the guide draws NaN",
+        (X, Y),
+        of_guide=True,
+    ),
+]
+
+
+def enter(way: str, bad: Bad) -> None:
+    if way in WITHOUT_GUIDE:
+        WITHOUT_GUIDE[way](bad.model, *bad.args)
+    else:
+        WITH_GUIDE[way](bad.model, bad.guide or AutoNormal(bad.model), *bad.args)
+
+
+def first_sentence_of(error: BaseException) -> str:
+    return str(error).splitlines()[0]
+
+
+def store() -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+CASES = [
+    (bad, way) for bad in BAD for way in (*WITH_GUIDE, *(() if bad.of_guide else WITHOUT_GUIDE)) if way not in bad.legal
+]
+
+
+@pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
+@pytest.mark.parametrize(("bad", "way"), CASES, ids=str)
+def test_one_sentence_on_every_way(bad: Bad, way: str, validate: bool) -> None:
+    before = {"loc": loc().detach().clone()}
+    with pyro.validation_enabled(validate), pytest.raises((ValueError, RuntimeError)) as caught:
+        enter(way, bad)
+    sentence = bad.of_fit if bad.of_fit and way.startswith("fit") else bad.sentence
+    assert first_sentence_of(caught.value).startswith(sentence), first_sentence_of(caught.value)
+    assert all(torch.equal(store()[name], value) for name, value in before.items())
+    parameter = pyro.get_param_store()._params["loc"]
+    assert parameter.grad is None or not parameter.grad.any()
+
+
+LEGAL = [(bad, way) for bad in BAD for way in bad.legal]
+
+
+@pytest.mark.parametrize(("bad", "way"), LEGAL, ids=str)
+def test_where_it_is_no_mistake(bad: Bad, way: str) -> None:
+    with pyro.validation_enabled(False):
+        enter(way, bad)
+
+
+# Programs that are unusual, and right: each with its log joint density at w
+
+
+@dataclass
+class Good:
+    name: str
+    model: Program
+    log_joint: Callable[[torch.Tensor], torch.Tensor]
+    args: tuple[Any, ...] = (X, Y)
+    site: str = "w"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def log_normal(x: Any, loc: Any = 0.0, scale: Any = 1.0) -> torch.Tensor:
+    x, loc, scale = (torch.as_tensor(value, dtype=torch.float64) for value in (x, loc, scale))
+    return -0.5 * ((x - loc) / scale) ** 2 - scale.log() - 0.9189385332046727
+
+
+def observed(w: torch.Tensor, y: torch.Tensor = Y) -> torch.Tensor:
+    seen = ~y.isnan()
+    return log_normal(w) + log_normal(y[seen], w * X.double()[seen]).sum()
+
+
+def multivariate(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    covariance = torch.eye(2) + 0.5
+    with pyro.plate("data", len(y)):
+        mean = torch.stack([w.expand(len(y)), 2 * w.expand(len(y))], -1)
+        pyro.sample("y", dist.NanMaskedMultivariateNormal(mean, covariance), obs=y)
+
+
+PAIRS = torch.tensor([[0.1, 0.2], [NAN, 0.5], [0.3, NAN], [NAN, NAN]])
+
+
+def of_pairs(w: torch.Tensor) -> torch.Tensor:
+    mean = torch.stack([w, 2 * w]).double()
+    whole = torch.distributions.MultivariateNormal(mean, torch.eye(2).double() + 0.5)
+    sd = 1.5**0.5
+    return (
+        log_normal(w)
+        + whole.log_prob(PAIRS[0].double())
+        + log_normal(PAIRS[1, 1], 2 * w, sd)
+        + log_normal(PAIRS[2, 0], w, sd)
+    )
+
+
+def imputed_by_mask(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    seen = ~y.isnan()
+    with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y.nan_to_num())
+
+
+def scalar_prior_in_a_plate(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+
+def event_of_a_scalar(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([N]).to_event(1))
+    pyro.sample("y", dist.Normal(w, 1.0).to_event(1), obs=y)
+
+
+def scalar_data(y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+
+def one_datum_for_all(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", N):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=torch.tensor(0.5))
+
+
+def factored(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.factor("half", -0.5 * (w - 1.0) ** 2)
+    pyro.deterministic("double", 2 * w)
+
+
+def scoped(x: torch.Tensor, y: torch.Tensor) -> None:
+    with scope(prefix="outer"):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+
+def mixed_dtypes(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+
+def plates_with_dims(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", N, dim=-2):
+        pyro.sample("y", dist.Normal(w * x.unsqueeze(-1), 1.0), obs=y.unsqueeze(-1))
+
+
+def crossed_plates(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", N, dim=-1):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y.expand(2, N))
+
+
+def flat(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+
+def soft_labels(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=w * x, validate_args=False), obs=y)
+
+
+SOFT = torch.tensor([0.2, 0.9, 0.5, 0.4])
+GOOD = [
+    Good(
+        "NaN-masked likelihood",
+        regression(lambda mean: dist.NanMaskedNormal(mean, 1.0)),
+        lambda w: observed(w, WITH_NAN),
+        (X, WITH_NAN),
+    ),
+    Good("NaN-masked multivariate likelihood", multivariate, of_pairs, (X, PAIRS)),
+    Good("numbers behind a mask", imputed_by_mask, lambda w: observed(w, WITH_NAN), (X, WITH_NAN)),
+    Good(
+        "a scalar mean in a plate",
+        scalar_prior_in_a_plate,
+        lambda w: log_normal(w) + log_normal(Y, w).sum(),
+    ),
+    Good("an event of an expanded scalar", event_of_a_scalar, lambda w: (log_normal(w) + log_normal(Y, w)).sum()),
+    Good("scalar data", scalar_data, lambda w: log_normal(w) + log_normal(0.7, w), (torch.tensor(0.7),)),
+    Good("one datum for all means", one_datum_for_all, lambda w: log_normal(w) + log_normal(0.5, w * X.double()).sum()),
+    Good("a factor", factored, lambda w: log_normal(w) - 0.5 * (w - 1.0) ** 2),
+    Good("scoped names", scoped, observed, site="outer/w"),
+    Good("float64 data against float32 parameters", mixed_dtypes, observed, (X.double(), Y.double())),
+    Good("a plate with its dim", plates_with_dims, observed),
+    Good("crossed plates", crossed_plates, lambda w: log_normal(w) + 2 * (observed(w) - log_normal(w))),
+    Good("a flat prior", flat, lambda w: observed(w) - log_normal(w)),
+    Good(
+        "soft labels",
+        soft_labels,
+        lambda w: log_normal(w) + (SOFT * (w * X.double()) - torch.nn.functional.softplus(w * X.double())).sum(),
+        (X, SOFT),
+    ),
+]
+
+
+@pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
+@pytest.mark.parametrize("good", GOOD, ids=str)
+def test_unusual_programs_pass_with_the_right_value(good: Good, validate: bool) -> None:
+    model, args = good.model, good.args
+    with pyro.validation_enabled(validate):
+        guide = AutoNormal(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values={good.site: torch.tensor(0.2)}))
+        if good.name == "an event of an expanded scalar":
+            guide = AutoNormal(model)
+        for kl in ("auto", "sampled"):  # which makes the parameters
+            DecomposedELBO(kl=kl).loss(model, guide, *args)
+        losses = []
+        for objective in (Trace_ELBO(), DecomposedELBO(kl="sampled")):
+            pyro.set_rng_seed(1)
+            losses.append(objective.loss(model, guide, *args))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        sample = psis_khat(model, guide, *args, num_draws=40, seed=0)
+        draws = sample.draws[good.site].double()
+        expected = torch.stack([good.log_joint(w) for w in draws])
+        torch.testing.assert_close(torch.from_numpy(sample.log_p), expected, rtol=1e-5, atol=1e-4)
+        exported = from_pyro_svi(model, guide, *args, num_samples=3, seed=0, prior=good.name != "a flat prior")
+        theirs = torch.from_numpy(exported["posterior"][good.site.replace("/", ".")].values[0].copy()).double()
+        log_p = torch.from_numpy(exported["sample_stats"]["log_p"].values[0].copy()).double()
+        torch.testing.assert_close(log_p, torch.stack([good.log_joint(w) for w in theirs]), rtol=1e-5, atol=1e-4)
+        density = fit(model, "auto", *args, seed=0, progress=False).density
+        point = torch.linspace(-0.5, 0.5, density.dim).double()
+        at = point if density.dim > 1 else point[0]
+        assert density.log_density(point).item() == pytest.approx(good.log_joint(at).item(), rel=1e-6)
+        for way in ("IWAE", "fit", "fit, Pyro's loss", "CompiledSVI, fallback", "evidence_bounds"):
+            WITH_GUIDE[way](model, guide, *args)
+        WITHOUT_GUIDE["run_nuts"](model, *args)
