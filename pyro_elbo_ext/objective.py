@@ -276,7 +276,7 @@ class Objective(ELBO):
         """Raise ValueError if SVI must not train what the loss depends on."""
 
     def _check_gradient(self, shares: Tensor, evaluation: Evaluation) -> None:
-        """Raise ValueError if the gradient is not finite, though the objective is; asked once for each structure."""
+        """Raise NotFinite if the gradient is not finite, though the objective is; asked once for each structure."""
         parameters = parameters_of(shares)
         gradients = torch.autograd.grad(shares.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
@@ -409,7 +409,7 @@ class Objective(ELBO):
             recorded = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
         else:
             if not shares.dim() or len(shares) < 2:
-                raise ValueError(
+                raise NotFinite(
                     "History(gradient_snr='particles') needs at least two particles whose gradients can be told apart: use "
                     "num_particles of 2 or more with vectorize_particles=False, or gradient_snr='steps'"
                 )

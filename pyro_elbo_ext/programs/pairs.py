@@ -88,7 +88,7 @@ def check_draws(model_trace: Trace) -> None:
     Some densities, such as the exponential's, are finite there, where values are not validated.
     """
     for node in model_trace.nodes.values():
-        if is_latent(node) and node["value"].is_floating_point():
+        if is_latent(node) and node["value"].is_floating_point() and bool(node["value"].isfinite().all()):
             sentence = draw_outside(node)
             if sentence is not None:
                 raise ValueError(sentence)
