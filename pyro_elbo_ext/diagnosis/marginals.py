@@ -126,8 +126,7 @@ def by_chains(guide: Scalars, posterior: Array, khat: float) -> pd.DataFrame:
     frame["mean_shift_se"] = np.hypot(_chain_error(centred), guide_sd / sd / np.sqrt(len(x)))
     frame["log_sd_ratio_se"] = 0.5 * np.hypot(_chain_error(centred**2), (own**2).std(0, ddof=1) / np.sqrt(len(x)))
     # without draws of the posterior, which are NaN then, there is nothing to compare
-    known = np.isfinite(flat).all(0).tolist()
-    heavy = [ok and max(_tail(a), _tail(b)) >= HEAVY for a, b, ok in zip(x.T, flat.T, known, strict=True)]
+    heavy = [bool(np.isfinite(b).all()) and max(_tail(a), _tail(b)) >= HEAVY for a, b in zip(x.T, flat.T, strict=True)]
     for column in np.flatnonzero(heavy):
         figures, errors = _by_quantiles(x[:, column], posterior[..., column])
         frame.loc[frame.index[column], ["mean_shift", "log_sd_ratio"]] = figures
