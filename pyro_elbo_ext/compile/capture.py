@@ -7,8 +7,8 @@ before, such as data in a closure or a buffer of a module, becomes an input too:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,13 @@ class Evaluation:
         self._loss, self._model, self._guide = loss, model, guide
         self.parameters, self._rebuild = list(parameters), arguments.rebuild
         self.reached: list[bool] = []
+        self.watched: Callable[[], AbstractContextManager[None]] = nullcontext  # what to run the programs in
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """``inputs`` are the parameters themselves, ``kl_weight`` and the arguments."""
         count = len(self.parameters)
         args, kwargs = self._rebuild(inputs[count + 1 :])
-        with torch.enable_grad():
+        with torch.enable_grad(), self.watched():
             value: Value = self._loss(self._model, self._guide, args, kwargs, inputs[count])
             gradients: Sequence[Tensor | None] = [None] * count
             if value.surrogate.requires_grad and count:

@@ -50,6 +50,8 @@ class TracedLoss:
 
     Attributes
     ----------
+    of
+        The loss itself.
     guards : bool
         Whether a loss that is not finite must leave the parameters as they were.
     sites : tuple of SiteInfo
@@ -62,6 +64,7 @@ class TracedLoss:
 
     guards = False
     sites: tuple[SiteInfo, ...] = ()
+    of: Any
 
     @property
     def weighting(self) -> tuple[object, ...]:
@@ -132,12 +135,12 @@ class _OfParticles(TracedLoss):
     """A loss of Pyro's that is a mean over particles."""
 
     def __init__(self, loss: Any, particle: Callable[[Trace, Trace], tuple[Tensor, Tensor]]) -> None:
-        self._loss, self._particle = loss, particle
+        self.of, self._particle = loss, particle
 
     def __call__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: Tensor) -> Value:
-        count = self._loss.num_particles
+        count = self.of.num_particles
         loss, surrogate = torch.zeros((), dtype=torch.float64), torch.zeros(())
-        for model_trace, guide_trace in self._loss._get_traces(model, guide, args, kwargs):
+        for model_trace, guide_trace in self.of._get_traces(model, guide, args, kwargs):
             elbo, surrogate_elbo = self._particle(model_trace, guide_trace)
             loss = loss - elbo / count
             surrogate = surrogate - surrogate_elbo / count
@@ -248,10 +251,10 @@ class _OfObjective(TracedLoss):
                 f"History(gradient_snr={history.gradient_mode!r}) records gradients, which a compiled step does not keep. "
                 "Use a History without it, or train with pyro.infer.SVI."
             )
-        self._loss = loss
+        self.of = loss
 
     def __call__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: Tensor) -> Value:
-        objective = self._loss
+        objective = self.of
         traced = objective._traced = Traced(kl_weight)
         try:
             evaluation = objective._evaluate(model, guide, args, kwargs, with_gradient=True)
@@ -274,14 +277,14 @@ class _OfObjective(TracedLoss):
 
     @property
     def weighting(self) -> tuple[object, ...]:
-        return self._loss.weighting
+        return self.of.weighting
 
     @property
     def one_by_one(self) -> bool:
-        return isinstance(self._loss, WeightedObjective) and isinstance(self._loss.kl_weight, Geco)
+        return isinstance(self.of, WeightedObjective) and isinstance(self.of.kl_weight, Geco)
 
     def kl_weights(self, start: int, steps: int) -> list[Weight]:
-        objective = self._loss
+        objective = self.of
         if not isinstance(objective, WeightedObjective):
             return [1.0] * steps
         weight = objective.kl_weight

@@ -7,6 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from pyro_elbo_ext.compile.kernel_calls import NotNative
 from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c, look_of
 from pyro_elbo_ext.compile.losses import TracedLoss
 from pyro_elbo_ext.compile.native import NativeSteps, Taken
+from pyro_elbo_ext.compile.reads import Guards, Recorder
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.compile.step_graph import Backend, Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
@@ -34,6 +36,13 @@ from pyro_elbo_ext.registration import modules_of
 logger = logging.getLogger(__name__)
 
 
+# attributes of a loss
+_NOT_IN_GRAPH = frozenset(
+    [
+        *("history", "num_steps", "retain_graph", "jit_options", "ignore_jit_warnings", "strict_enumeration_warning"),
+        *("tail_adaptive_beta", "max_plate_nesting"),
+    ]
+)
 _IS_TRAINED = operator.attrgetter("requires_grad")
 
 
@@ -76,8 +85,16 @@ class Program:
         with nothing_changed((model, guide)), failures_are_reasons("tracing the step"):
             check_structure(model, guide, *arguments.rebuild(arguments.tensors))
             evaluation = Evaluation(loss, model, guide, tensors, arguments)
+            recorder = Recorder()
+            evaluation.watched = recorder.recording
             self._capture = capture(evaluation, inputs, (model, guide))
+            evaluation.watched = nullcontext
+            recorder.attributes(loss.of, _NOT_IN_GRAPH)
+            recorder.program(model)
+            recorder.program(guide)
+            self.guards = Guards(recorder)
             check_graph(self._capture, evaluation, inputs)
+            self.guards.settle()
         self.reached = self._capture.reached
         self.sites = loss.sites
         self.compile_time = time.perf_counter() - start
@@ -106,7 +123,22 @@ class Program:
 
     def fits(self) -> bool:
         """Whether all is as it was when the program was traced, but for the tensors' shapes; asked at each step."""
-        return self.has_same_parameters() and list(map(_IS_TRAINED, self._watched)) == self._trained
+        return (
+            self.has_same_parameters()
+            and self.guards.hold(self._exchange)
+            and list(map(_IS_TRAINED, self._watched)) == self._trained
+        )
+
+    def _exchange(self, old: Tensor, new: Tensor) -> bool:
+        """Read another tensor in place of one that the graph takes, if it can."""
+        captured = self._capture.captured
+        place = next((i for i, tensor in enumerate(captured) if tensor is old), None)
+        if place is None or type(new) is not type(old) or new.requires_grad:
+            return False
+        if look_of(new) != self._looks[place - len(captured)] or any(new is p for p in self._tensors):
+            return False
+        captured[place] = self._watched[place - len(captured)] = new
+        return True
 
     def has_same_parameters(self) -> bool:
         """Whether the param store holds the tensors that it held when the program was traced."""

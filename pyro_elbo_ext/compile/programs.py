@@ -43,6 +43,11 @@ class Programs:
                 return one
         return None
 
+    def changed(self, key: Key) -> str | None:
+        """What kept the program used last for such calls from being used again, if it is a name that programs read."""
+        made = self._of.get(key)
+        return made[-1].guards.changed if made and isinstance(made[-1], Program) else None
+
     def add(self, key: Key, made: Program | CannotCompile) -> None:
         """Enter one, and drop one where there are too many."""
         self._of.setdefault(key, []).append(made)

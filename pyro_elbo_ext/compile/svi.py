@@ -6,6 +6,7 @@ import logging
 import math
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from pyro.infer import ELBO, SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, name_of, take_apart
@@ -37,11 +38,12 @@ from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objective import NotFinite, Objective, Weight
 from pyro_elbo_ext.programs.replay import OwnIndices
 from pyro_elbo_ext.record import VALUES
-from pyro_elbo_ext.registration import modules_of
 
 logger = logging.getLogger(__name__)
 
 _MANY_PROGRAMS = 8
+_MANY_CHANGES, _MOST_CHANGES = 3, 16  # graphs made because one thing has changed that programs read
+_KEEP_IN_TENSOR = "Pass it as an argument, or keep it in a tensor that is written to in place (fill_, copy_)."
 _CALLS_PER_CHECK = 64  # of a run, between two looks at its losses
 _SHORT, _SHORT_STEPS = 5e-4, 4  # seconds that a step may take for so many to be put in a graph
 _SECONDS_IN_C, _MOST_IN_C = 0.1, 1 << 15  # of a run, between two looks at its losses and at the keyboard
@@ -71,8 +73,11 @@ class CompiledSVI(SVI):
     model, guide
         Any Pyro programs whose structure is the same in every run: the same sites, shapes and plates, and no decision in
         Python that depends on a drawn value, a parameter or the data. This is checked before a graph is used. Python code
-        in them runs while tracing only; tensors from outside are read at each step, but a name that is bound to a new tensor
-        later is not noticed. Pass what changes as arguments.
+        in them runs while tracing only. What it reads then is compared before each step (in :meth:`run` before each call of
+        C): attributes, closures, globals, default arguments, what lists, dictionaries and NumPy arrays hold, and the shape,
+        strides, dtype, device and memory of every tensor. A change takes another graph (the last 32 are kept); another
+        tensor of the same shape does not. What changes 16 times is an error that names it: pass it as an argument. Not seen
+        are files, the environment, clocks, and what compiled extensions hold.
     optim : PyroOptim or torch.optim.Optimizer
         Adam, AdamW, ClippedAdam and SGD become part of the graph, with per-parameter arguments, gradient clipping and
         schedulers of the learning rate. Any other runs as it is, on compiled gradients; see ``optimizer_reason``.
@@ -159,7 +164,8 @@ class CompiledSVI(SVI):
         self._programs = Programs()
         self._closely = False  # whether the program of the next call must be found by a look at every tensor
         self._in_one_go = 64  # steps in one call of C, by the time that they take
-        self._modules: list[nn.Module] | None = None
+        self._counters: set[str] = set()  # what programs were found to change themselves
+        self._changes: Counter[str] = Counter()  # by what is read from outside: how often it took another graph
         self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
         self._traced: TracedLoss | None = None
         self._none_compiles: CannotCompile | None = None  # for want of something on this machine
@@ -503,8 +509,10 @@ class CompiledSVI(SVI):
             p = site["value"].unconstrained()
             parameters.setdefault(id(p), (store.param_name(p), p))
         try:
+            self._count_change(self._programs.changed(key))
             made = Program(self.model, self.guide, self._traced, list(parameters.values()), arguments, self._settings)
             self._programs.add(key, made)
+            self._report_counters(made.guards.changed_by_itself)
         except CannotCompile as error:
             self._programs.add(key, error)
             self._refuse(error)
@@ -516,17 +524,39 @@ class CompiledSVI(SVI):
                 [tuple(tensor.shape) for tensor in arguments.tensors],
             )
 
+    def _count_change(self, name: str | None) -> None:
+        """Take note that a graph is made because something that programs read has changed; too often is an error."""
+        if name is None:
+            return
+        self._changes[name] += 1
+        if self._changes[name] == _MANY_CHANGES:
+            logger.warning(
+                "%s changes from step to step, and each value takes a compilation. %s", name, _KEEP_IN_TENSOR
+            )
+        if self._changes[name] > _MOST_CHANGES:
+            raise CannotCompile(
+                f"{name} changes from step to step: a graph keeps the value that Python reads, and {_MOST_CHANGES} have "
+                f"been compiled for other values. {_KEEP_IN_TENSOR} Or train with pyro.infer.SVI, or pass fallback=True."
+            )
+
+    def _report_counters(self, names: list[str]) -> None:
+        new = [name for name in names if name not in self._counters]
+        self._counters.update(new)
+        if new:
+            logger.warning(
+                "model or guide change %s themselves in every run. Compiled steps run no Python: it stays as it is, and "
+                "must not decide what they compute.",
+                " and ".join(new),
+            )
+
     def _remember(self, args: Args, kwargs: Kwargs, program: Program) -> None:
         if not kwargs and all(isinstance(value, Tensor) for value in args):
             self._last = args, self._mode(), program
 
     def _mode(self) -> Key:
         """What beside the arguments a graph depends on."""
-        if self._modules is None:
-            self._modules = [module for _, module in modules_of({"model": self.model, "guide": self.guide})]
-        modes = tuple([module.training for module in self._modules])
         weighting = None if self._traced is None else self._traced.weighting
-        return torch.get_num_threads(), torch.get_default_dtype(), modes, weighting
+        return torch.get_num_threads(), torch.get_default_dtype(), weighting
 
     def _give_up(self, program: Program, error: CannotCompile) -> None:
         """Leave the calls of a program, one of whose graphs cannot be compiled, to Pyro."""
@@ -615,4 +645,4 @@ def _no_memory(tensor: Tensor, name: str) -> str:
 
 
 def _same_objects(args: Args, others: Args) -> bool:
-    return len(args) == len(others) and all(a is b for a, b in zip(args, others, strict=True))
+    return len(args) == len(others) and all(map(operator.is_, args, others))
