@@ -28,7 +28,8 @@ def regression(x: Tensor, y: Tensor) -> None:
 
 def location(y: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
-    pyro.sample("y", dist.Normal(mean, 1.0).expand(y.shape).to_event(y.dim()), obs=y)
+    with pyro.plate("rows", 20, subsample=y):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
 
 def adam() -> Any:
