@@ -12,6 +12,7 @@ import xarray as xr
 from pyro_elbo_ext import history_files, history_tables
 from pyro_elbo_ext.gradient_noise import GradientNoise
 from pyro_elbo_ext.record import VALUES, Record, SiteInfo
+from pyro_elbo_ext.untrusted import reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -278,7 +279,8 @@ class History(Record):
         ImportError
             h5netcdf (for .nc) or zarr (for .zarr) is not installed.
         """
-        return cls.from_xarray(history_files.read(Path(path)))
+        with reading(Path(path), "a saved history"):
+            return cls.from_xarray(history_files.read(Path(path)))
 
     # Showing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_elbo_ext.record import LABELS, SITE_WEIGHT, VALUES, Decoded, SiteInfo
+from pyro_elbo_ext.untrusted import loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +89,27 @@ def check_dataset(dataset: xr.Dataset) -> None:
     missing = sorted((needed - set(dataset.variables)) | (set(ATTRIBUTES) - set(dataset.attrs)))
     if missing:
         raise ValueError(f"not a saved History: {', '.join(missing)} missing")
+    steps = dataset.sizes.get("step", 0)
+    if dataset["step"].dims != ("step",) or dataset["step"].dtype.kind not in "iu":
+        raise ValueError("not a saved History: its steps are not whole numbers")
+    recorded, stride, tail, most = (_count(dataset, name) for name in (*ATTRIBUTES, "max_steps"))
+    if stride < 1 or not 0 <= tail <= recorded or (most and (most < 4 or steps > most)):
+        given = {name: dataset.attrs[name] for name in (*ATTRIBUTES, "max_steps") if name in dataset.attrs}
+        raise ValueError(f"not a saved History: {given} do not go together, with {steps} steps")
+    expected = -(-tail // stride) + recorded - tail
+    if expected != steps:
+        raise ValueError(
+            f"the dataset has {steps} steps where its attributes say {expected}: steps were taken out of it; use the "
+            "dataset that to_xarray() or save() gave"
+        )
+
+
+def _count(dataset: xr.Dataset, name: str) -> int:
+    value = dataset.attrs.get(name, 0)
+    try:
+        return operator.index(value.item() if isinstance(value, np.generic | np.ndarray) else value)
+    except (TypeError, ValueError):
+        raise ValueError(f"not a saved History: its {name} is {value!r}, not a whole number") from None
 
 
 def rows_of(dataset: xr.Dataset) -> Iterator[Row]:
@@ -133,7 +156,7 @@ def read(path: Path) -> xr.Dataset:
     if not path.exists():
         raise FileNotFoundError(f"no such history: {path}")
     with xr.open_dataset(path, engine=engine) as dataset:
-        return dataset.load()
+        return loaded(dataset, path)
 
 
 def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:

@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
+import torch
 import xarray as xr
 from scipy import stats
 
 from pyro_elbo_ext.comparison.marginal import FIGURES, compare_to_mcmc
+from pyro_elbo_ext.export import to_arviz
 
 
 def normal(loc: float = 0.0, scale: float = 1.0, seed: int = 0, shape: tuple[int, ...] = (4, 1000)) -> np.ndarray:
@@ -205,3 +208,43 @@ def test_alignment() -> None:
         "var_names",
     ):
         assert part in message
+
+
+def lkj(chains: int, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return pyro.distributions.LKJCholesky(3, torch.tensor(2.0)).sample((chains, 500))
+
+
+def test_entries_that_are_constant_and_equal_are_left_out_and_said() -> None:
+    found = compare_to_mcmc({"L": lkj(1, 0).numpy()}, {"L": lkj(4, 1).numpy()})
+    assert list(found.table.index) == ["L[1, 0]", "L[1, 1]", "L[2, 0]", "L[2, 1]", "L[2, 2]"]
+    assert found.constant == {"L[0, 0]": 1.0, "L[0, 1]": 0.0, "L[0, 2]": 0.0, "L[1, 2]": 0.0}
+    assert "Constant and equal on both sides, so not compared: L[0, 0], L[0, 1]" in repr(found)
+    assert "not compared" in found._repr_html_()
+    assert found.joint(["sliced_wasserstein"]).shape[0] == 1
+    assert found.plot() is not None
+
+
+@pytest.mark.parametrize(
+    ("approx", "mcmc", "message"),
+    [
+        (np.ones((1, 50)), np.random.default_rng(0).normal(size=(1, 50)), "constant in approx, at 1, and varies"),
+        (np.random.default_rng(0).normal(size=(1, 50)), np.zeros((1, 50)), "constant in mcmc, at 0, and varies"),
+        (np.zeros((1, 50)), np.ones((1, 50)), "0 in approx and 1 in mcmc"),
+        (np.ones((1, 50)), np.ones((1, 50)), "nothing to compare"),
+    ],
+)
+def test_constants_that_differ_are_told(approx: Any, mcmc: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_to_mcmc({"x": approx}, {"x": mcmc})
+
+
+def test_data_without_draws_are_told() -> None:
+    group = xr.Dataset({"y": (["chain", "draw"], np.zeros((1, 10)))})
+    draws = {"y": np.random.default_rng(0).normal(size=(1, 10))}
+    for data in (xr.DataTree.from_dict({"prior": group}), to_arviz({"prior": group}), xr.DataTree()):
+        for sides, which in (((data, draws), "approx"), ((draws, data), "mcmc")):
+            with pytest.raises(ValueError, match=f"{which} has no draws: there is no group 'posterior'"):
+                compare_to_mcmc(*sides)
+    with pytest.raises(ValueError, match="'y' of approx is not an array of numbers"):
+        compare_to_mcmc({"y": np.array([["a", "b"]])}, draws)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyro_elbo_ext.calibration.simulation import QUANTITIES, Ranked
+from pyro_elbo_ext.untrusted import read_npz, reading
 
 SETTINGS = "settings.json"
 
@@ -36,7 +37,10 @@ class Folder:
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they do in the file
         file = self.path / SETTINGS
         if file.exists():
-            there = json.loads(file.read_text(encoding="utf-8"))
+            with reading(file, "the settings of a calibration"):
+                there = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(there, dict):
+                    raise ValueError("it holds no object")
             if there != settings:
                 differ = [
                     f"{key}: {there.get(key)} there, {settings.get(key)} now"
@@ -58,7 +62,8 @@ class Folder:
         for index in range(num_simulations):
             file = self._file(index)
             if file.exists():
-                with np.load(file, allow_pickle=False) as arrays:
+                arrays = read_npz(file, "fiubU")
+                with reading(file, "a simulation of this calibration"):
                     values = {
                         quantity: {name: arrays[f"{quantity}_{i}"] for i, name in enumerate(self.names)}
                         for quantity in QUANTITIES

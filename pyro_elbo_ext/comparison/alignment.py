@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_elbo_ext.comparison.reference_draws import read_draws
+from pyro_elbo_ext.export import dataset_of
 
 SIDES = ("approx", "mcmc")
 Transformed = Mapping[str, Callable[[xr.Dataset], Any]]
@@ -28,15 +29,18 @@ def draws_of(data: Any, side: str) -> xr.Dataset:
     """
     if isinstance(data, xr.Dataset):
         found = data
-    elif isinstance(data, xr.DataTree):
-        found = data["posterior"].to_dataset()
-    elif isinstance(getattr(data, "posterior", None), xr.Dataset):
-        found = data.posterior
+    elif isinstance(data, xr.DataTree) or callable(getattr(data, "groups", None)):
+        try:
+            found = dataset_of(data, "posterior")
+        except KeyError as error:
+            raise ValueError(f"{side} has no draws: {error.args[0]}") from error
     elif isinstance(data, str | os.PathLike):
         found = read_draws(data)
     elif isinstance(data, Mapping):
         arrays = {name: np.asarray(value) for name, value in data.items()}
         for name, value in arrays.items():
+            if value.dtype.kind not in "fiub":
+                raise ValueError(f"'{name}' of {side} is not an array of numbers, it has dtype {value.dtype}")
             if value.ndim < 2:
                 raise ValueError(f"'{name}' of {side} has shape {value.shape}; it must start with (chain, draw)")
         found = xr.Dataset(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pyro_elbo_ext.arviz_statistics import effective_size
-from pyro_elbo_ext.comparison.alignment import Transformed, aligned, draws_of, with_transformed
+from pyro_elbo_ext.comparison.alignment import SIDES, Transformed, aligned, draws_of, with_transformed
 from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
 from pyro_elbo_ext.labels import scalar_label
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
 REPLICATES = 50  # block bootstrap replicates behind each Monte Carlo error
+NAMED = 5  # scalars that a sentence names
+ROUNDING = 1e-6  # relative range of draws that are one number
 FIGURES = ("mean_diff", "log_sd_ratio", "wasserstein", "kolmogorov")
 
 
@@ -29,10 +31,19 @@ class Comparison:
         ``F``, its standard error ``F_error`` and its noise floor ``F_floor``; and ``verdict``.
     approx, mcmc : dict
         Draws by scalar parameter, float64 arrays of shape (chain, draw).
+    constant : dict
+        Scalar parameters that are one number in all draws of both sides, as a part of a Cholesky factor is, and that number:
+        they agree, and are not in the table.
     """
 
-    def __init__(self, table: pd.DataFrame, approx: dict[str, np.ndarray], mcmc: dict[str, np.ndarray]) -> None:
-        self.table, self.approx, self.mcmc = table, approx, mcmc
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        approx: dict[str, np.ndarray],
+        mcmc: dict[str, np.ndarray],
+        constant: Mapping[str, float] | None = None,
+    ) -> None:
+        self.table, self.approx, self.mcmc, self.constant = table, approx, mcmc, dict(constant or {})
 
     @property
     def verdict(self) -> str:
@@ -43,8 +54,15 @@ class Comparison:
         row = self.table.loc[worst]
         return (
             f"{len(self.table)} parameters: {parts}. Worst: {worst}, mean off by {row['mean_diff']:+.2f} MCMC sd, "
-            f"log sd ratio {row['log_sd_ratio']:+.2f}"
+            f"log sd ratio {row['log_sd_ratio']:+.2f}{self._about_constant()}"
         )
+
+    def _about_constant(self) -> str:
+        if not self.constant:
+            return ""
+        names = list(self.constant)
+        listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        return f". Constant and equal on both sides, so not compared: {listed}"
 
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of the table."""
@@ -185,17 +203,59 @@ def compare_to_mcmc(
     KeyError
         If a variable is missing on a side.
     ValueError
-        If shapes or labels differ, or draws are NaN, infinite, constant or fewer than four; the parameter is named.
+        If shapes or labels differ, draws are NaN, infinite or fewer than four, or constant but not equal on both sides; the
+        parameter is named. What is constant and equal on both sides is left out, and said.
     """
     left, right = with_transformed(draws_of(approx, "approx"), draws_of(mcmc, "mcmc"), transformed or {})
     sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+    constant: dict[str, float] = {}
     for name, (a, b) in aligned(left, right, var_names).items():
         for index in np.ndindex(b.shape[2:]):
             label = scalar_label(name, b, index)
-            for side, array, draws in (("approx", a, sides[0]), ("mcmc", b, sides[1])):
-                draws[label] = _checked(label, side, array.values[(slice(None), slice(None), *index)])
+            ours, theirs = (
+                _checked(label, side, array.values[(slice(None), slice(None), *index)])
+                for side, array in zip(SIDES, (a, b), strict=True)
+            )
+            if _is_constant(label, ours, theirs):
+                constant[label] = float(theirs.flat[0])
+            else:
+                sides[0][label], sides[1][label] = ours, theirs
+    if not sides[1]:
+        raise ValueError(
+            f"nothing to compare: {', '.join(list(constant)[:NAMED])} are constant and equal on both sides"
+        )
     rows = {label: _row(sides[0][label], sides[1][label]) for label in sides[1]}
-    return Comparison(pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter"), *sides)
+    return Comparison(pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter"), *sides, constant)
+
+
+def _is_constant(label: str, approx: np.ndarray, mcmc: np.ndarray) -> bool:
+    """Whether both sides have one and the same number in all draws.
+
+    Raises
+    ------
+    ValueError
+        If only one of them is constant, or both at different numbers: this is a difference that no figure in sds can tell.
+    """
+    fixed = [side for side, draws in zip(SIDES, (approx, mcmc), strict=True) if _varies_not(draws)]
+    if not fixed:
+        return False
+    if len(fixed) == 1:
+        at = (approx if fixed[0] == SIDES[0] else mcmc).flat[0]
+        raise ValueError(
+            f"'{label}' is constant in {fixed[0]}, at {at:g}, and varies on the other side: the two differ, by more than "
+            "sds can tell. Leave it out by var_names to compare the rest."
+        )
+    here, there = float(approx.flat[0]), float(mcmc.flat[0])
+    if abs(here - there) > ROUNDING * max(abs(here), abs(there)):
+        raise ValueError(
+            f"'{label}' is constant on both sides, {here:g} in approx and {there:g} in mcmc: the two differ, by more than "
+            "sds can tell. Leave it out by var_names to compare the rest."
+        )
+    return True
+
+
+def _varies_not(draws: np.ndarray) -> bool:
+    return bool(np.ptp(draws) <= ROUNDING * np.abs(draws).max())
 
 
 def _checked(label: str, side: str, draws: np.ndarray) -> np.ndarray:
@@ -204,8 +264,6 @@ def _checked(label: str, side: str, draws: np.ndarray) -> np.ndarray:
         raise ValueError(f"'{label}' has {draws.size} draws in {side}; at least 4 are needed")
     if not np.isfinite(draws).all():
         raise ValueError(f"'{label}' has {int((~np.isfinite(draws)).sum())} NaN or infinite draws in {side}")
-    if np.ptp(draws) == 0:
-        raise ValueError(f"'{label}' is constant in {side}: leave it out by var_names")
     return draws
 
 

@@ -17,6 +17,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.untrusted import read_npz, reading
 
 STATUS = {"good": 0, "means only": 1, "do not use": 2}
 FAILED = 3
@@ -133,20 +134,17 @@ def read_data(path: str) -> dict[str, Any]:
     if file.suffix != ".npz":
         raise ValueError(f"--data: {file} must be an .npz file, as numpy.savez writes")
     found: dict[str, Any] = {}
-    with np.load(file, allow_pickle=False) as archive:
-        for name in archive.files:
-            try:
-                array = archive[name]
-            except ValueError as error:
-                raise ValueError(f"--data: array '{name}' holds Python objects, not numbers") from error
-            if array.dtype.kind not in "fiub":
-                raise ValueError(f"--data: array '{name}' has dtype {array.dtype}, which is not one of numbers")
-            if not array.ndim:
-                found[name] = array.item()
-                continue
-            tensor = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
-            dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
-            found[name] = tensor.to(torch.get_default_device(), dtype)
+    try:
+        arrays = read_npz(file)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"--data: {error}") from error
+    for name, array in arrays.items():
+        if not array.ndim:
+            found[name] = array.item()
+            continue
+        tensor = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
+        dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
+        found[name] = tensor.to(torch.get_default_device(), dtype)
     return found
 
 
@@ -187,7 +185,8 @@ def load_params(
         raise FileNotFoundError(f"--params: no such file: {path}")
     store = pyro.get_param_store()
     store.clear()
-    state = torch.load(path, torch.get_default_device(), weights_only=False)
+    with reading(Path(path), "a file of pyro.get_param_store().save"):
+        state = torch.load(path, torch.get_default_device(), weights_only=False)
     if not isinstance(state, dict) or set(state) != {"params", "constraints"}:
         raise ValueError(f"--params: {path} was not written by pyro.get_param_store().save")
     store.set_state(state)
