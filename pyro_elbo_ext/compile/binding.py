@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_elbo_ext.compile.updates import Rule, Unsupported, check_supported, rule_for
@@ -35,6 +36,21 @@ class WholeOptimizer(PyroOptim):
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`get_state` gave."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+def portable(optim: PyroOptim) -> PyroOptim:
+    """What can be copied and pickled in place of an optimizer that has parameters of the param store.
+
+    It has their state by name, as ``PyroOptim.set_state`` takes it: the tensors that Pyro makes carry weak references, which
+    no pickle takes. An optimizer whose parameters are all a module's is its own.
+    """
+    if all(isinstance(p, nn.Parameter) for p in optim.optim_objs) or isinstance(optim, WholeOptimizer):
+        return optim
+    found = copy.copy(optim)
+    state = copy.deepcopy({name: of for name, of in optim.get_state().items() if name is not None})
+    found._state_waiting_to_be_consumed = {**optim._state_waiting_to_be_consumed, **state}
+    found.optim_objs, found.grad_clip = {}, {}
+    return found
 
 
 _OPTIMS = (PyroOptim, PyroLRScheduler, WholeOptimizer)

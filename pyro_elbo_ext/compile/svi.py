@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, name_of, take_apart
-from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer
+from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer, portable
 from pyro_elbo_ext.compile.compiler import check_backend, import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.first_look import FirstLook
@@ -34,6 +34,7 @@ from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.programs import Programs
+from pyro_elbo_ext.compile.threads import OneThread
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objective import NotFinite, Objective, Weight
 from pyro_elbo_ext.programs.replay import OwnIndices
@@ -122,6 +123,9 @@ class CompiledSVI(SVI):
         if a term of an objective of this package is NaN or infinite, naming the site; the parameters are then those
         before that step. With Pyro's losses a NaN is a warning, as in Pyro.
 
+    RuntimeError
+        If another thread is in a step of it.
+
     References
     ----------
     Ansel et al. (2024), "PyTorch 2: Faster machine learning through dynamic Python bytecode transformation and graph
@@ -161,6 +165,7 @@ class CompiledSVI(SVI):
         self.eager_reason: str | None = None
         self.optimizer_reason: str | None = None
         self._settings = Settings(backend, same_draws, dict(options or {}))
+        self._alone = OneThread("a step of this CompiledSVI")
         self._programs = Programs()
         self._closely = False  # whether the program of the next call must be found by a look at every tensor
         self._in_one_go = 64  # steps in one call of C, by the time that they take
@@ -178,6 +183,18 @@ class CompiledSVI(SVI):
         except CannotCompile as error:
             self._refuse(error)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the programs, which a copy makes anew from its own parameters, and what was found out about them here."""
+        reason = self.eager_reason if self._traced is None else None
+        anew = {
+            "_programs": Programs(),
+            "_last": None,
+            "_modules": None,
+            "_none_compiles": None,
+            "optim": portable(self.optim),
+        }
+        return {**vars(self), **anew, "eager_reason": reason, "optimizer_reason": None}
+
     @property
     def compile_time(self) -> float:
         """Seconds spent on tracing and compiling so far."""
@@ -191,56 +208,60 @@ class CompiledSVI(SVI):
         float
             The loss before the step, in nats.
         """
-        program, tensors, loss = self._find(args, kwargs, super().step)
-        if program is None:
-            assert loss is not None
-            return loss
-        if not self._bind(program):
-            return float(super().step(*args, **kwargs))
-        (kl_weight,) = self._kl_weights(0, 1)
-        binding, recorded, before = program.binding, isinstance(self.objective, Objective), self._count()
-        program.forget_last()
-        try:
-            if self.optimizer_reason is not None:
-                return self._step_with_eager_optimizer(program, tensors)
-            assert binding is not None
-            value, table = program.take_one(kl_weight, tensors)
-            if recorded:
-                self._record(program, value, table, kl_weight)
-            binding.advance(1)
-        except Changed as changed:
-            self._look_again(program, changed, args, kwargs)
-            return self.step(*args, **kwargs)
-        except CannotCompile as error:  # its graph, before anything has changed
-            self._give_up(program, error)
-            return float(super().step(*args, **kwargs))
-        except BaseException:  # it may come from outside, after the step: what has been taken is counted and recorded
-            taken = program.last_in_c()
-            if recorded and taken is not None and math.isfinite(taken[0]) and self._count() == before:
-                self._record(program, *taken, kl_weight)
-            if binding is not None:
-                binding.settle()
-            raise
-        if not recorded and value != value:
-            warn_if_nan(value, "loss")
-        return value
+        with self._alone:
+            program, tensors, loss = self._find(args, kwargs, super().step)
+            if program is None:
+                assert loss is not None
+                return loss
+            if not self._bind(program):
+                return float(super().step(*args, **kwargs))
+            (kl_weight,) = self._kl_weights(0, 1)
+            binding, recorded, before = program.binding, isinstance(self.objective, Objective), self._count()
+            program.forget_last()
+            try:
+                if self.optimizer_reason is not None:
+                    return self._step_with_eager_optimizer(program, tensors)
+                assert binding is not None
+                value, table = program.take_one(kl_weight, tensors)
+                if recorded:
+                    self._record(program, value, table, kl_weight)
+                binding.advance(1)
+            except Changed as changed:
+                self._look_again(program, changed, args, kwargs)
+                return self.step(*args, **kwargs)
+            except CannotCompile as error:  # its graph, before anything has changed
+                self._give_up(program, error)
+                return float(super().step(*args, **kwargs))
+            except (
+                BaseException
+            ):  # it may come from outside, after the step: what has been taken is counted and recorded
+                taken = program.last_in_c()
+                if recorded and taken is not None and math.isfinite(taken[0]) and self._count() == before:
+                    self._record(program, *taken, kl_weight)
+                if binding is not None:
+                    binding.settle()
+                raise
+            if not recorded and value != value:
+                warn_if_nan(value, "loss")
+            return value
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, in nats, without a step; it is not recorded in the history."""
-        program, tensors, loss = self._find(args, kwargs, super().evaluate_loss)
-        if program is None:
-            assert loss is not None
-            return loss
-        try:
-            value = float(program.value(self._kl_weights(0, 1)[0], tensors))
-        except Changed as changed:
-            self._look_again(program, changed, args, kwargs)
-            return self.evaluate_loss(*args, **kwargs)
-        except CannotCompile as error:
-            self._give_up(program, error)
-            return float(super().evaluate_loss(*args, **kwargs))
-        warn_if_nan(value, "loss")
-        return value
+        with self._alone:
+            program, tensors, loss = self._find(args, kwargs, super().evaluate_loss)
+            if program is None:
+                assert loss is not None
+                return loss
+            try:
+                value = float(program.value(self._kl_weights(0, 1)[0], tensors))
+            except Changed as changed:
+                self._look_again(program, changed, args, kwargs)
+                return self.evaluate_loss(*args, **kwargs)
+            except CannotCompile as error:
+                self._give_up(program, error)
+                return float(super().evaluate_loss(*args, **kwargs))
+            warn_if_nan(value, "loss")
+            return value
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Tensor:
         """Take many steps with the same arguments.
@@ -271,7 +292,7 @@ class CompiledSVI(SVI):
         if operator.index(num_steps) < 0:
             raise ValueError(f"num_steps must be at least 0, not {num_steps!r}")
         losses: list[Tensor] = []
-        with tqdm(total=num_steps, disable=not progress, unit="step") as bar:
+        with self._alone, tqdm(total=num_steps, disable=not progress, unit="step") as bar:
             taken, compiling = 0, progress
             while taken < num_steps:
                 if compiling:

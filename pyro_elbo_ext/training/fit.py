@@ -22,6 +22,7 @@ from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.compile.compiler import import_dynamo
 from pyro_elbo_ext.compile.first_look import look
 from pyro_elbo_ext.compile.static_check import nothing_changed
+from pyro_elbo_ext.compile.threads import OneThread
 from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.objective import Objective
 from pyro_elbo_ext.programs.points import point_sites
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 _RATE, _FIRST_RATE = 0.01, 0.02  # of Adam; the latter where a stopping rule lowers it
 
 
+@OneThread("fit")
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any] | str = "auto",
@@ -161,6 +163,8 @@ def fit(
         named. During training if steps fail more than ``max_rollbacks`` times; the parameters are then the last good ones.
     FileExistsError
         If there is a checkpoint and ``resume`` is False.
+    RuntimeError
+        If another thread is in ``fit``.
     TypeError
         For arguments of a wrong type, or that model and guide cannot be called with.
 

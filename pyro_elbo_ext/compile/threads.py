@@ -1,0 +1,38 @@
+"""What one thread at a time may do."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ContextDecorator
+from typing import Any
+
+
+class OneThread(ContextDecorator):
+    """Refuses a second thread while one is in the block; the same one may enter again. A copy or pickle is a new one.
+
+    Parameters
+    ----------
+    what
+        Is done in the block, for the message.
+
+    Raises
+    ------
+    RuntimeError
+        On entering, if another thread is in it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what, self._lock = what, threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"another thread is in {self._what}. Pyro keeps its handlers and parameters in one place for the whole "
+                "process, so that two threads would take each other's. Train one after the other, or in several processes."
+            )
+
+    def __exit__(self, *of: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneThread, (self._what,)
