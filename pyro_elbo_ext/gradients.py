@@ -8,7 +8,8 @@ parameters, and, for draws without a path, the *score* ``grad log q``. With ``g_
 - for a draw with a path the direct part of ``log q`` is a score, which may be traded for a path:
   ``E[g_k grad log q(z_k)] = E[h_k (dl_k/dz_k) (dz_k/dphi)]``, leaving the path with weight ``g_k - h_k``;
 - for a draw without one, ``grad log q(z_k)`` has the coefficient ``(f - b_k) - (g_k - c_k)``, where ``b_k`` and ``c_k`` are
-  any numbers that do not depend on ``z_k``: here ``f`` and ``g_k`` with ``l_k`` replaced by the mean of the others.
+  any numbers that do not depend on ``z_k``: here ``f`` and ``g_k`` with ``l_k`` replaced by the mean of the others;
+- if it depends on a draw with a path, whose score has been traded, its ``log q`` has the same coefficient along the path.
 """
 
 from __future__ import annotations
@@ -166,7 +167,11 @@ class DoublyReparameterized(Gradient):
         gradient = bound.gradient(log_weights)
         shares = by_particle(gradient * _finite(weights.direct)) + _score_terms(weights, bound, gradient)
         if weights.paths:
-            shares = shares + _along_paths(weights, gradient - bound.curvature(log_weights))
+            along = (gradient - bound.curvature(log_weights)) * _finite(weights.log_weights)
+            if weights.scored is not None and weights.score_shares is None:
+                # of draws without a path that depend on one with: the rest of the coefficient, their scores have a path
+                along = along + (_centered(log_weights, bound)[1] - gradient) * weights.scored
+            shares = shares + _along_paths(weights.paths, along)
         return shares
 
 
@@ -215,15 +220,14 @@ def _centered(log_weights: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
     return value - torch.where(usable, baseline, 0.0), torch.where(usable, own, 0.0)
 
 
-def _along_paths(weights: Weights, coefficient: Tensor) -> Tensor:
-    """``sum_sites z_k . (coefficient_k dl_k/dz_k)`` with the second factor constant, shape ``(K,)``."""
-    leaves = [path.leaf for path in weights.paths]
-    weighted = (coefficient * _finite(weights.log_weights)).sum()
-    slopes = torch.autograd.grad(weighted, leaves, retain_graph=True, allow_unused=True)
-    count = len(coefficient)
-    batched = coefficient.new_zeros(count)
+def _along_paths(paths: list[Path], terms: Tensor) -> Tensor:
+    """``sum_sites z_k . (d terms_k / dz_k)`` with the second factor constant, shape ``(K,)``; ``terms`` is (K, *B)."""
+    leaves = [path.leaf for path in paths]
+    slopes = torch.autograd.grad(terms.sum(), leaves, retain_graph=True, allow_unused=True)
+    count = len(terms)
+    batched = terms.new_zeros(count)
     looped: list[list[Tensor]] = [[] for _ in range(count)]
-    for path, slope in zip(weights.paths, slopes, strict=True):
+    for path, slope in zip(paths, slopes, strict=True):
         if slope is None:
             continue
         product = path.draw * slope

@@ -174,8 +174,9 @@ def test_guide_in_pyro() -> None:
     guide = found.guide
     elbo = DecomposedELBO(num_particles=200)
     pyro.set_rng_seed(0)
-    loss = elbo.loss(schools, guide)
-    assert loss == pytest.approx(-found.elbo, abs=0.1)
+    losses = [elbo.loss(schools, guide) for _ in range(5)]
+    error = math.hypot(float(np.std(losses, ddof=1)) / math.sqrt(len(losses)), found.elbo_se)
+    assert np.mean(losses) == pytest.approx(-found.elbo, abs=5 * error)
     assert {name: term.kl_method for name, term in elbo.last.items() if term.kl_method} == {
         "mu": "analytic", "tau": "sampled", "z": "analytic"
     }  # fmt: skip
@@ -318,8 +319,10 @@ def test_flow_on_a_funnel() -> None:
     sample = psis_khat(am.funnel, found.guide, num_draws=2000, seed=0)
     assert sample.looped is None
     assert sample.log_weights.mean() == pytest.approx(found.elbo, abs=5 * found.elbo_se)
-    loss = DecomposedELBO(num_particles=500).loss(am.funnel, found.guide)
-    assert loss == pytest.approx(-found.elbo, abs=0.2)
+    elbo = DecomposedELBO(num_particles=100)
+    losses = [elbo.loss(am.funnel, found.guide) for _ in range(5)]
+    error = math.hypot(float(np.std(losses, ddof=1)) / math.sqrt(len(losses)), found.elbo_se)
+    assert np.mean(losses) == pytest.approx(-found.elbo, abs=5 * error)
     assert abs(float(found.guide.median()["v"])) < 0.5
     other = FlowGuide(density, torch.zeros(10), torch.eye(10), Flow(10))
     other.load_state_dict(found.guide.state_dict())

@@ -114,6 +114,28 @@ def check_unbiased(problem: Problem, objective: MultiSampleELBO) -> None:
         assert standard_error <= 0.05 * (1 + abs(truth)), f"{name}: too few copies to tell"
 
 
+@pytest.mark.parametrize("bound", [IWAE(), CUBO(2.0)], ids=str)
+def test_a_discrete_draw_that_depends_on_a_reparameterized_one(bound: Bound) -> None:
+    """With many times the draws: its score has a path that the direct part of log q must share, 2% of the gradient here."""
+    problem = next(of for of in PROBLEMS if of.name == "continuous, then discrete")
+    params = {name: torch.tensor(value).double().requires_grad_() for name, value in problem.params.items()}
+    problem.exact(bound, 2, params).backward()
+    sign = -1.0 if bound.side == "lower" else 1.0
+    found: dict[str, list[float]] = {name: [] for name in params}
+    errors: dict[str, list[float]] = {name: [] for name in params}
+    for seed in range(12):
+        pyro.set_rng_seed(seed)
+        pyro.clear_param_store()
+        objective = MultiSampleELBO(bound, 2, gradient="doubly_reparameterized", history=False)
+        for name, values in estimate(problem, objective)[1].items():
+            found[name].append(values.mean())
+            errors[name].append(values.std(ddof=1) / math.sqrt(REPLICATES))
+    for name, parameter in params.items():
+        assert parameter.grad is not None
+        standard_error = np.sqrt(np.mean(np.square(errors[name])) / len(errors[name]))
+        assert abs(np.mean(found[name]) - sign * parameter.grad.item()) < STANDARD_ERRORS * standard_error, name
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 @pytest.mark.parametrize("gradient", ["pathwise", "doubly_reparameterized", "score_function"])
 def test_one_particle_is_the_elbo(problem: Problem, gradient: Any) -> None:

@@ -99,7 +99,9 @@ def test_batches_and_loops_give_the_same_densities(caplog: pytest.LogCaptureFixt
     assert "reads a drawn value" in looped.looped
     z = looped.draws["z"].double()
     expected = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(torch.tensor(10.0))
-    np.testing.assert_allclose(looped.log_p, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        looped.log_p, expected, rtol=1e-5, atol=1e-4
+    )  # in single precision, of terms that cancel
 
 
 def test_local_khat_is_that_of_the_data_one_by_one() -> None:
