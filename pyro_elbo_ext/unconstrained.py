@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.densities import check_densities
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, discrete_latent, nan_parameter
 from pyro_elbo_ext.programs.nodes import tensor_options
@@ -246,16 +247,17 @@ class UnconstrainedModel:
         return tuple(trace.nodes[name]["value"] for name in self.names)
 
     def _prototype(self) -> dict[str, Any]:
-        try:
-            return self._first_run()
-        except torch.linalg.LinAlgError:
-            raise
-        except Exception as error:
-            # the same model without promotion tells whether promotion or the model is at fault
-            self.float64 = False
-            sites = self._first_run()
-            logger.info("sampling in the model's own dtype, since it does not run in float64: %s", error)
-            return sites
+        with handlers_are_heard():
+            try:
+                return self._first_run()
+            except torch.linalg.LinAlgError:
+                raise
+            except Exception as error:
+                # the same model without promotion tells whether promotion or the model is at fault
+                self.float64 = False
+                sites = self._first_run()
+                logger.info("sampling in the model's own dtype, since it does not run in float64: %s", error)
+                return sites
 
     def _first_run(self) -> dict[str, Any]:
         def supply(msg: Any, transform: Any) -> torch.Tensor:

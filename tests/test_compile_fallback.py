@@ -340,6 +340,19 @@ def test_time_outs_come_through_a_log_density(error: Exception, monkeypatch: pyt
         compiled_log_density(line, X)
 
 
+def test_time_outs_come_through_the_first_run_of_a_log_density() -> None:
+    runs: list[int] = []
+
+    def model(x: Tensor) -> None:
+        runs.append(0)
+        if len(runs) == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        line(x)
+
+    with time_out(OutOfTime()), pytest.raises(OutOfTime):
+        compiled_log_density(model, X)
+
+
 def test_errors_that_a_thread_was_sent_come_through() -> None:
     # of a class that the compiler does not know, raised in the middle of its code
     namespace: dict[str, Any] = {"__name__": "torch.fx.somewhere", "error": OutOfTime}
