@@ -14,27 +14,34 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, ImproperUniform, MaskedDistribution
+from pyro.distributions import TransformedDistribution as PyroTransformedDistribution
+from pyro.distributions.distribution import Distribution as PyroDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch.distributions import (
+    Cauchy,
     Distribution,
-    Gumbel,
-    HalfNormal,
+    ExponentialFamily,
+    HalfCauchy,
     Independent,
+    LowRankMultivariateNormal,
+    Multinomial,
     MultivariateNormal,
     Normal,
-    Pareto,
     Transform,
     TransformedDistribution,
     Wishart,
     kl_divergence,
 )
 from torch.distributions import transforms as T
+from torch.distributions.kl import _KL_REGISTRY, _dispatch_kl
+
+from pyro_elbo_ext import positive
 
 Scale = float | Tensor
 Mask = bool | Tensor | None
@@ -49,7 +56,17 @@ _FIXED_TRANSFORMS = (
     T.PositiveDefiniteTransform,
     T.CorrCholeskyTransform,
 )
-_REGISTERED_IMAGES = (Gumbel, HalfNormal, Pareto)  # TransformedDistributions with closed forms of their own
+_VECTOR_GAUSSIANS = (MultivariateNormal, LowRankMultivariateNormal)
+_PLAIN_IMAGES = (TransformedDistribution, PyroTransformedDistribution)
+# Registered for what any image, exponential family or point mass has in common. Torch's for exponential families has no
+# gradient in the guide's parameters; Pyro's for point masses leaves out their density.
+_GENERIC = (
+    (TransformedDistribution, TransformedDistribution),
+    (ExponentialFamily, ExponentialFamily),
+    (Delta, PyroDistribution),
+    (Independent, Independent),
+    (Independent, MultivariateNormal),
+)
 
 
 class Weight(NamedTuple):
@@ -143,69 +160,159 @@ def kl_prior(q: Distribution, p: Distribution, q_weight: Weight, p_weight: Weigh
 
 
 def has_independent_elements(fn: Distribution) -> bool:
-    """Whether the density is a product over the elements of the value: a Normal, or its image under a scalar bijection."""
-    leaf = bare(fn).leaf
-    if isinstance(leaf, TransformedDistribution) and not leaf.event_shape:
-        leaf = bare(leaf.base_dist).leaf
-    return isinstance(leaf, Normal)
+    """Whether the density is a product over the elements of the value."""
+    leaf = _elementwise(bare(fn)).leaf
+    return not leaf.event_shape or isinstance(leaf, ImproperUniform)
 
 
 def bare(fn: Distribution) -> Bare:
     event_dims = 0
     masks: list[tuple[Mask, int]] = []
-    while True:
+    while has_density_of_its_class(fn):
         if isinstance(fn, Independent):
             event_dims += fn.reinterpreted_batch_ndims
         elif isinstance(fn, MaskedDistribution):
             masks.append((fn._mask, event_dims))
         elif not isinstance(fn, ExpandedDistribution):
-            return Bare(fn, event_dims, tuple(masks))
+            break
         fn = fn.base_dist
+    return Bare(fn, event_dims, tuple(masks))
 
 
 def _forms(q: Bare, p: Bare) -> _Forms:
+    if q.event_dims == p.event_dims:
+        registered = registered_kl(q.leaf, p.leaf)
+        if registered is not None:
+            return _Forms(registered, _entropy_of(q.leaf), q.event_dims)
+        if isinstance(q.leaf, Delta):
+            return _Forms(q.leaf.log_density - p.leaf.log_prob(q.leaf.v), _entropy_of(q.leaf), q.event_dims)
     for leaf in (q.leaf, p.leaf):
-        _check_own_density(leaf)
+        if not has_density_of_its_class(leaf):
+            raise NotImplementedError(f"{_name(leaf)} overrides log_prob, so its parent's closed form need not hold")
+    q, p = _elementwise(q), _elementwise(p)
+    if isinstance(p.leaf, ImproperUniform) and not p.masks:  # whose log density is 0
+        entropy = _entropy_of(q.leaf)
+        return _Forms(-entropy(), entropy, q.event_dims)
     # One vector-valued Gaussian, the other a product of scalar ones.
     for vector, product in ((q, p), (p, q)):
-        if isinstance(vector.leaf, MultivariateNormal) and isinstance(product.leaf, Normal):
+        if isinstance(vector.leaf, _VECTOR_GAUSSIANS) and not product.leaf.event_shape:
             if product.event_dims != vector.event_dims + 1 or vector.masks or product.masks:
                 break
-            kl = _kl_gaussians(q.leaf, p.leaf)
             if vector is q:
-                return _Forms(kl, q.leaf.entropy, vector.event_dims)
-            return _Forms(kl, lambda: q.leaf.entropy().sum(-1), vector.event_dims)
+                return _Forms(_kl_vector(q.leaf, p.leaf), q.leaf.entropy, vector.event_dims)
+            if isinstance(q.leaf, Normal):
+                kl = _kl_gaussians(q.leaf, p.leaf)
+                return _Forms(kl, lambda: q.leaf.entropy().sum(-1), vector.event_dims)
     if q.event_dims != p.event_dims:
         raise NotImplementedError(f"{_name(q.leaf)} and {_name(p.leaf)} have events of different structure")
-    return _Forms(_kl_leaves(q.leaf, p.leaf), q.leaf.entropy, q.event_dims)
+    return _Forms(_kl_leaves(q.leaf, p.leaf), _entropy_of(q.leaf), q.event_dims)
+
+
+def _elementwise(fn: Bare) -> Bare:
+    """The same, with an Independent under scalar bijections taken off too: ``Normal.to_event(1)`` through ``exp``."""
+    leaf: Any = fn.leaf
+    if type(leaf) not in _PLAIN_IMAGES or not isinstance(leaf.base_dist, Independent):
+        return fn
+    if any(transform.domain.event_dim or transform.codomain.event_dim for transform in leaf.transforms):
+        return fn
+    base = leaf.base_dist
+    image = TransformedDistribution(base.base_dist, leaf.transforms, validate_args=False)
+    return _elementwise(fn._replace(leaf=image, event_dims=fn.event_dims + base.reinterpreted_batch_ndims))
+
+
+def _entropy_of(leaf: Distribution) -> Callable[[], Tensor]:
+    def entropy() -> Tensor:
+        if not has_density_of_its_class(leaf, "entropy"):
+            raise NotImplementedError
+        if isinstance(leaf, Delta):
+            return -leaf.log_density
+        return positive.entropy(leaf)
+
+    return entropy
 
 
 def _kl_leaves(q: Distribution, p: Distribution) -> Tensor:
-    q_image, p_image = _as_image(q), _as_image(p)
-    if q_image is not None and p_image is not None:
-        transforms = q_image.transforms, p_image.transforms
-        if len(transforms[0]) != len(transforms[1]) or not all(map(same_bijection, *transforms)):
-            raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}")
-        base_q, base_p = bare(q_image.base_dist), bare(p_image.base_dist)
-        if base_q.masks or base_p.masks:
-            raise NotImplementedError("masked base distributions under a transform")
-        forms = _forms(base_q, base_p)
-        return sum_rightmost(forms.kl, forms.event_dims)
-    if q_image is not None or p_image is not None:
-        raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}")
-    if isinstance(q, Wishart):  # torch's generic exponential-family form drops the gradient of q's parameters
+    registered = registered_kl(q, p)
+    if registered is not None:
+        return registered
+    if isinstance(q, TransformedDistribution) and isinstance(p, TransformedDistribution):
+        transforms = q.transforms, p.transforms
+        if len(transforms[0]) == len(transforms[1]) and all(map(same_bijection, *transforms)):
+            base_q, base_p = bare(q.base_dist), bare(p.base_dist)
+            if base_q.masks or base_p.masks:
+                raise NotImplementedError("masked base distributions under a transform")
+            forms = _forms(base_q, base_p)
+            return sum_rightmost(forms.kl, forms.event_dims)
+    simple_q, simple_p = (positive.simplified(fn, has_density_of_its_class) for fn in (q, p))
+    if simple_q is not q or simple_p is not p:
+        return _kl_leaves(simple_q, simple_p)
+    unknown = f"no closed form is known for {_name(q)} || {_name(p)}"
+    if isinstance(q, Wishart) and isinstance(p, Wishart):
         raise NotImplementedError("torch's KL of Wishart has no gradient in the guide's parameters")
+    if isinstance(q, HalfCauchy) and isinstance(p, HalfCauchy):  # folded at 0, as the Cauchys are symmetric about it
+        return kl_divergence(Cauchy(0.0, q.scale, validate_args=False), Cauchy(0.0, p.scale, validate_args=False))
+    if isinstance(q, Multinomial) and isinstance(p, Multinomial):
+        if q.total_count != p.total_count:
+            raise NotImplementedError(f"{unknown} with different total counts")
+        return q.total_count * kl_divergence(q._categorical, p._categorical)
+    try:
+        return positive.cross_entropy(q, p) - positive.entropy(q)
+    except NotImplementedError as reason:
+        raise NotImplementedError(f"{unknown}: {reason}" if str(reason) else unknown) from None
+
+
+def registered_kl(q: Distribution, p: Distribution) -> Tensor | None:
+    """The KL that torch's dispatch finds, if it is one of these densities; else None.
+
+    A class that overrides ``log_prob`` needs one registered for itself, or for a class between; its parent's need not hold.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Ambiguous kl_divergence")
-        try:
-            return kl_divergence(q, p)
-        except NotImplementedError:
-            raise NotImplementedError(f"no closed form is known for {_name(q)} || {_name(p)}") from None
+        function = _dispatch_kl(type(q), type(p))
+    if function is NotImplemented:
+        return None
+    pairs = [
+        pair
+        for pair, registered in _KL_REGISTRY.items()
+        if registered is function and isinstance(q, pair[0]) and isinstance(p, pair[1])
+    ]
+    if not any(
+        pair not in _GENERIC and _speaks_for(pair[0], type(q)) and _speaks_for(pair[1], type(p)) for pair in pairs
+    ):
+        return None
+    try:
+        return function(q, p)
+    except NotImplementedError:
+        return None
 
 
-def _as_image(fn: Distribution) -> TransformedDistribution | None:
-    """The distribution, if its closed forms are to be found through its base and transforms."""
-    return fn if isinstance(fn, TransformedDistribution) and not isinstance(fn, _REGISTERED_IMAGES) else None
+def _speaks_for(registered: type, cls: type) -> bool:
+    owner = _owner(cls, "log_prob")
+    return _is_of_library(owner) or issubclass(registered, owner)
+
+
+def _owner(cls: type, method: str) -> type:
+    return next(parent for parent in cls.__mro__ if method in vars(parent))
+
+
+def _is_of_library(cls: type) -> bool:
+    return cls.__module__.startswith(("torch.distributions.", "pyro.distributions."))
+
+
+def has_density_of_its_class(leaf: Distribution, method: str = "log_prob") -> bool:
+    """Whether ``method`` is known to be that of the density: torch's or Pyro's own, or the user's for both."""
+    owner = _owner(type(leaf), "log_prob")
+    if method == "log_prob":
+        return _is_of_library(owner)
+    return _is_of_library(owner) or issubclass(_owner(type(leaf), method), owner)
+
+
+def _kl_vector(q: Distribution, p: Distribution) -> Tensor:
+    """KL of a Gaussian over vectors to a product of scalar densities, which takes its marginals only."""
+    if isinstance(q, MultivariateNormal) and isinstance(p, Normal):
+        return _kl_gaussians(q, p)
+    marginals = Normal(q.mean, q.variance.sqrt(), validate_args=False)
+    return (_kl_leaves(marginals, p) + marginals.entropy()).sum(-1) - q.entropy()
 
 
 def _kl_gaussians(q: Distribution, p: Distribution) -> Tensor:
@@ -218,7 +325,7 @@ def _kl_gaussians(q: Distribution, p: Distribution) -> Tensor:
         log_ratio = p.scale.log().expand(q.loc.shape).sum(-1) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
         assert isinstance(q, Normal)
-        assert isinstance(p, MultivariateNormal)
+        assert isinstance(p, _VECTOR_GAUSSIANS)
         tril, difference = p.scale_tril, (q.loc - p.loc).unsqueeze(-1)
         trace = torch.linalg.solve_triangular(tril, torch.diag_embed(q.scale), upper=False).square().sum((-1, -2))
         deviation = torch.linalg.solve_triangular(tril, difference, upper=False).squeeze(-1)
@@ -234,31 +341,25 @@ def same_bijection(a: Transform, b: Transform) -> bool:
     """
     if a is b:
         return True
-    if isinstance(a, T.ComposeTransform) and isinstance(b, T.ComposeTransform):
+    if type(a) is not type(b):
+        return False
+    if type(a) is T.ComposeTransform and isinstance(b, T.ComposeTransform):
         return len(a.parts) == len(b.parts) and all(map(same_bijection, a.parts, b.parts))
-    if isinstance(a, T.IndependentTransform) and isinstance(b, T.IndependentTransform):
+    if type(a) is T.IndependentTransform and isinstance(b, T.IndependentTransform):
         same_dims = a.reinterpreted_batch_ndims == b.reinterpreted_batch_ndims
         return same_dims and same_bijection(a.base_transform, b.base_transform)
-    if isinstance(a, T.AffineTransform) and isinstance(b, T.AffineTransform):
+    if type(a) is T.AffineTransform and isinstance(b, T.AffineTransform):
         return _same_constant(a.loc, b.loc) and _same_constant(a.scale, b.scale) and a.event_dim == b.event_dim
-    if isinstance(a, T.PowerTransform) and isinstance(b, T.PowerTransform):
+    if type(a) is T.PowerTransform and isinstance(b, T.PowerTransform):
         return _same_constant(a.exponent, b.exponent)
-    return type(a) is type(b) and isinstance(a, _FIXED_TRANSFORMS)
+    return type(a) in _FIXED_TRANSFORMS  # not a subclass, which may have parameters
 
 
 def _same_constant(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and not (a.requires_grad or b.requires_grad):
-        if a.device.type == "cpu" and a.numel() == b.numel() == 1:
-            return bool(a.item() == b.item())
-        return a is b
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-
-
-def _check_own_density(leaf: Distribution) -> None:
-    """A user's subclass that overrides ``log_prob`` inherits its parent's KL, which need not be its own."""
-    owner = next(cls for cls in type(leaf).__mro__ if "log_prob" in vars(cls))
-    if not owner.__module__.startswith(("torch.distributions.", "pyro.distributions.")):
-        raise NotImplementedError(f"{_name(leaf)} overrides log_prob, so its parent's closed form need not hold")
+    if a is b:
+        return True
+    number = positive.constant(a)
+    return number is not None and number == positive.constant(b)
 
 
 def _name(fn: Distribution) -> str:
