@@ -184,8 +184,8 @@ def _forms(q: Bare, p: Bare) -> _Forms:
         registered = registered_kl(q.leaf, p.leaf)
         if registered is not None:
             return _Forms(registered, _entropy_of(q.leaf), q.event_dims)
-        if isinstance(q.leaf, Delta):
-            return _Forms(q.leaf.log_density - p.leaf.log_prob(q.leaf.v), _entropy_of(q.leaf), q.event_dims)
+    if isinstance(q.leaf, Delta):
+        return _forms_of_point(q.leaf, q, p)
     for leaf in (q.leaf, p.leaf):
         if not has_density_of_its_class(leaf):
             raise NotImplementedError(f"{_name(leaf)} overrides log_prob, so its parent's closed form need not hold")
@@ -208,6 +208,16 @@ def _forms(q: Bare, p: Bare) -> _Forms:
     return _Forms(_kl_leaves(q.leaf, p.leaf), _entropy_of(q.leaf), q.event_dims)
 
 
+def _forms_of_point(point: Delta, q: Bare, p: Bare) -> _Forms:
+    if q.event_dims == p.event_dims:
+        return _Forms(point.log_density - p.leaf.log_prob(point.v), lambda: -point.log_density, q.event_dims)
+    if q.masks or p.masks:
+        raise NotImplementedError(f"masked events of {_name(p.leaf)} and Delta have different structure")
+    log_density = sum_rightmost(point.log_density, q.event_dims)
+    log_p = sum_rightmost(p.leaf.log_prob(point.v), p.event_dims)
+    return _Forms(log_density - log_p, lambda: -log_density, 0)
+
+
 def _elementwise(fn: Bare) -> Bare:
     """The same, with an Independent under scalar bijections taken off too: ``Normal.to_event(1)`` through ``exp``."""
     leaf: Any = fn.leaf
@@ -224,8 +234,6 @@ def _entropy_of(leaf: Distribution) -> Callable[[], Tensor]:
     def entropy() -> Tensor:
         if not has_density_of_its_class(leaf, "entropy"):
             raise NotImplementedError
-        if isinstance(leaf, Delta):
-            return -leaf.log_density
         return positive.entropy(leaf)
 
     return entropy

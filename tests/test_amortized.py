@@ -490,7 +490,7 @@ def test_units_of_other_families() -> None:
         with pyro.plate("data", 4):
             pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
             w = pyro.sample("w", dist.Normal(0.0, 1.0))
-            g = pyro.sample("g", dist.LogNormal(0.0, 1.0))
+            g = pyro.sample("g", dist.HalfCauchy(1.0))
             pyro.sample("x", dist.Normal(w + g, 1.0), obs=LOC)
 
     def guide() -> None:
