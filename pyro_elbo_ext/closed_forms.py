@@ -12,6 +12,7 @@ All functions raise ``NotImplementedError``, with the reason as its message, whe
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -274,24 +275,28 @@ def registered_kl(q: Distribution, p: Distribution) -> Tensor | None:
 
     A class that overrides ``log_prob`` needs one registered for itself, or for a class between; its parent's need not hold.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Ambiguous kl_divergence")
-        function = _dispatch_kl(type(q), type(p))
-    if function is NotImplemented:
-        return None
-    pairs = [
-        pair
-        for pair, registered in _KL_REGISTRY.items()
-        if registered is function and isinstance(q, pair[0]) and isinstance(p, pair[1])
-    ]
-    if not any(
-        pair not in _GENERIC and _speaks_for(pair[0], type(q)) and _speaks_for(pair[1], type(p)) for pair in pairs
-    ):
+    classes: Any = type(q), type(p)
+    pair = _registered_pair(*classes, len(_KL_REGISTRY))
+    if pair is None:
         return None
     try:
-        return function(q, p)
+        kl: Tensor = _KL_REGISTRY[pair](q, p)
     except NotImplementedError:
         return None
+    return kl
+
+
+@functools.lru_cache(maxsize=1024)
+def _registered_pair(q: type, p: type, registered: int) -> tuple[type, type] | None:
+    """The classes whose KL torch's dispatch takes, of so many that are registered, if it is to be used."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Ambiguous kl_divergence")
+        function = _dispatch_kl(q, p)
+    for pair, other in _KL_REGISTRY.items():
+        matches = other is function and issubclass(q, pair[0]) and issubclass(p, pair[1]) and pair not in _GENERIC
+        if matches and _speaks_for(pair[0], q) and _speaks_for(pair[1], p):
+            return pair
+    return None
 
 
 def _speaks_for(registered: type, cls: type) -> bool:
@@ -299,6 +304,7 @@ def _speaks_for(registered: type, cls: type) -> bool:
     return _is_of_library(owner) or issubclass(registered, owner)
 
 
+@functools.lru_cache(maxsize=1024)
 def _owner(cls: type, method: str) -> type:
     return next(parent for parent in cls.__mro__ if method in vars(parent))
 
@@ -309,10 +315,9 @@ def _is_of_library(cls: type) -> bool:
 
 def has_density_of_its_class(leaf: Distribution, method: str = "log_prob") -> bool:
     """Whether ``method`` is known to be that of the density: torch's or Pyro's own, or the user's for both."""
-    owner = _owner(type(leaf), "log_prob")
-    if method == "log_prob":
-        return _is_of_library(owner)
-    return _is_of_library(owner) or issubclass(_owner(type(leaf), method), owner)
+    cls: Any = type(leaf)
+    owner = _owner(cls, "log_prob")
+    return _is_of_library(owner) or (method != "log_prob" and issubclass(_owner(cls, method), owner))
 
 
 def _kl_vector(q: Distribution, p: Distribution) -> Tensor:

@@ -43,10 +43,10 @@ _NAMED = (LogNormal, HalfNormal, HalfCauchy, Weibull, *_INVERSE_GAMMAS)
 
 
 class Moments(NamedTuple):
-    """``E[log x]`` and ``Var[log x]``, shape of the batch, and ``log E[x^k]`` as a function of ``k``."""
+    """``E[log x]``, ``Var[log x]`` if it is asked for, and ``log E[x^k]`` as a function of ``k``; shape of the batch."""
 
     mean_log: Tensor
-    var_log: Tensor
+    var_log: Callable[[], Tensor]
     log_power: Callable[[Number], Tensor]
 
 
@@ -61,7 +61,7 @@ def cross_entropy(q: Distribution, p: Distribution) -> Tensor:
     moments = _moments(q)
     log_x = moments.mean_log
     if isinstance(p, LogNormal):
-        square = moments.var_log / p.scale / p.scale + ((log_x - p.loc) / p.scale).square()
+        square = moments.var_log() / p.scale / p.scale + ((log_x - p.loc) / p.scale).square()
         return log_x + p.scale.log() + 0.5 * math.log(2 * math.pi) + 0.5 * square
     if isinstance(p, Gamma):
         a, log_b = p.concentration, p.rate.log()
@@ -93,7 +93,7 @@ def entropy(fn: Distribution) -> Tensor:
 def _moments(q: Distribution) -> Moments:
     if isinstance(q, LogNormal):
         m, s = q.loc, q.scale
-        return Moments(m, s.square(), lambda k: k * m + 0.5 * (k * s).square())
+        return Moments(m, s.square, lambda k: k * m + 0.5 * (k * s).square())
     if isinstance(q, Exponential):
         return _gamma(torch.ones_like(q.rate), q.rate.log(), least=-1)
     if isinstance(q, Gamma):
@@ -103,13 +103,13 @@ def _moments(q: Distribution) -> Moments:
         return of_reciprocal._replace(mean_log=-of_reciprocal.mean_log, log_power=lambda k: of_reciprocal.log_power(-k))
     if isinstance(q, HalfNormal):  # its square is a Gamma
         square = _gamma(torch.full_like(q.scale, 0.5), -math.log(2) - 2 * q.scale.log(), least=-0.5)
-        return Moments(0.5 * square.mean_log, 0.25 * square.var_log, lambda k: square.log_power(0.5 * k))
+        return Moments(0.5 * square.mean_log, lambda: 0.25 * square.var_log(), lambda k: square.log_power(0.5 * k))
     if isinstance(q, Weibull):  # its power is an Exponential
         c, log_scale = q.concentration, q.scale.log()
         unit = _gamma(torch.ones_like(c), torch.zeros_like(c))
         return Moments(
             log_scale - _EULER / c,
-            math.pi**2 / (6 * c.square()),
+            lambda: math.pi**2 / (6 * c.square()),
             lambda k: k * log_scale + unit.log_power(k / c),
         )
     if isinstance(q, HalfCauchy):
@@ -117,7 +117,7 @@ def _moments(q: Distribution) -> Moments:
         def no_power(k: Number) -> Tensor:
             raise NotImplementedError("the KL of a HalfCauchy to such a prior is infinite, or has no closed form")
 
-        return Moments(q.scale.log(), torch.full_like(q.scale, math.pi**2 / 4), no_power)
+        return Moments(q.scale.log(), lambda: torch.full_like(q.scale, math.pi**2 / 4), no_power)
     raise NotImplementedError
 
 
@@ -131,7 +131,7 @@ def _gamma(a: Tensor, log_b: Tensor, least: float = -math.inf) -> Moments:
         shifted = torch.where(is_finite, a + k, 1.0)
         return torch.where(is_finite, shifted.lgamma() - a.lgamma() - k * log_b, math.inf)
 
-    return Moments(a.digamma() - log_b, torch.special.polygamma(1, a), log_power)
+    return Moments(a.digamma() - log_b, lambda: torch.special.polygamma(1, a), log_power)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,4 +223,7 @@ def constant(value: object) -> float | None:
         return None
     if value.numel() > 1 and any(value.stride()[i] for i in range(value.dim()) if value.shape[i] > 1):
         return None
-    return float(value[(0,) * value.dim()].item())
+    try:
+        return float(value[(0,) * value.dim()].item())
+    except RuntimeError:  # in a run that is traced or batched, where it may depend on the inputs
+        return None
