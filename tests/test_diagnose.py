@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import evidence_oracles as oracles
 import numpy as np
@@ -20,9 +21,12 @@ from pyro.nn import PyroModule, PyroSample
 from scipy.stats import norm
 
 from pyro_elbo_ext import DecomposedELBO, batched_draws, diagnose
+from pyro_elbo_ext.diagnosis import reasons, report
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.many_chains import run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
+from pyro_elbo_ext.evidence.importance import ImportanceSample
+from pyro_elbo_ext.evidence.ledger import EvidenceBounds, Interval
 from pyro_elbo_ext.log_density import compiled_log_density
 
 ERRORS = 4.5  # standard errors that a figure may be off
@@ -418,3 +422,98 @@ def test_all_runs_see_the_same_parameters(monkeypatch: pytest.MonkeyPatch) -> No
     assert made == ["scale"]
     assert not given_up
     assert not pyro.get_param_store().keys()
+
+
+# What is said of k-hat, and of chains that disagree, contradicts nothing beside it
+
+
+def weighted_sample(spread: float, tail: float, count: int = 2000) -> ImportanceSample:
+    """Weights whose bulk has a log sd of ``spread``, and whose largest are of a tail of shape ``tail``."""
+    rng = np.random.default_rng(0)
+    log_w = spread * rng.normal(size=count)
+    order = np.argsort(log_w)[-count // 20 :]
+    log_w[order] = log_w[order[0]] + max(spread, 1e-3) * np.sort(rng.pareto(1 / tail, len(order)))
+    if tail > 0.6:
+        log_w[order[-3:]] += spread * np.array([3.0, 6.0, 9.0])
+    return ImportanceSample({"z": torch.zeros(count)}, log_w, np.zeros(count), np.zeros(count), noise=1e-12)
+
+
+@pytest.mark.parametrize("upper", [0.003, 0.3, 3.0, 300.0, math.inf])
+@pytest.mark.parametrize("tail", [0.1, 0.6, 1.5])
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.03, 0.3, 3.0])
+def test_one_thing_is_said_of_the_weights(spread: float, tail: float, upper: float) -> None:
+    sample = weighted_sample(spread, tail)
+    evidence = EvidenceBounds(
+        Interval(0.0, upper), Interval(min(0.001, upper), upper), 0.0, 0.01, 1.0, 0.95, (), sample
+    )
+    said = [f.statement for f in reasons._on_weights(evidence, sample)]
+    about = [s for s in said if "k-hat" in s]
+    assert len(about) == 1
+    (sentence,) = about
+    far, near = "far from the posterior" in sentence, "near the posterior" in sentence
+    assert not (far and (upper < reasons.NEAR or sample.ess > 0.95 * sample.num_draws))
+    assert not (near and upper > reasons.NEAR)
+    assert ("can be relied on" in sentence) == (sample.khat < sample.threshold and not sample.even)
+    assert ("says nothing" in sentence) == sample.even
+    row = next(what for name, _, what in report.summary(evidence) if name == "k-hat")
+    assert ("says nothing" in row) == sample.even
+    assert ("is no good" in " ".join(evidence.notes)) == (not sample.reliable)
+    assert bool(sample.to_dataframe()["ok"].iloc[0]) == sample.reliable
+    assert ("says nothing" in repr(sample)) == sample.even
+
+
+def test_nearly_equal_weights_are_relied_on_whatever_k_hat_is() -> None:
+    """A guide that is the posterior but for a little: weights with a tail of no weight."""
+
+    def model() -> None:
+        pyro.sample("z", dist.StudentT(30.0, 0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.02))
+
+    found = diagnose(model, guide, seed=0)
+    assert found.evidence.importance.even
+    assert found.verdict == "good"
+    assert "far from the posterior" not in text(found)
+
+
+def test_nothing_is_good_while_chains_disagree(tmp_path: Path) -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    rng = np.random.default_rng(0)
+    apart = rng.normal(size=(4, 500)) * 1.0 + np.array([[-0.4], [-0.4], [0.4], [0.4]])
+    found = diagnose(model, guide, seed=0, mcmc={"z": apart, "other": rng.normal(size=(4, 500))})
+    assert found.verdict == "do not use"
+    assert found.scalars.loc["z", "verdict"] == "not known"
+    assert found.scalars.loc["other", "verdict"] == "good"
+    assert "scalars agree" not in text(found)
+    assert "1 not known, 1 good" in repr(found)
+    assert found.to_dataframe().loc["z", "verdict"] == "not known"
+    page = found.to_html(tmp_path / "page.html").read_text()
+    assert "not-known" in page
+    assert "scalars agree" not in page
+    assert "not known" in found._repr_html_()
+    assert found.plot() is not None
+
+
+def test_nothing_is_good_where_many_chains_have_two_modes() -> None:
+    def model() -> None:
+        with pyro.plate("i", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        pyro.factor("modes", -((z.square() - 4.0).square() * 4).sum())
+
+    def guide() -> None:
+        with pyro.plate("i", 3):
+            pyro.sample("z", dist.Normal(0.0, 2.0))
+
+    found = diagnose(model, guide, seed=0, num_draws=200)
+    assert found.verdict == "do not use"
+    assert not (found.scalars["verdict"] == "good").any()
+    assert not (found.scalars["verdict"] == "means only").any()
+    assert "agree with the posterior" not in repr(found)

@@ -50,8 +50,9 @@ class Approximation:
         Without tracing and compiling the density.
     path : list of dict
         One entry per step: ``step``, ``elbo``, ``gradients``, ``draws``, ``step_size``, ``gain``, ``error``; see `Fit`.
-    khat, khat_threshold, num_draws
-        Pareto k-hat of the importance weights of ``num_draws`` draws, and what it must stay below.
+    khat, khat_threshold, num_draws, ess
+        Pareto k-hat of the importance weights of ``num_draws`` draws, what it must stay below, and the effective draws
+        that they leave.
     distance : float
         Largest difference in a mean, in sds, or in a log sd between guide and posterior, by importance weights; NaN where
         these cannot tell, or where it has not converged.
@@ -77,6 +78,7 @@ class Approximation:
     path: list[dict[str, float]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
     next_guide: str = ""
+    ess: float = math.nan
     gain: float = math.nan
     gain_se: float = math.nan
     khat_before: float = math.nan
@@ -188,6 +190,7 @@ def approximate(
         khat=weighted.khat,
         khat_threshold=khat_threshold(weighted.num_draws),
         num_draws=weighted.num_draws,
+        ess=weighted.ess,
         distance=distance,
         path=fit.path,
         notes=notes,

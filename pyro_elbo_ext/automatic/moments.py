@@ -12,14 +12,13 @@ from pyro_elbo_ext.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
 from pyro_elbo_ext.automatic.site_moments import Moments, move_to_moments
-from pyro_elbo_ext.evidence.importance import khat_threshold
+from pyro_elbo_ext.evidence.importance import EVEN, khat_threshold
 
 WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
 MATCH_DRAWS = (16384, 49152)  # the second where the first have fewer effective draws than ENOUGH_EFFECTIVE
 LEAST_EFFECTIVE, ENOUGH_EFFECTIVE = 1000, 8000  # draws with which means and sds are told to 0.03 and 0.01 sds
 OWN_DRAWS = 4096  # evenly spread ones, for the Gaussian's own moments
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
-EVEN = 0.95  # effective share of draws from which on weights are so even that their tail does not matter
 MOST_ENTRIES = 20_000_000  # of all sites at all draws
 
 

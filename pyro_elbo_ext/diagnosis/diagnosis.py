@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 Verdict = Literal["good", "means only", "do not use"]
 VERDICTS: tuple[Verdict, ...] = ("good", "means only", "do not use")
+NOT_KNOWN = "not known"  # of a scalar, where the draws of the posterior are not to be relied on
+
+
+def worst_of(verdicts: Iterable[str]) -> Verdict:
+    """The worst of the verdicts that are known; "good" if none is."""
+    return max((v for v in VERDICTS if v in set(verdicts)), key=VERDICTS.index, default="good")
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class Diagnosis:
     scalars : DataFrame
         One row per scalar of the latent sites, by name: ``mean``, ``sd`` (the guide's), ``mean_shift`` (estimated
         difference of the posterior's mean, in posterior sds), ``log_sd_ratio`` (log of the guide's sd over the posterior's),
-        each with its standard error (``mean_shift_se``, ``log_sd_ratio_se``), ``khat``, ``verdict``.
+        each with its standard error (``mean_shift_se``, ``log_sd_ratio_se``), ``khat``, ``verdict``; this is "not known"
+        where the chains behind the figures disagree.
     evidence : EvidenceBounds
         Bounds on log p(x) and KL(q || posterior), KL(q || prior), the importance weights.
     mcmc : Comparison or None

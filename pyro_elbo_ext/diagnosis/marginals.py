@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.arviz_statistics import effective_size, pareto_smoothed
-from pyro_elbo_ext.diagnosis.diagnosis import Verdict
+from pyro_elbo_ext.diagnosis.diagnosis import NOT_KNOWN, Verdict
 from pyro_elbo_ext.draws import to_numpy
 from pyro_elbo_ext.labels import Labels, scalar_label
 
@@ -153,6 +153,13 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         frame["robust"] = False
     columns = [name for name in frame.columns if name not in ("robust", "verdict")]
     return frame[[*columns, "robust", "verdict"]]
+
+
+def unknown(frame: pd.DataFrame, where: NDArray[np.bool_] | bool = True) -> pd.DataFrame:
+    """The table where chains disagree, a mask of shape ``(n,)``: what they have not shown to be bad is not known."""
+    disagree = np.broadcast_to(np.asarray(where), len(frame))
+    frame.loc[disagree & (frame["verdict"] != "do not use").to_numpy(), "verdict"] = NOT_KNOWN
+    return frame
 
 
 def verdict_of(shift: float, shift_se: float, ratio: float, ratio_se: float) -> Verdict:

@@ -42,7 +42,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .verdict { border-left: 0.5rem solid var(--c); }
 .verdict > strong { font-size: 1.6rem; color: var(--c); display: block; }
 .verdict p, .note { margin: 0.2rem 0; }
-.good { --c: var(--good); } .means-only { --c: var(--means); } .do-not-use { --c: var(--bad); } .other { --c: var(--muted); }
+.good { --c: var(--good); } .means-only { --c: var(--means); } .do-not-use { --c: var(--bad); }
+.other, .not-known { --c: var(--muted); }
 .badge { background: var(--c); color: var(--on); border-radius: 0.3rem; padding: 0.05rem 0.4rem; font-size: 0.8rem;
   font-weight: 600; white-space: nowrap; }
 .findings { padding-left: 1.4rem; margin: 0; } .findings li { margin-bottom: 0.7rem; }

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyro_elbo_ext.comparison.marginal import BAD, GOOD
 from pyro_elbo_ext.diagnosis.report import worst_first
+from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.plots import COLOURS, OTHER, pyplot, running_mean
 
@@ -141,9 +142,8 @@ def plot_weights(importance: ImportanceSample, ax: Axes, max_points: int = 300) 
     ax.set_ylim(bottom - 0.5, 0.3)
     ax.set_xlabel("rank of the draw")
     ax.set_ylabel("log10 of normalized weight")
-    verdict = "below" if importance.khat < importance.threshold else "not below"
     ax.set_title(
-        f"k-hat {importance.khat:.2f}, {verdict} the threshold {importance.threshold:.2f}",
+        about_khat(importance.khat, importance.ess, importance.num_draws),
         loc="left",
         fontsize="medium",
     )

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS, Finding, Verdict
+from pyro_elbo_ext.diagnosis.diagnosis import NOT_KNOWN, Finding, worst_of
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED
 from pyro_elbo_ext.diagnosis.marginals import BAD, GOOD, Scalars, corrected
 from pyro_elbo_ext.diagnosis.posterior_draws import PosteriorDraws
@@ -30,6 +30,7 @@ FUNNEL = 0.5  # correlation of a scale with the log spread of what it scales
 UNEVEN = 100.0  # ratio of the largest to the smallest sd, from which on one step size suits no parameter
 TAILED = 2.0  # excess kurtosis that a Gaussian guide cannot have
 WINDOW = 20  # recorded steps that a trend needs
+NEAR = 0.5  # nats of KL(q || posterior) below which a guide is not called far
 MOST = 400  # scalars whose correlations are looked at
 
 
@@ -108,7 +109,7 @@ def _on_scalars(
     pairs: Mapping[str, _Pair],
     funnels: Mapping[str, _Funnel],
 ) -> list[Finding]:
-    bad = scalars[(scalars["verdict"] != "good") & scalars["mean_shift"].notna()]
+    bad = scalars[~scalars["verdict"].isin(["good", NOT_KNOWN]) & scalars["mean_shift"].notna()]
     size = bad[["mean_shift", "log_sd_ratio"]].abs().max(axis=1)
     bad = bad.loc[size.sort_values(ascending=False, kind="stable").index]
     place = {name: i for i, name in enumerate(guide.names)}
@@ -121,7 +122,7 @@ def _on_scalars(
         findings.append(Finding(str(name), row["verdict"], _statement(row), remedy))
     rest = bad.iloc[NAMED:]
     for site, rows in rest.groupby("site", sort=False):
-        worst: Verdict = max(rows["verdict"], key=VERDICTS.index)
+        worst = worst_of(rows["verdict"])
         findings.append(
             Finding(
                 str(site),
@@ -131,7 +132,7 @@ def _on_scalars(
                 "See the table of scalars.",
             )
         )
-    if bad.empty and scalars["mean_shift"].notna().all():
+    if (scalars["verdict"] == "good").all() and scalars["mean_shift"].notna().all():
         worst_shift, worst_ratio = (scalars[name].abs().max() for name in ("mean_shift", "log_sd_ratio"))
         findings.append(
             Finding(
@@ -219,10 +220,10 @@ def _funnels(posterior: Scalars, sample: ImportanceSample) -> dict[str, _Funnel]
 
 
 def _on_funnels(scalars: pd.DataFrame, funnels: Mapping[str, _Funnel]) -> list[Finding]:
-    verdicts = scalars.groupby("site")["verdict"].agg(lambda column: max(column, key=VERDICTS.index))
+    verdicts = scalars.groupby("site")["verdict"].agg(worst_of)
     findings = []
     for child, (scale, correlation) in funnels.items():
-        worst: Verdict = max(verdicts[scale], verdicts[child], key=VERDICTS.index)
+        worst = worst_of([verdicts[scale], verdicts[child]])
         if worst != "good":
             findings.append(
                 Finding(
@@ -264,14 +265,14 @@ def _on_joint(scalars: pd.DataFrame, pairs: Mapping[str, _Pair]) -> list[Finding
 def _on_scales(scalars: pd.DataFrame, posterior: Scalars, sample: ImportanceSample) -> list[Finding]:
     """Sds that are so different that no step size suits all."""
     latent = np.array([site in sample.draws for site in posterior.sites])
-    if latent.sum() < 2 or (scalars["verdict"] == "good").all():
+    worst = worst_of(scalars["verdict"])
+    if latent.sum() < 2 or worst == "good":
         return []
     sd = posterior.draws.std(0)
     sd = np.where(latent & (sd > 0), sd, np.nan)
     low, high = int(np.nanargmin(sd)), int(np.nanargmax(sd))
     if sd[high] / sd[low] < UNEVEN:
         return []
-    worst: Verdict = max(scalars["verdict"], key=VERDICTS.index)
     return [
         Finding(
             posterior.names[high],
@@ -286,7 +287,7 @@ def _on_scales(scalars: pd.DataFrame, posterior: Scalars, sample: ImportanceSamp
 def _on_precision(scalars: pd.DataFrame) -> list[Finding]:
     """Figures that are nearer to a threshold than their errors."""
     close = []
-    for name, row in scalars.iterrows():
+    for name, row in scalars[scalars["verdict"] != NOT_KNOWN].iterrows():
         for figure in ("mean_shift", "log_sd_ratio"):
             value, error = corrected(row[figure], row[f"{figure}_se"]), row[f"{figure}_se"]
             if any(abs(value - threshold) < 2 * error for threshold in (GOOD, BAD)):
@@ -327,7 +328,16 @@ def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Find
                 "Give the guide the support of the model's sites.",
             )
         )
-    if sample.khat < sample.threshold:
+    if sample.even:
+        findings.append(
+            Finding(
+                "",
+                "good",
+                f"The importance weights are nearly equal, and leave {sample.ess:.1f} of {count} draws: k-hat, "
+                f"{sample.khat:.2f}, says nothing of them.",
+            )
+        )
+    elif sample.khat < sample.threshold:
         reliable = "" if sample.khat < 0.5 else "; above 0.5 their variance is infinite"
         findings.append(
             Finding(
@@ -335,6 +345,16 @@ def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Find
                 "good",
                 f"The importance weights can be relied on: k-hat {sample.khat:.2f}, below {sample.threshold:.2f} for "
                 f"{count} draws{reliable}.",
+            )
+        )
+    elif upper < NEAR:
+        findings.append(
+            Finding(
+                "",
+                "good",
+                f"The guide is near the posterior, but its tails are lighter: k-hat {sample.khat:.2f}, not below "
+                f"{sample.threshold:.2f} for {count} draws, which leave {sample.ess:.1f} effective ones.",
+                "Do not reweight its draws. A guide with heavier tails brings k-hat down.",
             )
         )
     else:
@@ -349,7 +369,7 @@ def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Find
             )
         )
     for plate, khats in sample.local_khat.items():
-        bad = np.flatnonzero(khats >= sample.threshold)
+        bad = np.flatnonzero(~sample.local_reliable[plate])
         if len(bad):
             shown = ", ".join(str(i) for i in bad[np.argsort(-khats[bad])][:5])
             findings.append(
@@ -398,9 +418,9 @@ def on_comparison(scalars: pd.DataFrame, rhat: Mapping[str, float], absent: Sequ
         findings.append(
             Finding(
                 worst,
-                "good",
+                "do not use",
                 f"The MCMC chains do not agree themselves: R-hat {bad[worst]:.2f}, and not below {CONVERGED} for {len(bad)} "
-                f"of {len(scalars)} scalars. The verdict is no better than they are.",
+                f"of {len(scalars)} scalars. How far the guide is from the posterior they do not show.",
                 "Longer chains, or a reparametrized model.",
             )
         )

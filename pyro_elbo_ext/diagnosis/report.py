@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WIDTH = 100  # columns of the text
 SHOWN = 10  # scalars that the short forms show
 SINGLES = 3  # findings on single scalars with one remedy that they show
-SEVERITY = {"do not use": 0, "means only": 1, "good": 2}
+SEVERITY = {"do not use": 0, "not known": 1, "means only": 2, "good": 3}
 MEANING = {
     "good": "means and spreads of the guide can stand in for the posterior's.",
     "means only": "the guide's means can be used, to half a posterior sd; its standard deviations and intervals cannot.",
@@ -77,7 +77,9 @@ def summary(evidence: EvidenceBounds) -> list[tuple[str, str, str]]:
         (
             "k-hat",
             f"{weights.khat:.2f}",
-            f"tail of the importance weights; reliable below {weights.threshold:.2f} with {weights.num_draws} draws",
+            "tail of the importance weights; says nothing where they are so nearly equal"
+            if weights.even
+            else f"tail of the importance weights; reliable below {weights.threshold:.2f} with {weights.num_draws} draws",
         ),
         ("effective draws", f"{weights.ess:.0f} of {weights.num_draws}", "importance weights' effective sample size"),
     ]

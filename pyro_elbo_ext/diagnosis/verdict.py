@@ -13,8 +13,17 @@ import torch
 from pyro_elbo_ext.comparison.alignment import aligned, draws_of
 from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
 from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS, Diagnosis, Finding
-from pyro_elbo_ext.diagnosis.many_chains import split_rhat
-from pyro_elbo_ext.diagnosis.marginals import GOOD, Scalars, by_chains, by_comparison, by_weights, scalars_of, varying
+from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, split_rhat
+from pyro_elbo_ext.diagnosis.marginals import (
+    GOOD,
+    Scalars,
+    by_chains,
+    by_comparison,
+    by_weights,
+    scalars_of,
+    unknown,
+    varying,
+)
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
 from pyro_elbo_ext.diagnosis.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
 from pyro_elbo_ext.draws import imputation
@@ -180,6 +189,7 @@ class _Run(NamedTuple):
         flat = guide._replace(draws=guide.draws[0])
         scalars = by_comparison(flat, comparison.table, sample.khat)
         rhat = split_rhat(posterior.draws) if posterior.draws.shape[1] >= 8 else np.ones(len(guide.names))
+        unknown(scalars, ~(np.asarray(rhat) < CONVERGED))
         findings = on_comparison(
             scalars, dict(zip(guide.names, rhat, strict=True)), sorted(set(_values(sample)) - set(shared))
         )
@@ -194,7 +204,7 @@ class _Run(NamedTuple):
 
     def with_weights(self, sample: ImportanceSample) -> _Found | None:
         """None where the weights cannot be relied on."""
-        if not sample.khat < FINITE_VARIANCE or sample.num_zero:
+        if not (sample.even or sample.khat < FINITE_VARIANCE) or sample.num_zero:
             return None
         whole = scalars_of(_values(sample), sample.nodes, 1)
         guide = whole.take(varying(whole.draws))
@@ -240,6 +250,8 @@ class _Run(NamedTuple):
         kept = varying(whole.draws) & varying(of_chains.draws)
         guide, posterior = whole.take(kept), of_chains.take(kept)
         scalars = by_chains(guide, posterior.draws, sample.khat)
+        if not drawn.converged:
+            unknown(scalars)
         evidence, reason = self._with_posterior(self._for_evidence(drawn, sample))
         findings = [*on_chains(drawn), *reason, *on_scalars_left_out(_left_out(sample, whole, guide))]
         joined = posterior._replace(draws=posterior.draws.reshape(-1, len(guide.names)))

@@ -23,6 +23,7 @@ from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.randomness import untouched
 
 BATCH_SIZE = 1000  # draws run at once
+EVEN = 0.95  # effective share of draws from which on weights are so even that the shape of their tail says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +102,37 @@ class ImportanceSample:
     @property
     def ess(self) -> float:
         """Kish's effective sample size of the smoothed weights, ``1 / sum_s w_s^2``, from 1 to S."""
-        return float(1 / np.exp(2 * self.log_smoothed).sum())
+        return _ess(self.log_smoothed)
+
+    @property
+    def even(self) -> bool:
+        """Whether the weights are so nearly equal that k-hat, the shape of what tail they have, says nothing."""
+        return self.ess > EVEN * self.num_draws
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the draws can be reweighted to the posterior: k-hat below its threshold, or weights nearly equal."""
+        return self.even or self.khat < self.threshold
 
     @cached_property
     def local_khat(self) -> dict[str, Array]:
         """Plate to k-hat of each of its indices, shape ``(size,)``; plates as in ``local``."""
+        return {plate: np.array([khat for _, khat in smoothed]) for plate, smoothed in self._local_smoothed.items()}
+
+    @cached_property
+    def local_reliable(self) -> dict[str, NDArray[np.bool_]]:
+        """Plate to whether the weights of each of its indices are, shape ``(size,)``; see ``reliable``."""
         return {
-            plate: np.array([pareto_smoothed(column, self.noise)[1] for column in weights.T])
+            plate: np.array(
+                [khat < self.threshold or _ess(weights) > EVEN * self.num_draws for weights, khat in smoothed]
+            )
+            for plate, smoothed in self._local_smoothed.items()
+        }
+
+    @cached_property
+    def _local_smoothed(self) -> dict[str, list[tuple[Array, float]]]:
+        return {
+            plate: [pareto_smoothed(column, self.noise) for column in weights.T]
             for plate, weights in self.local.items()
         }
 
@@ -190,14 +215,12 @@ class ImportanceSample:
         Columns ``plate`` and ``index`` (None for the whole), ``khat``, ``threshold``, ``ok``, ``ess``.
         """
         rows: list[dict[str, Any]] = [self._row(None, None, self.khat, self.ess)]
-        for plate, weights in self.local.items():
-            for index, column in enumerate(weights.T):
-                smoothed, khat = pareto_smoothed(column, self.noise)
-                rows.append(self._row(plate, index, khat, float(1 / np.exp(2 * smoothed).sum())))
+        for plate, smoothed in self._local_smoothed.items():
+            rows += [self._row(plate, index, khat, _ess(weights)) for index, (weights, khat) in enumerate(smoothed)]
         return pd.DataFrame(rows)
 
     def _row(self, plate: str | None, index: int | None, khat: float, ess: float) -> dict[str, Any]:
-        ok = khat < self.threshold
+        ok = khat < self.threshold or ess > EVEN * self.num_draws
         return {"plate": plate, "index": index, "khat": khat, "threshold": self.threshold, "ok": ok, "ess": ess}
 
     def _imputes(self, name: str) -> bool:
@@ -205,14 +228,14 @@ class ImportanceSample:
 
     def __repr__(self) -> str:
         text = (
-            f"ImportanceSample: k-hat {self.khat:.2f} ({'below' if self.khat < self.threshold else 'not below'} the "
-            f"threshold {self.threshold:.2f} for {self.num_draws} draws), effective sample size {self.ess:.1f}"
+            f"ImportanceSample: {about_khat(self.khat, self.ess, self.num_draws)}, effective sample size {self.ess:.1f} of "
+            f"{self.num_draws} draws"
         )
         if self.num_zero:
             text += f"\n{self.num_zero} of {self.num_draws} draws are outside the model's support: their weight is zero"
         for plate, khats in self.local_khat.items():
             text += (
-                f"\nplate '{plate}': {int((khats >= self.threshold).sum())} of {len(khats)} indices have k-hat of "
+                f"\nplate '{plate}': {int((~self.local_reliable[plate]).sum())} of {len(khats)} indices have k-hat of "
                 f"{self.threshold:.2f} or more, the largest {khats.max():.2f} at index {int(khats.argmax())}"
             )
         for plate, reason in self.not_local.items():
@@ -316,6 +339,19 @@ def rounding_noise(scorer: Scorer, scores: Scores) -> float:
     finite = np.isfinite(scores.log_p) & np.isfinite(scores.log_q)
     size = np.abs(scores.log_p[finite]).mean() + np.abs(scores.log_q[finite]).mean() if finite.any() else 1.0
     return float(2 * scorer.eps * (1 + size))
+
+
+def _ess(log_weights: Array) -> float:
+    """Kish's effective sample size of normalized log weights."""
+    return float(1 / np.exp(2 * log_weights).sum())
+
+
+def about_khat(khat: float, ess: float, num_draws: int) -> str:
+    """k-hat and what it says, with the effective sample size of the smoothed weights at hand."""
+    if ess > EVEN * num_draws:
+        return f"k-hat {khat:.2f}, which says nothing of weights so nearly equal"
+    threshold = khat_threshold(num_draws)
+    return f"k-hat {khat:.2f}, {'below' if khat < threshold else 'not below'} the threshold {threshold:.2f}"
 
 
 def khat_threshold(num_draws: int) -> float:

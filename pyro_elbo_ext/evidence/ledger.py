@@ -111,7 +111,7 @@ class EvidenceBounds:
                 if not any(bound.method == "EUBO" for bound in self.bounds)
                 else "No upper bound: the guide has no density at some of the posterior draws."
             )
-        if khat >= threshold:
+        if not self.importance.reliable:
             notes.append(
                 f"k-hat {khat:.2f} is not below {threshold:.2f}, the threshold for {count} draws: the guide is no good "
                 "importance sampler of the posterior, and bounds made of its draws alone are loose."
@@ -141,7 +141,12 @@ class EvidenceBounds:
             ("ELBO", f"{self.elbo:.4f} ± {self.elbo_error:.4f}", "standard error"),
             ("KL(q || posterior)", str(self.kl_posterior), f"{percent} interval of the gap, log p(x) - ELBO"),
             ("KL(q || prior)", f"{self.kl_prior:.4f}", "a part of the ELBO, not the gap"),
-            ("k-hat", f"{self.importance.khat:.2f}", f"threshold {self.importance.threshold:.2f}"),
+            (
+                "k-hat",
+                f"{self.importance.khat:.2f}",
+                f"threshold {self.importance.threshold:.2f}"
+                + ("; says nothing of weights so nearly equal" if self.importance.even else ""),
+            ),
         ]
 
     def __repr__(self) -> str:

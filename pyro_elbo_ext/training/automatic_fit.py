@@ -19,6 +19,7 @@ from pyro_elbo_ext.automatic.approximate import Approximation, approximate
 from pyro_elbo_ext.automatic.flow import Flow, FlowGuide
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.decomposed import DecomposedELBO
+from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.log_density import LogDensity
 from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL, pyplot
@@ -140,7 +141,7 @@ class AutomaticFit(FitResult):
         found = [
             f"{a.family} guide in {self.seconds:.2f} s, {a.gradients:,} gradient evaluations",
             f"stopped: {self.reason}",
-            f"ELBO {a.elbo:.6g} +- {a.elbo_se:.2g} nats, k-hat {a.khat:.2f} (good below {a.khat_threshold:.2f})",
+            f"ELBO {a.elbo:.6g} +- {a.elbo_se:.2g} nats, {about_khat(a.khat, a.ess, a.num_draws)}",
             *a.notes,
         ]
         if a.next_guide:
