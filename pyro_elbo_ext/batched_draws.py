@@ -18,6 +18,7 @@ from pyro_elbo_ext.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.dependencies import DependencyTracker
 from pyro_elbo_ext.gradients import Gradient, Path
 from pyro_elbo_ext.particles import Draw, detached_copies
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.supply import CannotBatch
 
@@ -97,6 +98,22 @@ class Batch:
         """All particles' draws; None if they have to be looped over, once the reason is known."""
         if self.reason is not None or count == 1:
             return None
+        if not self.checked:  # a time-out by a signal is no reason to draw one by one
+            with handlers_are_heard() as raised:
+                return self._draw(model, guide, args, kwargs, count, gradient, derive, raised)
+        return self._draw(model, guide, args, kwargs, count, gradient, derive, [])
+
+    def _draw(
+        self,
+        model: Program,
+        guide: Program,
+        args: Args,
+        kwargs: Kwargs,
+        count: int,
+        gradient: Gradient,
+        derive: Derive | None,
+        raised: list[BaseException],
+    ) -> BatchedDraw | None:
         try:
             batched = run_batched(
                 model, guide, args, kwargs, count, self.reference, derive=derive, detach=gradient.detach_draws
@@ -113,7 +130,7 @@ class Batch:
             self._give_up(str(error))
             return None
         except Exception as error:
-            if self.checked:
+            if self.checked or raised:
                 raise
             # an error of the program itself will be raised by the loop too; any other has to do with the batching
             self._give_up(f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_elbo_ext.compile.compiler import failures_are_reasons, import_dynamo, import_inductor
 from pyro_elbo_ext.compile.errors import CannotCompile
-from pyro_elbo_ext.compile.interrupts import handlers_are_heard
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
 logger = logging.getLogger(__name__)
 

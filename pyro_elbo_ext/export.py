@@ -137,7 +137,8 @@ def from_pyro_svi(
     Returns
     -------
     arviz.InferenceData or xarray.DataTree
-        See :func:`to_arviz`. A ``/`` in a site's name becomes ``.``. Groups:
+        See :func:`to_arviz`. A name that files cannot hold is changed, ``/`` to ``.``, see `pyro_elbo_ext.names`; the
+        variable's ``attrs["site"]`` is then the site's name. Groups:
 
         ``posterior``
             Latent sites in their constrained space, and ``pyro.deterministic`` sites, shape (1, S, *plates, *event). A
@@ -200,13 +201,14 @@ def from_pyro_svi(
                 points = point_sites(model_trace, guide_trace, model, guide, args, kwargs)
                 if not any(is_latent(node) for node in model_trace.nodes.values()):
                     raise ValueError(NO_LATENT)
+                Labels(coords, dims, first.nodes).check(first.nodes)
             for name, value in values_of(model_trace).items():
                 posterior.put(index, name, value, allow_nan=model_trace.nodes[name]["is_observed"])
             stats.put(index, "log_p", log_p)
             stats.put(index, "log_q", log_q)
             rest.add(index, model_trace, latent_values(model_trace, guide_trace))
 
-    labels = Labels(coords, dims)
+    labels = Labels(coords, dims, first.nodes)
     attrs = attributes()
     if points:
         warnings.warn(point_estimate(points), stacklevel=2)
@@ -310,6 +312,7 @@ def from_pyro_mcmc(
             if index == 0:
                 check_full(trace)
                 first, missing = trace, _missing(trace, latents)
+                Labels(coords, dims, first.nodes).check(first.nodes)
                 if missing and (log_likelihood or posterior_predictive):
                     option = "log_likelihood" if log_likelihood else "posterior_predictive"
                     raise ValueError(
@@ -323,7 +326,7 @@ def from_pyro_mcmc(
 
     if not missing:
         posterior = completed.by_chain(chains)
-    labels = Labels(coords, dims)
+    labels = Labels(coords, dims, first.nodes)
     groups = {
         "posterior": labels.dataset(posterior, first.nodes, attrs=attrs),
         "sample_stats": labels.dataset(stats, {}, attrs=attrs),

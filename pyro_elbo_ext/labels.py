@@ -1,4 +1,4 @@
-"""Names for the axes of a site's array: dims from the plates, coordinates from the caller."""
+"""Names for a site's array and its axes: dims from the plates, coordinates from the caller."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from pyro.poutine.util import site_is_subsample
 
+from pyro_elbo_ext.names import SAMPLE_DIMS, SITE, variables_of, written
 from pyro_elbo_ext.programs.nodes import Node
-
-SAMPLE_DIMS = ("chain", "draw")
 
 
 class Labels:
     """Dims and coordinates that all groups of one export share.
 
-    A plate's axis has the plate's name, any other axis ``{site}_dim_{axis}``, as ArviZ names it. A plate called ``chain``
-    or ``draw`` becomes ``{plate}_dim``. A ``/`` in a name, which files and trees take for a group, becomes ``.``.
+    A plate's axis has the plate's name, any other axis ``{variable}_dim_{axis}``, as ArviZ names it. A plate called as a
+    site, or ``chain`` or ``draw``, becomes ``{plate}_dim``. What files cannot hold is renamed, see `pyro_elbo_ext.names`.
 
     Parameters
     ----------
@@ -26,20 +26,46 @@ class Labels:
         Dim to the labels along it; 0, 1, ... for dims that are not named here.
     dims
         Site, or constant, to the names of its value's axes, batch before event; None keeps an axis' own name.
+    nodes
+        Every site of the model, by name; further names come as they are met.
     """
 
     def __init__(
         self,
         coords: Mapping[str, Any] | None = None,
         dims: Mapping[str, Sequence[str | None]] | None = None,
+        nodes: Mapping[str, Any] | None = None,
     ) -> None:
         self.coords = dict(coords or {})
         self.dims = dict(dims or {})
         self._sizes: dict[str, tuple[int, str]] = {}  # dim -> its size, and the site that set it
         self._labelled: set[str] = set()
+        sampled = [(name, node) for name, node in (nodes or {}).items() if node["type"] == "sample"]
+        self._variables = variables_of([name for name, node in sampled if not site_is_subsample(node)])
+        frames = [frame.name for _, node in sampled for frame in node["cond_indep_stack"]]
+        self._plates = variables_of(frames, ())
         for name, chosen in self.dims.items():
             if isinstance(chosen, str) or any(not isinstance(dim, str | None) for dim in chosen):
                 raise TypeError(f"dims['{name}'] must be a list of names or None, one per axis, got {chosen!r}")
+
+    def variable(self, name: str) -> str:
+        """The name of a site's, or a constant's, variable."""
+        if name not in self._variables:
+            self._variables |= variables_of([name], {*SAMPLE_DIMS, *self._variables.values()})
+        return self._variables[name]
+
+    def check(self, nodes: Mapping[str, Any]) -> None:
+        """Raise what :meth:`of` would for these sites' values, before anything is drawn."""
+        for name, node in nodes.items():
+            if node["type"] == "sample" and not site_is_subsample(node):
+                self.of(name, tuple(node["value"].shape), node)
+
+    def _dim(self, name: str) -> str:
+        """A dim's name that no variable has."""
+        (name,) = variables_of([name], ()).values()
+        while name in SAMPLE_DIMS or name in self._variables.values():
+            name += "_dim"
+        return name
 
     def of(self, name: str, shape: tuple[int, ...], node: Node | None, *, batch_only: bool = False) -> list[str]:
         """Dims of an array of ``shape``, the value of a site or, with ``batch_only``, its log density.
@@ -49,13 +75,13 @@ class Labels:
         ValueError
             If ``dims`` has another number of names for it, or if a dim would have two sizes.
         """
-        own = [f"{name}_dim_{axis}" for axis in range(len(shape))]
+        own = [f"{self.variable(name)}_dim_{axis}" for axis in range(len(shape))]
         if node is not None:
             event_dim = 0 if batch_only else _event_dim(node)
             for frame in node["cond_indep_stack"]:
                 axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
                 if axis >= 0 and shape[axis] == frame.size:
-                    own[axis] = f"{frame.name}_dim" if frame.name in SAMPLE_DIMS else frame.name
+                    own[axis] = self._dim(self._plates.get(frame.name, frame.name))
         if name in self.dims:
             chosen = list(self.dims[name])
             if batch_only and node is not None:
@@ -66,9 +92,11 @@ class Labels:
                     f"dims['{name}'] names {len(chosen)} axes {chosen}, but the {what} of '{name}' has shape {shape}. "
                     "Give one name per axis, None to keep the axis' own."
                 )
-            own = [dim if dim is not None else default for dim, default in zip(chosen, own, strict=True)]
+            own = [
+                default if dim is None else dim if dim in SAMPLE_DIMS else self._dim(dim)
+                for dim, default in zip(chosen, own, strict=True)
+            ]
         self._labelled.add(name)
-        own = [dim.replace("/", ".") for dim in own]
         for axis, (dim, size) in enumerate(zip(own, shape, strict=True)):
             if dim in own[:axis] or dim in SAMPLE_DIMS:
                 raise ValueError(f"axis {axis} of '{name}' cannot be named '{dim}': another axis of it has that name")
@@ -104,7 +132,7 @@ class Labels:
             coords.update({dim: np.arange(size) for dim, size in zip(samples, array.shape, strict=False)})
             shape = array.shape[len(samples) :]
             coords.update({dim: self.labels(dim, size) for dim, size in zip(dims, shape, strict=True)})
-            variables[name.replace("/", ".")] = ([*samples, *dims], array)
+            variables[self.variable(name)] = ([*samples, *dims], array, self._attrs(name))
         return xr.Dataset(variables, coords, dict(attrs or {}))
 
     def pointwise(
@@ -125,20 +153,25 @@ class Labels:
             shape, count = array.shape[2:], counts[name]
             dims = self.of(name, shape, nodes[name], batch_only=True)
             labels = {dim: self.labels(dim, size) for dim, size in zip(dims, shape, strict=True)}
-            key = name.replace("/", ".")
+            key = self.variable(name)
             if not count.any():
                 continue
             coords.update({dim: np.arange(size) for dim, size in zip(SAMPLE_DIMS, array.shape, strict=False)})
             if count.all():
                 coords.update(labels)
-                variables[key] = ([*SAMPLE_DIMS, *dims], array)
+                variables[key] = ([*SAMPLE_DIMS, *dims], array, self._attrs(name))
                 continue
-            unmasked = f"{key}_unmasked"
+            unmasked = self._dim(f"{key}_unmasked")
             coords[unmasked] = np.flatnonzero(count)
             for dim, index in zip(dims, np.nonzero(count), strict=True):
-                coords[f"{key}_{dim}"] = (unmasked, labels[dim][index])
-            variables[key] = ([*SAMPLE_DIMS, unmasked], array[:, :, count])
+                coords[self._dim(f"{key}_{dim}")] = (unmasked, labels[dim][index])
+            variables[key] = ([*SAMPLE_DIMS, unmasked], array[:, :, count], self._attrs(name))
         return xr.Dataset(variables, coords, dict(attrs or {}))
+
+    def _attrs(self, name: str) -> dict[str, str]:
+        if self.variable(name) == name:
+            return {}
+        return {SITE: written(name)}
 
     def check_used(self) -> None:
         """Raise a ValueError if the caller named a site or dim that is not there."""

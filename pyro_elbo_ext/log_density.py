@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.density_graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
 from pyro_elbo_ext.native_density import NativeDensity, NotNative
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import isolated
 from pyro_elbo_ext.unconstrained import UnconstrainedModel
 

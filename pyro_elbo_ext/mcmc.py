@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import xarray as xr
 
 from pyro_elbo_ext.export import to_arviz
+from pyro_elbo_ext.labels import Labels
 from pyro_elbo_ext.log_density import LogDensity
 from pyro_elbo_ext.programs.nodes import base_distribution
 from pyro_elbo_ext.programs.randomness import isolated
@@ -62,13 +62,15 @@ def run_nuts(
         compiled again, which takes longer than to sample from a small model. Data and parameters are those of that moment,
         and a chain runs in as many threads as torch was set to.
     num_samples, warmup
-        Draws per chain kept, and draws before them used for adaptation and dropped.
+        Draws per chain kept, at least 1, and draws before them used for adaptation and dropped, at least 0. Without any,
+        which only Pyro can do, steps have the first size that is tried.
     chains
         Number of chains.
     seed
         Same seed, same draws; from 0 to 2**32 - 1.
     backend
-        "nutpie" (needs ``pip install "pyro_elbo_ext[nuts]"``), "pyro", or "auto": nutpie where it is installed.
+        "nutpie" (needs ``pip install "pyro_elbo_ext[nuts]"``), "pyro", or "auto": nutpie where it is installed and there
+        is a warmup.
     progress
         Show a progress bar.
     target_accept
@@ -88,7 +90,8 @@ def run_nuts(
     Returns
     -------
     arviz.InferenceData or xarray.DataTree
-        Groups ``posterior`` (continuous latent and deterministic sites, shape (chain, draw, *plates, *event)),
+        Names that files cannot hold are changed as in `from_pyro_svi`. Groups
+        ``posterior`` (continuous latent and deterministic sites, shape (chain, draw, *plates, *event)),
         ``sample_stats`` (``diverging``, ``tree_depth``, ``n_steps``, ``energy``, ``acceptance_rate``, ``step_size``,
         ``lp``; all of shape (chain, draw)) and ``observed_data``. ``lp`` is the log density on unconstrained space,
         Jacobian included. ``energy`` is the Hamiltonian of the draw for nutpie; Pyro keeps only the one that its
@@ -104,6 +107,8 @@ def run_nuts(
         For arguments of a wrong type.
     ImportError
         For ``backend="nutpie"`` without nutpie.
+    RuntimeError
+        If nutpie itself fails.
     KeyboardInterrupt
         For Ctrl-C before the first draw after warmup.
 
@@ -144,7 +149,9 @@ def run_nuts(
     installed = importlib.util.find_spec("nutpie") is not None
     if backend == "nutpie" and not installed:
         raise ImportError('backend="nutpie" needs nutpie: pip install "pyro_elbo_ext[nuts]"')
-    library = "nutpie" if installed and backend != "pyro" else "pyro"
+    if backend == "nutpie" and warmup == 0:
+        raise ValueError("warmup must be at least 1 with nutpie, which adapts in it: pass warmup=1, or backend='pyro'")
+    library = "nutpie" if installed and backend != "pyro" and warmup > 0 else "pyro"
 
     with isolated(seed):
         if compile == "auto":
@@ -155,6 +162,9 @@ def run_nuts(
         density = (
             model if isinstance(model, LogDensity) else LogDensity(model, args, kwargs, seed, bool(compile), one_thread)
         )
+        sites = density.program.sites
+        labels = Labels(nodes=sites)
+        labels.check({name: site for name, site in sites.items() if name in density.names or site["is_observed"]})
         began = time.perf_counter()
         sample = sample_nutpie if library == "nutpie" else sample_pyro
         drawn = sample(
@@ -177,37 +187,14 @@ def run_nuts(
             f"interrupted: {points.shape[1]} of {num_samples} draws are kept, in {len(kept)} of {chains} chains",
             stacklevel=2,
         )
-    samples = {"chain": np.array(kept), "draw": np.arange(points.shape[1])}
-    sites = density.program.sites
     observed = {
         name: site["value"].detach().cpu().numpy()
         for name, site in sites.items()
         if site["is_observed"] and not site["infer"].get("_deterministic") and base_distribution(site["fn"]) != "Unit"
     }
-    return to_arviz(
-        {
-            "posterior": _dataset({name: values[name] for name in density.names}, sites, samples, attrs),
-            "sample_stats": _dataset(stats, {}, samples, attrs),
-            "observed_data": _dataset(observed, sites, {}, {}),
-        }
-    )
-
-
-def _dataset(
-    values: Mapping[str, np.ndarray], sites: Mapping[str, Any], samples: dict[str, np.ndarray], attrs: dict[str, Any]
-) -> xr.Dataset:
-    """Arrays with leading dims ``samples``, then the plates' names, then ``{site}_dim_{axis}`` as ArviZ has it."""
-    variables, coords = {}, dict(samples)
-    for name, array in values.items():
-        shape = array.shape[len(samples) :]
-        dims = [f"{name}_dim_{axis}" for axis in range(len(shape))]
-        site: Any = sites.get(name)
-        for frame in site["cond_indep_stack"] if site is not None else ():
-            # pyro.deterministic counts all dims as event dims unless told otherwise
-            event_dim = 0 if site["infer"].get("_deterministic") else site["fn"].event_dim
-            axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
-            if axis >= 0 and shape[axis] == frame.size:
-                dims[axis] = f"{frame.name}_dim" if frame.name in values else frame.name
-        coords.update({dim: np.arange(size) for dim, size in zip(dims, shape, strict=True)})
-        variables[name] = ([*samples, *dims], array)
-    return xr.Dataset(variables, coords=coords, attrs=attrs)
+    groups = {
+        "posterior": labels.dataset({name: values[name] for name in density.names}, sites, attrs=attrs),
+        "sample_stats": labels.dataset(stats, {}, attrs=attrs),
+    }
+    groups = {name: group.assign_coords(chain=kept) for name, group in groups.items()}
+    return to_arviz({**groups, "observed_data": labels.dataset(observed, sites, ())})

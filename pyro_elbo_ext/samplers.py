@@ -123,28 +123,36 @@ def sample_nutpie(
             expanded_names=["x"],
             make_initial_point_fn=start,
         )
-    sampler = nutpie.sample(
-        compiled,
-        draws=num_samples,
-        tune=warmup,
-        chains=chains,
-        cores=min(cores, chains),
-        seed=seed,
-        progress_bar=progress,
-        return_raw_trace=True,
-        blocking=False,
-        target_accept=target_accept,
-        maxdepth=max_tree_depth,
-    )
     interrupted = False
     try:
-        trace = sampler.wait()
-    except KeyboardInterrupt:
-        interrupted, trace = True, sampler.abort()
-    except BaseException:
-        sampler.cancel()
-        raise
-    batches, records = trace.get_arrow_trace()
+        sampler = nutpie.sample(
+            compiled,
+            draws=num_samples,
+            tune=warmup,
+            chains=chains,
+            cores=min(cores, chains),
+            seed=seed,
+            progress_bar=progress,
+            return_raw_trace=True,
+            blocking=False,
+            target_accept=target_accept,
+            maxdepth=max_tree_depth,
+        )
+        try:
+            trace = sampler.wait()
+        except KeyboardInterrupt:
+            interrupted, trace = True, sampler.abort()
+        except BaseException:
+            sampler.cancel()
+            raise
+        batches, records = trace.get_arrow_trace()
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        # a panic of its Rust code, which is no Exception
+        raise RuntimeError(
+            f"nutpie has failed, {error}; see its message above. Pass backend='pyro', or other numbers of draws."
+        ) from error
     draws = [
         pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.dim)[warmup:] for batch in batches
     ]

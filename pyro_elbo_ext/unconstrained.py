@@ -18,9 +18,9 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.densities import check_densities
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, discrete_latent, nan_parameter
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import tensor_options
 from pyro_elbo_ext.programs.running import trace_program
 
@@ -247,12 +247,14 @@ class UnconstrainedModel:
         return tuple(trace.nodes[name]["value"] for name in self.names)
 
     def _prototype(self) -> dict[str, Any]:
-        with handlers_are_heard():
+        with handlers_are_heard() as raised:
             try:
                 return self._first_run()
             except torch.linalg.LinAlgError:
                 raise
             except Exception as error:
+                if raised:  # by a signal's handler, as a time-out: no reason for another dtype
+                    raise
                 # the same model without promotion tells whether promotion or the model is at fault
                 self.float64 = False
                 sites = self._first_run()

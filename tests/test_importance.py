@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import signal
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,11 +19,12 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from pyro_elbo_ext import psis_khat
+from pyro_elbo_ext import evidence_bounds, psis_khat
 from pyro_elbo_ext.demo import centered, load_eight_schools, noncentered
 from pyro_elbo_ext.evidence.importance import ImportanceSample
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.log_density import LogDensity
 from tests.evidence_oracles import GAUSSIAN
 
 
@@ -282,3 +285,49 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="use replace=True"):
         found.resample(31, replace=False)
     assert psis_khat(GAUSSIAN.model, guide, num_draws=20, seed=0).khat == math.inf  # four draws are no tail
+
+
+class TimeOut(Exception):
+    pass
+
+
+def psis(model: Any) -> None:
+    psis_khat(model, AutoNormal(model), num_draws=50, batch_size=5, seed=0)
+
+
+def bounds(model: Any) -> None:
+    evidence_bounds(model, AutoNormal(model), num_draws=50, seed=0)
+
+
+def density(model: Any) -> None:
+    LogDensity(model, (), {}, 0)
+
+
+@pytest.mark.parametrize("error", [TimeOut, RuntimeError, ValueError])
+@pytest.mark.parametrize("way", [psis, bounds, density])
+def test_what_a_signal_handler_raises_comes_through(way: Any, error: type[Exception]) -> None:
+    """A time-out in the middle of the model is no reason to run it otherwise, nor part of another message."""
+    calls, at = 0, math.inf
+
+    def handler(*of: Any) -> None:
+        raise error("time is up")
+
+    def model() -> None:
+        nonlocal calls
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        calls += 1
+        if calls == at:
+            signal.raise_signal(signal.SIGUSR1)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    way(model)
+    number, before = calls, signal.signal(signal.SIGUSR1, handler)
+    try:
+        for at in range(1, min(number, 8) + 1):
+            pyro.clear_param_store()
+            calls = 0
+            with pytest.raises(error, match=r"^time is up"):
+                way(model)
+            assert calls == at or error is not TimeOut  # at once
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -19,6 +19,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_elbo_ext import samplers
+from pyro_elbo_ext.export import dataset_of
 from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.samplers import starting_point
@@ -405,3 +406,57 @@ def test_a_log_density_is_sampled_without_being_made_again(backend: Any) -> None
     assert abs(float(one.posterior["mean"].mean()) - 4.5 / 4) < 4 * 0.5 / size**0.5
     with pytest.raises(TypeError, match="pass no others"):
         run_nuts(density, data)
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyro"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_few_draws_and_no_warmup(backend: str, warmup: int) -> None:
+    data = run_nuts(
+        lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), num_samples=1, warmup=warmup, chains=2, backend=backend,
+        progress=False, compile=False,
+    )  # fmt: skip
+    posterior = dataset_of(data)
+    assert posterior["a"].shape == (2, 1)
+    assert np.isfinite(posterior["a"]).all()
+    assert posterior.attrs["inference_library"] == ("nutpie" if backend == "auto" and warmup and NUTPIE else "pyro")
+
+
+@pytest.mark.skipif(not NUTPIE, reason="needs nutpie")
+def test_nutpie_without_warmup_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"warmup must be at least 1 with nutpie.*backend='pyro'"):
+        run_nuts(lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), warmup=0, backend="nutpie", compile=False)
+
+
+def test_a_panic_of_nutpie_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exceptions are none of Exception; one that is real: no warmup, past the check."""
+    nutpie = pytest.importorskip("nutpie")
+    sample = nutpie.sample
+    monkeypatch.setattr(nutpie, "sample", lambda *args, **kwargs: sample(*args, **{**kwargs, "tune": 0}))
+    with pytest.raises(RuntimeError, match=r"nutpie has failed.*backend='pyro'"):
+        run_nuts(
+            lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), num_samples=2, warmup=1, chains=1, backend="nutpie",
+            progress=False, compile=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyro"])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("num_samples", 0, ValueError),
+        ("num_samples", -1, ValueError),
+        ("num_samples", 2.0, TypeError),
+        ("num_samples", True, TypeError),
+        ("warmup", -1, ValueError),
+        ("warmup", 0.5, TypeError),
+        ("warmup", False, TypeError),
+        ("chains", 0, ValueError),
+        ("chains", -2, ValueError),
+        ("chains", "2", TypeError),
+        ("cores", 0, ValueError),
+        ("max_tree_depth", 0, ValueError),
+    ],
+)
+def test_numbers_of_draws_are_checked_for_every_sampler(backend: str, name: str, value: Any, error: type) -> None:
+    with pytest.raises(error, match=name):
+        run_nuts(lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), backend=backend, compile=False, **{name: value})

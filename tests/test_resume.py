@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_elbo_ext.compile.interrupts import interrupts_wait
+from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.training import checkpoints
 from tests.killed_runs import differences
 

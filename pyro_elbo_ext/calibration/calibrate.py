@@ -318,7 +318,7 @@ def simulate_calibration(
         torch.get_default_dtype(),
         bool(pyro.infer.is_validation_enabled()),
     )
-    labels = Labels(coords, dims)
+    labels = Labels(coords, dims, trace.nodes)
     for name, shape in shapes.items():
         if DIM in labels.of(name, shape, trace.nodes[name]):
             raise ValueError(f"'{name}' has a dim '{DIM}', which is that of the simulations: rename it by dims")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.draws import Columns, check_full, data_of, run_given, to_numpy, values_of
 from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.names import by_site, found_in
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 
 QUANTITIES = ("truth", "rank", "above", "mean", "sd")
@@ -179,9 +180,10 @@ def _draws(job: Job, found: Any, model: Any, args: list[Any], kwargs: dict[str, 
         draws = {name: to_numpy(value) for name, value in found.items()}
     else:
         posterior, draws = dataset_of(found), {}
-        for name in posterior.data_vars:
-            array = posterior[name].transpose("chain", "draw", ...).values
-            draws[str(name)] = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+        for site, variable in by_site(posterior).items():
+            array = variable.transpose("chain", "draw", ...).values
+            draws[site] = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+    draws |= {name: draws[found] for name in job.shapes if (found := found_in(draws, name)) is not None}
     missing = [name for name in job.shapes if name not in draws]
     if missing:
         raise ValueError(

@@ -12,6 +12,7 @@ from pyro_elbo_ext.arviz_statistics import effective_size
 from pyro_elbo_ext.comparison.alignment import SIDES, Transformed, aligned, draws_of, with_transformed
 from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
 from pyro_elbo_ext.labels import scalar_label
+from pyro_elbo_ext.names import named_as
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
@@ -206,7 +207,8 @@ def compare_to_mcmc(
         If shapes or labels differ, draws are NaN, infinite or fewer than four, or constant but not equal on both sides; the
         parameter is named. What is constant and equal on both sides is left out, and said.
     """
-    left, right = with_transformed(draws_of(approx, "approx"), draws_of(mcmc, "mcmc"), transformed or {})
+    reference = draws_of(mcmc, "mcmc")
+    left, right = with_transformed(named_as(draws_of(approx, "approx"), reference), reference, transformed or {})
     sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
     constant: dict[str, float] = {}
     for name, (a, b) in aligned(left, right, var_names).items():

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from pyro_elbo_ext.compile.errors import CannotCompile
-from pyro_elbo_ext.compile.interrupts import handlers_are_heard
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 # What runs while torch traces and compiles: an error of a class that is not of these, raised among them, came from outside.

@@ -20,7 +20,6 @@ from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.binding import Binding
 from pyro_elbo_ext.compile.capture import Evaluation, capture, written_inputs
 from pyro_elbo_ext.compile.compiler import failures_are_reasons
-from pyro_elbo_ext.compile.interrupts import handlers_are_heard
 from pyro_elbo_ext.compile.kernel_calls import NotNative
 from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c, look_of
 from pyro_elbo_ext.compile.losses import TracedLoss
@@ -30,6 +29,7 @@ from pyro_elbo_ext.compile.static_check import check_graph, check_structure, not
 from pyro_elbo_ext.compile.step_graph import Backend, Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.objective import Program as PyroProgram
 from pyro_elbo_ext.objective import Weight
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.record import VALUES
 from pyro_elbo_ext.registration import modules_of
 

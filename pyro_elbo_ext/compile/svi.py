@@ -28,7 +28,6 @@ from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer, portable
 from pyro_elbo_ext.compile.compiler import check_backend, import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.first_look import FirstLook
-from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.compile.layouts import Changed, has_memory
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
@@ -37,6 +36,7 @@ from pyro_elbo_ext.compile.programs import Programs
 from pyro_elbo_ext.compile.threads import OneThread
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objective import NotFinite, Objective, Weight
+from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.programs.replay import OwnIndices
 from pyro_elbo_ext.record import VALUES
 

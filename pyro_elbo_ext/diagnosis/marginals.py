@@ -53,11 +53,11 @@ def scalars_of(values: Mapping[str, Any], nodes: Mapping[str, Any], leading: int
     names: list[str] = []
     sites: list[str] = []
     columns: list[Array] = []
-    labels = Labels()
+    labels = Labels(nodes=nodes)
     for site, value in values.items():
         array = to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
         sample = [f"sample_{i}" for i in range(leading)]
-        key = site.replace("/", ".")
+        key = labels.variable(site)
         one = labels.dataset({site: array[(slice(0, 1),) * leading]}, nodes, sample)[key]
         flat = array.reshape(*array.shape[:leading], math.prod(array.shape[leading:])).astype(np.float64)
         names += [scalar_label(key, one, index) for index in np.ndindex(array.shape[leading:])]

@@ -14,6 +14,7 @@ from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, run_chains, split_rha
 from pyro_elbo_ext.export import dataset_of
 from pyro_elbo_ext.log_density import LogDensity
 from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.names import by_site
 from pyro_elbo_ext.programs.randomness import isolated
 
 CHAINS = 128
@@ -137,7 +138,7 @@ def _by_nuts(
         data = dataset_of(run_nuts(model, *args, **NUTS, seed=seed, progress=progress, **kwargs))
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise CannotSample(str(error)) from error
-    values = {str(name): variable.transpose("chain", "draw", ...).values for name, variable in data.data_vars.items()}
+    values = {site: variable.transpose("chain", "draw", ...).values for site, variable in by_site(data).items()}
     worst, which = 0.0, ""
     for name, array in values.items():
         flat = array.reshape(*array.shape[:2], math.prod(array.shape[2:]))

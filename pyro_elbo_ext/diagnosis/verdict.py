@@ -33,7 +33,9 @@ from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.labels import Labels
+from pyro_elbo_ext.names import named_as, site_of
 from pyro_elbo_ext.programs.faults import discrete_latent
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 
 FINITE_VARIANCE = 0.5  # k-hat of the weights below which they are relied on
@@ -54,6 +56,7 @@ class _Found(NamedTuple):
     comparison: Comparison | None = None
 
 
+@handlers_are_heard()
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -166,18 +169,19 @@ class _Run(NamedTuple):
         )
 
     def with_mcmc(self, mcmc: Any, sample: ImportanceSample) -> _Found:
-        approx = Labels().dataset(
+        approx = Labels(nodes=sample.nodes).dataset(
             {name: value.cpu().numpy()[None] for name, value in _values(sample).items()}, sample.nodes
         )
-        draws = draws_of(mcmc, "mcmc")
+        draws = named_as(draws_of(mcmc, "mcmc"), approx)
         shared = [str(name) for name in draws.data_vars if name in approx]
         if not shared:
             raise ValueError(
                 f"mcmc has none of the model's sites {list(approx.data_vars)}; it has {list(draws.data_vars)}"
             )
         pairs = aligned(approx, draws, shared)
-        left = scalars_of({name: a.values for name, (a, _) in pairs.items()}, sample.nodes, 2)
-        right = scalars_of({name: b.values for name, (_, b) in pairs.items()}, sample.nodes, 2)
+        sites = {name: site_of(name, approx[name]) for name in shared}
+        left = scalars_of({sites[name]: a.values for name, (a, _) in pairs.items()}, sample.nodes, 2)
+        right = scalars_of({sites[name]: b.values for name, (_, b) in pairs.items()}, sample.nodes, 2)
         kept = varying(left.draws) & varying(right.draws)
         guide, posterior = left.take(kept), right.take(kept)
         if not guide.names:
@@ -191,11 +195,14 @@ class _Run(NamedTuple):
         rhat = split_rhat(posterior.draws) if posterior.draws.shape[1] >= 8 else np.ones(len(guide.names))
         unknown(scalars, ~(np.asarray(rhat) < CONVERGED))
         findings = on_comparison(
-            scalars, dict(zip(guide.names, rhat, strict=True)), sorted(set(_values(sample)) - set(shared))
+            scalars, dict(zip(guide.names, rhat, strict=True)), sorted(set(map(str, approx.data_vars)) - set(shared))
         )
-        complete = all(name in draws for name in sample.draws)
+        variables = {site: name for name, site in sites.items()}
+        complete = all(site in variables for site in sample.draws)
         theirs = (
-            {name: draws[name].transpose("chain", "draw", ...).values for name in sample.draws} if complete else None
+            {site: draws[variables[site]].transpose("chain", "draw", ...).values for site in sample.draws}
+            if complete
+            else None
         )
         evidence, reason = self._with_posterior(theirs)
         findings += reason

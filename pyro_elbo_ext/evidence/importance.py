@@ -19,6 +19,7 @@ from pyro_elbo_ext.draws import imputation, to_numpy
 from pyro_elbo_ext.evidence.scoring import Array, Scorer, Scores
 from pyro_elbo_ext.export import attributes, to_arviz
 from pyro_elbo_ext.labels import Labels
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.randomness import untouched
 
@@ -185,7 +186,7 @@ class ImportanceSample:
         rng = np.random.default_rng(seed)
         index = rng.choice(self.num_draws, size=size, replace=replace, p=weights / weights.sum())
         rows = torch.from_numpy(index)
-        labels = Labels()
+        labels = Labels(nodes=self.nodes)
         attrs = attributes() | {
             "khat": self.khat,
             "khat_threshold": self.threshold,
@@ -246,6 +247,7 @@ class ImportanceSample:
         return "".join(f"<p>{line}</p>" for line in repr(self).splitlines())
 
 
+@handlers_are_heard()
 def psis_khat(
     model: Callable[..., Any],
     guide: Callable[..., Any],

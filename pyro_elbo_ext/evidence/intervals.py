@@ -25,6 +25,8 @@ from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, chec
 from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds, Interval
 from pyro_elbo_ext.evidence.scoring import Array, Scorer
 from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.names import by_site, found_in
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import untouched
 
 BLOCKS = 20  # fewer values of a bound have no standard error to rely on
@@ -47,6 +49,7 @@ class _Entry(NamedTuple):
     paired: bool = True  # made of the draws that the ELBO is made of
 
 
+@handlers_are_heard()
 def evidence_bounds(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -180,7 +183,7 @@ def read_posterior(posterior: Any) -> dict[str, Any]:
     for name, variable in data.data_vars.items():
         if not {"chain", "draw"} <= set(variable.dims):
             raise ValueError(f"'{name}' of the posterior has dims {variable.dims}; it needs 'chain' and 'draw'")
-    return {str(name): variable.transpose("chain", "draw", ...).values for name, variable in data.data_vars.items()}
+    return {site: variable.transpose("chain", "draw", ...).values for site, variable in by_site(data).items()}
 
 
 def _flattened(draws: Mapping[str, Any], scorer: Scorer) -> tuple[dict[str, Tensor], tuple[int, int]]:
@@ -188,8 +191,8 @@ def _flattened(draws: Mapping[str, Any], scorer: Scorer) -> tuple[dict[str, Tens
     flat: dict[str, Tensor] = {}
     shape: tuple[int, int] | None = None
     for site in scorer.latents:
-        name = site if site in draws else site.replace("/", ".")  # as export names it
-        if name not in draws:
+        name = found_in(draws, site)
+        if name is None:
             raise ValueError(f"the posterior has no draws of latent site '{site}'; it has {', '.join(draws) or 'none'}")
         value = torch.as_tensor(np.array(draws[name]) if not isinstance(draws[name], Tensor) else draws[name])
         own = scorer.reference[0].nodes[site]["value"].shape

@@ -18,8 +18,8 @@ from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
-from pyro_elbo_ext.compile.interrupts import interrupts_wait
 from pyro_elbo_ext.objective import NotFinite, Objective
+from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.training import checkpoints, processes
 from pyro_elbo_ext.training.batches import Batches, Call, Whole, named_arguments
 from pyro_elbo_ext.training.callbacks import CallbackList

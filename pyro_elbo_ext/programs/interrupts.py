@@ -40,21 +40,22 @@ def interrupts_wait() -> Iterator[None]:
 
 
 @contextmanager
-def handlers_are_heard() -> Iterator[None]:
+def handlers_are_heard() -> Iterator[list[BaseException]]:
     """Whatever a signal handler raises in the block comes out of it as it was raised.
 
-    A time-out is raised in the middle of whatever runs. Torch's compiler wraps some exceptions and goes on after others.
+    A time-out is raised in the middle of whatever runs. Torch's compiler wraps some exceptions and goes on after others. The
+    block is given the list of what has been raised, so that it need not go on.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone runs handlers
-        yield
-        return
     raised: list[BaseException] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone runs handlers
+        yield raised
+        return
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     before = {number: (_heard(of, raised), of) for number, of in handlers.items() if callable(of)}
     for number, (heard, _) in before.items():
         signal.signal(number, heard)
     try:
-        yield
+        yield raised
     finally:
         for number, (heard, handler) in before.items():
             if signal.getsignal(number) is heard:  # or the handler has set another
