@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyro_elbo_ext.atomic_files import replaced
 from pyro_elbo_ext.record import LABELS, SITE_WEIGHT, VALUES, Decoded, SiteInfo
 from pyro_elbo_ext.untrusted import loaded
 
@@ -147,7 +148,8 @@ def write(dataset: xr.Dataset, path: Path) -> None:
     if _engine(path) == "zarr":
         dataset.to_zarr(path, mode="w", zarr_format=2)  # strings are outside the zarr 3 specification
     else:
-        dataset.to_netcdf(path, engine="h5netcdf")
+        with replaced(path, locked=False) as new:
+            dataset.to_netcdf(new, engine="h5netcdf")
 
 
 def read(path: Path) -> xr.Dataset:

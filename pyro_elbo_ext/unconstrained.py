@@ -303,11 +303,12 @@ class UnconstrainedModel:
         if not self.float64:
             return wide
         self.float64 = False
-        try:
-            own = [self._try_value(x) for x in points]
-        except RuntimeError as error:  # mixed dtypes that only promotion makes right
-            logger.info("the model runs in float64 only: %s", str(error).splitlines()[:1])
-            own = wide
+        with handlers_are_heard():
+            try:
+                own = [self._try_value(x) for x in points]
+            except RuntimeError as error:  # mixed dtypes that only promotion makes right
+                logger.info("the model runs in float64 only: %s", str(error).splitlines()[:1])
+                own = wide
         self.float64 = all(
             abs(a - b) <= 1e-2 * (1 + abs(a)) for a, b in zip(wide, own, strict=True) if np.isfinite([a, b]).all()
         )

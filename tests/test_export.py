@@ -702,8 +702,9 @@ def test_two_plates_of_one_name() -> None:
     with pytest.raises(RuntimeError, match="Multiple sample sites named 'person'"):  # Pyro's own
         export(model, mu_guide, DATA, "person", "person")
     # names that Pyro keeps apart, and files do not
-    with pytest.raises(ValueError, match=r"dim 'a.b' has size 5 at 'y' and 3 at 'x'.*Rename one"):
-        export(model, mu_guide, DATA, "a/b", "a.b")
+    assert {"a.b": 3, "a.b_": 5}.items() <= dataset_of(
+        export(model, mu_guide, DATA, "a/b", "a.b"), "log_likelihood"
+    ).sizes.items()
     with pytest.raises(ValueError, match="dim 'person' has size 5 at 'y' and 3 at 'x'"):
         export(model, mu_guide, DATA, "person", "few", dims={"x": ["person"]})
     data = export(model, mu_guide, DATA, "a/b", "a.b", dims={"x": ["few"]})

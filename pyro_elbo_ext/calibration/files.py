@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pyro_elbo_ext.atomic_files import remove_stale, replaced
 from pyro_elbo_ext.calibration.simulation import QUANTITIES, Ranked
 from pyro_elbo_ext.untrusted import read_npz, reading
 
@@ -49,12 +50,11 @@ class Folder:
                 ]
                 raise ValueError(f"{self.path} holds another calibration ({'; '.join(differ)}). Pass another path.")
             return
+        remove_stale(file)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} is there and holds no calibration. Pass the path of a new or empty folder.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"{SETTINGS}.partial"
-        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        os.replace(partial, file)
+        with replaced(file) as new:
+            new.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def read(self, num_simulations: int) -> dict[int, Ranked]:
         """The finished ones among the first ``num_simulations``."""
@@ -78,11 +78,8 @@ class Folder:
             for quantity in QUANTITIES
             for i, name in enumerate(self.names)
         }
-        file = self._file(ranked.index)
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as stream:
+        with replaced(self._file(ranked.index)) as new, new.open("wb") as stream:
             np.savez(stream, allow_pickle=False, digest=np.array(ranked.digest), **arrays)
-        os.replace(partial, file)
 
     def _file(self, index: int) -> Path:
         return self.path / f"simulation_{index:06d}.npz"

@@ -33,6 +33,7 @@ from pyro_elbo_ext.training.automatic_fit import fit_automatically
 from pyro_elbo_ext.training.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
+from pyro_elbo_ext.training.fingerprint import fingerprint
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop, uncompiled
 from pyro_elbo_ext.training.replica import start_alike
@@ -69,7 +70,7 @@ def fit(
     log_every: int = LOOK_EVERY,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
-    resume: bool = False,
+    resume: bool | Literal["anyway"] = False,
     compiled: bool | Mapping[str, Any] = True,
     distributed: bool | Mapping[str, Any] | None = None,
     max_rollbacks: int = 5,
@@ -133,7 +134,9 @@ def fit(
         Steps between checkpoints, about a minute by default. One is written at the end and after Ctrl-C in any case.
     resume
         Go on from ``checkpoint`` if it is there, with the same arguments. The resumed run equals the uninterrupted one bit
-        for bit: parameters, optimizer, schedules, random numbers, order of the batches, history.
+        for bit: parameters, optimizer, schedules, random numbers, order of the batches, history. Another optimizer, loss,
+        stopping rule, seed or data, with their settings, is an error that says what differs, and so is a ``num_steps`` that
+        has been passed already. "anyway": go on with what is given now; an optimizer or rule that differs begins anew.
     compiled
         Whether to take the steps by :class:`CompiledSVI`, which goes by Pyro where a program cannot be compiled; or keyword
         arguments for it. The result's ``uncompiled`` says why not.
@@ -180,6 +183,8 @@ def fit(
     >>> result.history.plot(), result.draws(1000), result.diagnose()
     """
     began = time.monotonic()
+    if resume not in (True, False, "anyway"):
+        raise ValueError(f"resume must be True, False or 'anyway', not {resume!r}")
     import_dynamo()  # torch does, on the way to what it need not compile, but not where it cannot make its folder
     _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
     if operator.index(max_rollbacks) < 0:
@@ -251,6 +256,7 @@ def fit(
         settings=describe_run(
             model, guide, loss, optim, stopping, num_steps=num_steps, max_steps=most, seed=seed, compiled=bool(compiled)
         ),
+        fingerprint={} if checkpoint is None else fingerprint(optim, loss, data, stopping, validation, seed),
     )
     start_alike({**loop.state.parameters, **loop.state.buffers})
     if loop.checkpoint is not None and processes.from_main(loop.checkpoint.exists()):
@@ -258,7 +264,7 @@ def fit(
             raise FileExistsError(
                 f"{checkpoint} exists: pass resume=True to go on from it, or another path to begin anew"
             )
-        loop.resume()
+        loop.resume(anyway=resume == "anyway")
         went_on_from = ()
     loop.seconds += time.monotonic() - began
     loop.run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from pyro_elbo_ext.training import checkpoints, processes
 from pyro_elbo_ext.training.batches import Batches, Call, Whole, named_arguments
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.distributed import DistributedSVI
+from pyro_elbo_ext.training.fingerprint import Fingerprint, described, differences
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import Rollback, check_same_parameters
 from pyro_elbo_ext.training.safety import Watch, explain, is_numerical
@@ -90,6 +91,7 @@ class Loop:
     max_rollbacks: int = 5
     progress: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.svi, self.parameters)
@@ -489,45 +491,101 @@ class Loop:
             "watch": self._watch.state_dict(),
             "svi": self.svi.state_dict() if isinstance(self.svi, DistributedSVI) else None,
             "random": random_state(),
+            "fingerprint": self.fingerprint,
         }
 
-    def resume(self) -> None:
-        """Go on from the checkpoint.
+    def resume(self, anyway: bool = False) -> None:
+        """Go on from the checkpoint; ``anyway``, even if it is of a run that was given something else.
 
         Raises
         ------
         ValueError
-            If it is of other programs, or of another kind of loss, stopping rule or callbacks.
+            If it is of other programs, or of another kind of loss, stopping rule or callbacks, or has parameters that are
+            not finite. Nothing has changed then.
         """
         assert self.checkpoint is not None
         path = self.checkpoint
         content = processes.on_main(lambda: checkpoints.read(path))
         if content.get("kind") != "checkpoint":
             raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
-        check_same_parameters(self.parameters, content["training"]["parameters"], str(self.checkpoint))
-        if (content["rule"] is None) != (self.rule is None):
-            raise ValueError(
-                f"{self.checkpoint} was written with another stopping rule: resume with the same arguments"
-            )
+        checkpoints.check_parts(content, (*self._content_parts(), "random"), path)
+        check_same_parameters(self.parameters, content["training"]["parameters"], str(path))
+        for name, value in content["training"]["parameters"].items():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"parameter '{name}' is NaN or infinite in {path}: begin anew, with another checkpoint"
+                )
+        seeded = random_state()
+        changed = processes.on_main(lambda: self._changed(content, path, anyway))
         if processes.is_main():  # the others have none
             self.callbacks.load_state_dict(content["callbacks"])
-        self.state.restore(content["training"])
-        load_objective(self.objective, content["objective"])
-        self.data.load_state_dict(content["data"])
+        training = content["training"]
+        if "optim" in changed:
+            self.state.make_optimizers()
+            training = {**training, "optimizers": self.state.capture()["optimizers"]}
+        self.state.restore(training)
+        load_objective(self.objective, content["objective"], same="loss" not in changed)
+        if "data" not in changed:
+            self.data.load_state_dict(content["data"])
         if self.rule is not None:
             self._start_rule()
-            self.rule.load_state_dict(content["rule"])
+            if "stopping" not in changed:
+                self.rule.load_state_dict(content["rule"])
         for name, value in content["loop"].items():
             setattr(self, name, value)
-        self._good = content["good"]
-        self._watch.load_state_dict(content["watch"])
+        self._good = None if changed else content["good"]
+        if not changed:
+            self._watch.load_state_dict(content["watch"])
+        else:  # what has been said of its end, and what was known of steps under other settings, no longer holds
+            self.reason, self.converged = "", None
+            self._factor = self._captured_factor = 1.0
+            self._since_look, self._unchecked = [], []
         if isinstance(self.svi, DistributedSVI):
             if content["svi"] is None:
                 raise ValueError(f"{self.checkpoint} was written by a single process: resume in one")
             self.svi.load_state_dict(content["svi"])
-        if self.reason == "interrupted" or self.reason.startswith("all "):
+        if self.reason == "interrupted" or "steps were taken" in self.reason:
             self.reason = ""  # there may be more steps to take now
-        set_random_state(content["random"])
+        set_random_state(seeded if "seed" in changed else content["random"])
+
+    @staticmethod
+    def _content_parts() -> tuple[str, ...]:
+        return "training", "objective", "data", "rule", "callbacks", "loop", "good", "watch", "svi"
+
+    def _changed(self, content: State, path: Path, anyway: bool) -> dict[str, list[str]]:
+        """What was given now and is not what the checkpoint's run was given; an error unless that is asked for."""
+        taken = content["loop"]["step"]
+        if taken > self.max_steps:
+            raise ValueError(
+                f"{path} has taken {taken:,} steps, more than the {self.max_steps:,} that are asked for: ask for more, or "
+                "begin anew with another checkpoint"
+            )
+        then = content.get("fingerprint")
+        if then is None:
+            logger.warning("%s does not tell what its run was given: it goes on with what is given now", path)
+            if (content["rule"] is None) != (self.rule is None):
+                raise ValueError(f"{path} was written with another stopping rule: resume with the same arguments")
+            return {}
+        changed = differences(then, self.fingerprint)
+        if "optim" in changed and _live_rates(content["training"]["optimizers"], self.fingerprint["optim"]):
+            del changed["optim"]
+        said = [sentence for of_one in changed.values() for sentence in of_one]
+        if said and not anyway:
+            raise ValueError(
+                f"{path} is of a run that was given something else: {'; '.join(said)}. Give the same, begin anew with "
+                "another checkpoint, or pass resume='anyway' to go on with what is given now."
+            )
+        for sentence in said:
+            logger.warning("going on from %s, though %s", path, sentence)
+        return changed
+
+
+def _live_rates(saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of torch is the very one of the checkpoint, with the learning rates that it had by then."""
+    if "optimizer" not in saved or not isinstance(given["settings"], list):
+        return False
+    groups = [{k: v for k, v in group.items() if k != "initial_lr"} for group in saved["optimizer"]["groups"]]
+    return bool(described(groups) == given["settings"])
 
 
 def uncompiled(svi: SVI) -> str | None:

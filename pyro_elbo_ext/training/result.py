@@ -248,6 +248,7 @@ class FitResult:
             raise ValueError(
                 f"{path} is a checkpoint, not a saved result: pass it to fit as checkpoint= with resume=True"
             )
+        checkpoints.check_parts(content, ("parameters",), Path(path))
         if isinstance(guide, str) or "automatic" in content:
             if not isinstance(guide, str) or "automatic" not in content:
                 what = "made by fit: pass" if "automatic" in content else "given: pass it, not"

@@ -80,6 +80,8 @@ class TrainingState:
     def __init__(self, svi: SVI, parameters: Mapping[str, Tensor]) -> None:
         self.svi, self.parameters = svi, dict(parameters)
         self.buffers = self.buffers_of(svi.model, svi.guide)
+        own = {id(p) for p in self.parameters.values()}
+        self._former = {id(p) for p in svi.optim.optim_objs} - own  # of other runs that the optimizer was used for
 
     def capture(self) -> State:
         """Copies of all of it."""
@@ -127,9 +129,9 @@ class TrainingState:
     def adopt(self) -> None:
         """Take in parameters that the programs have made since."""
         objects = self.svi.optim.optim_objs
-        if len(objects) <= len(self.parameters):
+        if len(objects) <= len(self.parameters) + len(self._former):
             return
-        store, known = pyro.get_param_store(), {id(p) for p in self.parameters.values()}
+        store, known = pyro.get_param_store(), {id(p) for p in self.parameters.values()} | self._former
         for p in objects:
             if id(p) not in known:
                 self.parameters[store.param_name(p) or f"parameter_{len(self.parameters)}"] = p
@@ -259,14 +261,14 @@ def objective_state(loss: Any) -> State:
     }
 
 
-def load_objective(loss: Any, state: Mapping[str, Any]) -> None:
-    """Put back what :func:`objective_state` gave."""
-    if not isinstance(loss, Objective):
+def load_objective(loss: Any, state: Mapping[str, Any], *, same: bool = True) -> None:
+    """Put back what :func:`objective_state` gave; if it is not of the ``same`` loss, only the count and the history."""
+    if not isinstance(loss, Objective) or (not same and not state):
         return
     loss.num_steps = state["num_steps"]
     if loss.history is not None and state["history"] is not None:
         loss.history.__dict__.update(copy.deepcopy(state["history"].__dict__))
-    for name, weight in _stateful_weights(loss):
+    for name, weight in _stateful_weights(loss) if same else ():
         weight.load_state_dict(state["weights"][name])
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from pyro_elbo_ext.atomic_files import replaced
 from pyro_elbo_ext.training.callbacks import Callback
 from pyro_elbo_ext.training.trackers.values import plain
 
@@ -120,16 +121,8 @@ class CSVTracker(Callback):
 @contextmanager
 def _replacing(path: Path) -> Iterator[TextIO]:
     """A file that takes the place of ``path`` once it is whole; until then, and after an error, the old one stays."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("w", newline="", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with replaced(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+        yield file
 
 
 def _writer(file: TextIO) -> Any:
