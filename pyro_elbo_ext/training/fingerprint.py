@@ -48,6 +48,8 @@ def differences(then: Fingerprint, now: Fingerprint) -> dict[str, list[str]]:
     """What differs, by what `fit` calls it, in words."""
     found = {}
     for name in now:
+        if name == "seed" and now[name] is None:  # none is asked for: the run goes on with its own random numbers
+            continue
         said = list(_differences(then.get(name), now[name], name))
         if said:
             found[name] = said
