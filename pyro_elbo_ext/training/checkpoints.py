@@ -41,7 +41,7 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} cannot be read as a file of fit: {type(error).__name__}, {str(error).splitlines()[:1]}"
             ) from error
-    if not isinstance(content, dict) or "format" not in content or "kind" not in content:
+    if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is not a file of fit")
     if content["format"] != FORMAT:
         raise ValueError(f"{path} is not a file of this version of fit")
