@@ -16,6 +16,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.faults import data_at_fault
 from pyro_elbo_ext.programs.nodes import Node, is_data
 from pyro_elbo_ext.programs.running import trace_program
 
@@ -128,7 +129,10 @@ def pointwise_log_likelihood(trace: Trace) -> dict[str, tuple[Tensor, Tensor]]:
         for mask in masks:
             if mask is not None:
                 counts = counts & torch.as_tensor(mask, device=counts.device)
-        found[name] = (unscaled.masked_fill(~counts, 0.0), counts)
+        density = unscaled.masked_fill(~counts, 0.0)
+        if bool(density.isnan().any()) and (sentence := data_at_fault(node)):
+            raise ValueError(sentence)
+        found[name] = (density, counts)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -113,6 +114,17 @@ class _Unconstrain(Messenger):
             mask = msg["mask"].reshape(msg["mask"].shape + (1,) * (u.dim() - len(fn.batch_shape)))
             self.terms.append(torch.where(mask, torch.zeros_like(u), -0.5 * u * u).sum())
         msg["value"], msg["done"] = value, True
+
+
+def _counted_at_data(site: Any) -> float:
+    """What the sum over an enumerated site with ``obs_mask`` has too much, in nats.
+
+    Where there is data each of its K values counts with weight 1, and none of them means anything: log K an element.
+    """
+    if site["is_observed"] or not site["infer"].get("enumerate") or not _imputes(site):
+        return 0.0
+    values = len(site["fn"].enumerate_support(expand=False))
+    return float((~site["mask"].expand(site["fn"].batch_shape)).sum()) * math.log(values)
 
 
 def _imputes(site: Any) -> bool:
@@ -229,7 +241,10 @@ class UnconstrainedModel:
         """Log joint density at ``x`` of shape (dim,), Jacobian included: a float64 scalar."""
         trace, terms = self.run_at(x)
         with self.precision():
-            joint = trace.log_prob_sum() if self._evaluator is None else self._evaluator.log_prob(trace)
+            if self._evaluator is None:
+                joint = trace.log_prob_sum()
+            else:
+                joint = self._evaluator.log_prob(trace) - self._counted_at_data
             total = sum(terms, joint)
         return total.to(device=x.device, dtype=torch.float64)
 
@@ -291,6 +306,7 @@ class UnconstrainedModel:
             with poutine.block(), self.precision(), _Unconstrain(supply):
                 enumerated = trace_program(model, self.args, self.kwargs)
             self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
+            self._counted_at_data = sum(map(_counted_at_data, sites.values()))
         return sites
 
     def _check_sites(self) -> None:

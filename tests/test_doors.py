@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.contrib.autoname import scope
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_elbo_ext import (
@@ -23,10 +24,12 @@ from pyro_elbo_ext import (
     diagnose,
     evidence_bounds,
     fit,
+    from_pyro_mcmc,
     from_pyro_svi,
     psis_khat,
     run_nuts,
 )
+from pyro_elbo_ext.log_density import LogDensity
 
 Program = Callable[..., Any]
 NAN = float("nan")
@@ -550,3 +553,92 @@ def test_unusual_programs_pass_with_the_right_value(good: Good, validate: bool) 
         for way in ("IWAE", "fit", "fit, Pyro's loss", "CompiledSVI, fallback", "evidence_bounds"):
             WITH_GUIDE[way](model, guide, *args)
         WITHOUT_GUIDE["run_nuts"](model, *args)
+
+
+# No latent sites, discrete ones, and finished MCMC
+
+
+def without_latents(x: torch.Tensor, y: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(loc() * x, 1.0), obs=y)
+
+
+NOTHING_TO_INFER = ("auto", "run_nuts", "compiled_log_density", *SCORERS)
+
+
+@pytest.mark.parametrize("way", NOTHING_TO_INFER)
+def test_a_model_without_latent_sites(way: str) -> None:
+    bad = Bad("no latent site", without_latents, lambda *args: None, "", (X, Y))
+    with pytest.raises(ValueError, match=r"^the model has no continuous latent site, so there is no posterior to find"):
+        enter(way, bad)
+
+
+@pytest.mark.parametrize("way", ["DecomposedELBO", "fit", "fit, Pyro's loss", "CompiledSVI"])
+def test_parameters_alone_are_trained(way: str) -> None:
+    before = loc().detach().clone()
+    enter(way, Bad("no latent site", without_latents, lambda *args: None, "", (X, Y)))
+    assert not torch.equal(loc(), before)
+
+
+def partly_observed(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=w * x), obs=y.nan_to_num(), obs_mask=~y.isnan())
+
+
+BITS = torch.tensor([1.0, NAN, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("way", WITHOUT_GUIDE)
+def test_a_discrete_site_with_missing_data(way: str) -> None:
+    """It is refused, by the same sentence; what that advises is tested below."""
+    with pytest.raises(
+        ValueError, match=r"^latent site 'y_unobserved' is discrete \(Bernoulli\).*config_enumerate"
+    ) as caught:
+        WITHOUT_GUIDE[way](partly_observed, X, BITS)
+    assert "NUTS" not in str(caught.value)
+
+
+def test_what_is_advised_for_missing_bits_is_right() -> None:
+    density = LogDensity(config_enumerate(partly_observed), (X, BITS), {}, seed=0)
+    seen = ~BITS.isnan()
+    for w in (-0.4, 0.9):
+        logits = w * X[seen].double()
+        expected = log_normal(w) + torch.distributions.Bernoulli(logits=logits).log_prob(BITS[seen].double()).sum()
+        assert density.log_density(torch.tensor([w], dtype=torch.float64)).item() == pytest.approx(expected.item())
+
+
+def test_a_discrete_site_without_enumeration() -> None:
+    def counts(x: torch.Tensor, y: torch.Tensor) -> None:
+        k = pyro.sample("k", dist.Poisson(3.0))
+        pyro.sample("y", dist.Normal(k, 1.0), obs=torch.tensor(2.0))
+
+    with pytest.raises(ValueError, match=r"^latent site 'k' is discrete \(Poisson\).*cannot be enumerated"):
+        fit(counts, "auto", X, Y, progress=False)
+
+
+@functools.cache
+def sampled(program: Program) -> MCMC:
+    with pyro.validation_enabled(False):
+        mcmc = MCMC(NUTS(program), num_samples=4, warmup_steps=4, disable_progbar=True)
+        mcmc.run(X, Y)
+    return mcmc
+
+
+def test_mcmc_of_a_batch_without_plate_names_the_option() -> None:
+    mcmc = sampled(regression(normal, plate=False))
+    with pytest.raises(ValueError, match=r"(?s)site \"y\".*log_likelihood=False"):
+        from_pyro_mcmc(mcmc)
+    assert "w" in from_pyro_mcmc(mcmc, log_likelihood=False)["posterior"]
+
+
+@pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
+def test_mcmc_of_a_wrong_model(validate: bool) -> None:
+    wrong = [
+        bad for bad in BAD if bad.name in ("rows against columns", "rows against columns in an event", "NaN in data")
+    ]
+    mcmc = sampled(regression(normal))
+    for bad in wrong:
+        with pyro.validation_enabled(validate), pytest.raises(ValueError) as caught:  # noqa: PT011
+            from_pyro_mcmc(mcmc, bad.model, *bad.args)
+        assert first_sentence_of(caught.value).startswith(bad.sentence)

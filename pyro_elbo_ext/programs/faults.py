@@ -45,11 +45,11 @@ def fault_of_run(error: Exception, trace: Trace, where: str) -> Exception | None
 
 def cause(model_trace: Trace, guide_trace: Trace | None = None, *, of_gradient: bool = False) -> str | None:
     """Why log densities of these traces, or their gradients, are not finite; None where it cannot be told."""
+    if guide_trace is not None and (sentence := _draw_at_fault(guide_trace, "guide")):
+        return sentence
     for trace in (guide_trace, model_trace):
         if trace is not None and (sentence := nan_parameter(trace)):
             return sentence
-    if guide_trace is not None and (sentence := _draw_at_fault(guide_trace, "guide")):
-        return sentence
     if sentence := _draw_at_fault(model_trace, "model"):
         return sentence
     for trace in (model_trace, guide_trace):

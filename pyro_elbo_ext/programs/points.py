@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro.poutine import Trace
 
-from pyro_elbo_ext.programs.nodes import is_latent, is_point_mass, is_random
+from pyro_elbo_ext.programs.nodes import is_point_mass, is_random
 from pyro_elbo_ext.programs.randomness import kept
 from pyro_elbo_ext.programs.running import trace_guide
 
@@ -27,7 +27,7 @@ def point_sites(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[str, ...]:
-    """Latent sites of the model that are point masses in the guide, and not computed from another of its draws.
+    """Latent sites that have a density in the model, and are point masses in the guide, not computed from its draws.
 
     Where the guide draws something else, such as an autoguide's vector, it is run a second time, at other random numbers:
     a site whose value does not change is a point. Random numbers are left as they were.
@@ -35,7 +35,7 @@ def point_sites(
     names = tuple(
         name
         for name, node in model_trace.nodes.items()
-        if is_latent(node) and name in guide_trace and is_point_mass(guide_trace.nodes[name]["fn"])
+        if is_random(node) and name in guide_trace and is_point_mass(guide_trace.nodes[name]["fn"])
     )
     if not names or not any(is_random(node) for node in guide_trace.nodes.values()):
         return names

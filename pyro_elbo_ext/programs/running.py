@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 
-from pyro_elbo_ext.programs.densities import check_densities
+from pyro_elbo_ext.programs.densities import check_densities, log_prob
 from pyro_elbo_ext.programs.faults import cause, fault_of_run
 from pyro_elbo_ext.programs.nodes import is_subsample
 from pyro_elbo_ext.programs.pairs import check_pair
@@ -157,9 +157,16 @@ def _raise_known_fault(
             of_model(*args, **kwargs)
         except Exception:  # the first error is the one to report, and what has been traced is looked at
             pass
-        sentence = cause(of_model.trace, of_guide.trace)
+        sentence = cause(of_model.trace, of_guide.trace) or _nan_density(of_model.trace)
     if sentence is not None and not str(error).startswith(sentence):
         raise ValueError(f"{sentence}\n{error}") from error
+
+
+def _nan_density(trace: Trace) -> str | None:
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not is_subsample(node) and bool(log_prob(node, trace).isnan().any()):
+            return f"the log density of site '{name}' in the model is NaN."
+    return None
 
 
 def signature_of_callable(function: Any) -> inspect.Signature | None:
