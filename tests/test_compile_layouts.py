@@ -290,14 +290,18 @@ def test_fit_with_buffers_of_varying_size() -> None:
     data = torch.randn(20) + 3
 
     class Batches:
+        epoch = 0
+
         def __iter__(self) -> Any:
             x = torch.empty(0)
-            for idx in torch.arange(20).split(8):
+            self.epoch += 1
+            for idx in torch.randperm(20, generator=torch.Generator().manual_seed(self.epoch)).split(8):
                 yield (torch.index_select(data, 0, idx, out=x.resize_(0)),)
 
     found = []
     for compiled in ({"backend": "eager"}, False):
         pyro.clear_param_store()
+        pyro.set_rng_seed(0)
         fit(location, AutoDelta(location), batches=Batches(), num_steps=12, compiled=compiled, progress=False)
         found.append(pyro.param("AutoDelta.mean").item())
     assert found[0] == pytest.approx(found[1], rel=1e-4)

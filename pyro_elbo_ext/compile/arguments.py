@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import SequenceKey, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
@@ -25,15 +26,18 @@ class Arguments(NamedTuple):
     tensors : list of Tensor
         All tensors among them, in containers too.
     key : tuple
-        Equal for two calls if one graph serves both: the shape, strides, dtype and device of each tensor, and the type and
-        value of what is not one.
+        Equal for two calls if one graph may serve both: the shape, strides, dtype and device of each tensor, the type of
+        each float, and the type and value of what is neither.
     rebuild : callable
-        Gives ``args, kwargs`` with other tensors in place of these.
+        Gives ``args, kwargs`` with other tensors, and other floats, in place of these.
+    numbers : list of float
+        All floats among them.
     """
 
     tensors: list[Tensor]
     key: Key
-    rebuild: Callable[[list[Tensor]], tuple[Args, Kwargs]]
+    rebuild: Callable[[list[Tensor], list[Any]], tuple[Args, Kwargs]]
+    numbers: list[Any]
 
 
 def take_apart(args: Args, kwargs: Kwargs) -> Arguments:
@@ -45,11 +49,14 @@ def take_apart(args: Args, kwargs: Kwargs) -> Arguments:
         For an argument whose changes could not be noticed, such as a NumPy array, or a tensor that is not strided.
     """
     if not kwargs and all(isinstance(value, Tensor) for value in args):  # most calls; a tree takes longer
-        return Arguments(list(args), tuple([_describe(tensor) for tensor in args]), _as_positional)
+        return Arguments(list(args), tuple([_describe(tensor) for tensor in args]), _as_positional, [])
     leaves, spec = tree_flatten((args, kwargs))
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     key: list[object] = [repr(spec)]
     for leaf in leaves:
+        if isinstance(leaf, float | np.floating):
+            key.append(type(leaf))
+            continue
         key.append(_describe(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf))
         try:
             hash(key[-1])
@@ -59,17 +66,23 @@ def take_apart(args: Args, kwargs: Kwargs) -> Arguments:
                 "data as tensors, settings as numbers, strings or other hashable objects."
             ) from None
 
-    def rebuild(tensors: list[Tensor]) -> tuple[Args, Kwargs]:
-        remaining = iter(tensors)
-        filled = [next(remaining) if at else leaf for at, leaf in zip(is_tensor, leaves, strict=True)]
+    def rebuild(tensors: list[Tensor], numbers: list[Any]) -> tuple[Args, Kwargs]:
+        remaining, floats = iter(tensors), iter(numbers)
+        filled = [
+            next(remaining) if at else next(floats) if isinstance(leaf, float | np.floating) else leaf
+            for at, leaf in zip(is_tensor, leaves, strict=True)
+        ]
         return tree_unflatten(filled, spec)
 
-    return Arguments([leaf for leaf in leaves if isinstance(leaf, Tensor)], tuple(key), rebuild)
+    numbers = [leaf for leaf in leaves if isinstance(leaf, float | np.floating)]
+    return Arguments([leaf for leaf in leaves if isinstance(leaf, Tensor)], tuple(key), rebuild, numbers)
 
 
-def name_of(place: int, args: Args, kwargs: Kwargs, program: Callable[..., Any]) -> str:
+def name_of(
+    place: int, args: Args, kwargs: Kwargs, program: Callable[..., Any], kind: type | tuple[type, ...] = Tensor
+) -> str:
     """What to call the tensor at a place in :class:`Arguments`: where it stands, and the program's name for it."""
-    paths = [path for path, leaf in tree_flatten_with_path((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    paths = [path for path, leaf in tree_flatten_with_path((args, kwargs))[0] if isinstance(leaf, kind)]
     (_, first, *rest) = paths[place]
     inner = keystr(tuple(rest))
     if paths[place][0] == SequenceKey(1):
@@ -82,7 +95,18 @@ def name_of(place: int, args: Args, kwargs: Kwargs, program: Callable[..., Any])
     return f"argument {position} ('{name}'){inner}"
 
 
-def _as_positional(tensors: list[Tensor]) -> tuple[Args, Kwargs]:
+def described(args: Args, kwargs: Kwargs, program: Callable[..., Any]) -> dict[str, object]:
+    """What tells calls apart, by the names of the arguments."""
+    leaves = tree_flatten((args, kwargs))[0]
+    return {
+        name_of(place, args, kwargs, program, object): _describe(leaf)
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf)
+        for place, leaf in enumerate(leaves)
+    }
+
+
+def _as_positional(tensors: list[Tensor], numbers: list[Any]) -> tuple[Args, Kwargs]:
     return tuple(tensors), {}
 
 

@@ -24,6 +24,7 @@ from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.losses import TracedLoss, Value
 from pyro_elbo_ext.compile.masks import MaskedAssignment, settle_sizes
+from pyro_elbo_ext.compile.numbers import Number, NumbersAsTensors
 from pyro_elbo_ext.compile.places import line_of
 from pyro_elbo_ext.objective import Program
 from pyro_elbo_ext.registration import modules_of, replaced, two_of_one_name
@@ -57,13 +58,22 @@ class Evaluation:
     ) -> None:
         self._loss, self._model, self._guide = loss, model, guide
         self.parameters, self._rebuild = list(parameters), arguments.rebuild
+        self.numbers = list(arguments.numbers)  # the floats among the arguments
+        self.lifted: list[int] = []  # those that are inputs of the graph, the last ones
+        self.needed: list[str] | None = None  # while it is traced: where the program needs the value of such a float
         self.reached: list[bool] = []
         self.watched: Callable[[], AbstractContextManager[None]] = nullcontext  # what to run the programs in
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """``inputs`` are the parameters themselves, ``kl_weight`` and the arguments."""
         count = len(self.parameters)
-        args, kwargs = self._rebuild(inputs[count + 1 :])
+        given, numbers = inputs[count + 1 :], list(self.numbers)
+        if self.lifted:
+            given, scalars = given[: -len(self.lifted)], given[-len(self.lifted) :]
+            if self.needed is not None:
+                for place, scalar in zip(self.lifted, scalars, strict=True):
+                    numbers[place] = Number(scalar, self.needed)
+        args, kwargs = self._rebuild(given, numbers)
         with torch.enable_grad(), self.watched():
             value: Value = self._loss(self._model, self._guide, args, kwargs, inputs[count])
             gradients: Sequence[Tensor | None] = [None] * count
@@ -91,7 +101,7 @@ def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Progra
     """
     with as_traced():
         try:
-            with _ScalarIndices(), MaskedAssignment():
+            with NumbersAsTensors(), _ScalarIndices(), MaskedAssignment():
                 graph = make_fx(evaluation)(inputs)
         except RuntimeError as error:
             reason = _reads_a_value(error)

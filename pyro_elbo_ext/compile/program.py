@@ -24,6 +24,7 @@ from pyro_elbo_ext.compile.kernel_calls import NotNative
 from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c, look_of
 from pyro_elbo_ext.compile.losses import TracedLoss
 from pyro_elbo_ext.compile.native import NativeSteps, Taken
+from pyro_elbo_ext.compile.numbers import NeedsNumber
 from pyro_elbo_ext.compile.reads import Guards, Recorder
 from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.compile.step_graph import Backend, Compiled, build_steps, build_value, compile_function
@@ -43,6 +44,7 @@ _NOT_IN_GRAPH = frozenset(
         *("tail_adaptive_beta", "max_plate_nesting"),
     ]
 )
+_OTHER_VALUES = (0.97, 0.99)  # times a float that is an input of the graph: where it must be right too
 _IS_TRAINED = operator.attrgetter("requires_grad")
 
 
@@ -75,7 +77,7 @@ class Program:
         start = time.perf_counter()
         self.parameters = list(parameters)
         self.binding: Binding | None = None
-        self._settings, self._programs = settings, (model, guide)
+        self._settings, self._programs, self._loss = settings, (model, guide), loss
         self._guards = loss.guards
         tensors = [p for _, p in parameters]
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -83,18 +85,13 @@ class Program:
         # an argument may be the very tensor that the program reads elsewhere too: the tracer must not confuse the two
         inputs = [*tensors, self._weight, *[tensor.detach() for tensor in arguments.tensors]]
         with nothing_changed((model, guide)), failures_are_reasons("tracing the step"):
-            check_structure(model, guide, *arguments.rebuild(arguments.tensors))
+            check_structure(model, guide, *arguments.rebuild(arguments.tensors, arguments.numbers))
             evaluation = Evaluation(loss, model, guide, tensors, arguments)
-            recorder = Recorder()
-            evaluation.watched = recorder.recording
-            self._capture = capture(evaluation, inputs, (model, guide))
-            evaluation.watched = nullcontext
-            recorder.attributes(loss.of, _NOT_IN_GRAPH)
-            recorder.program(model)
-            recorder.program(guide)
-            self.guards = Guards(recorder)
-            check_graph(self._capture, evaluation, inputs)
-            self.guards.settle()
+            self._scalars: list[Tensor] = []  # the floats among the arguments that are inputs
+            self._constants = dict(enumerate(arguments.numbers))  # the others
+            if not self._lift_numbers(evaluation, inputs):
+                self._trace(evaluation, inputs)
+            inputs += self._scalars
         self.reached = self._capture.reached
         self.sites = loss.sites
         self.compile_time = time.perf_counter() - start
@@ -106,10 +103,60 @@ class Program:
         self._written = [i - len(inputs) for i in written_inputs(self._capture.graph) if i >= len(inputs)]
         self._tensors, self._watched = tensors, [*tensors, *self._capture.captured]
         self._trained = list(map(_IS_TRAINED, self._watched))
-        self._looks = [look_of(tensor) for tensor in self._live(arguments.tensors)]
+        self._looks = [look_of(tensor) for tensor in self._live(self.inputs_of(arguments))]
         self._names = [name for name, _ in parameters if name is not None]
         self._named = [p for name, p in parameters if name is not None]
         self._layouts: dict[int | str, Layouts] = {}
+
+    def _trace(self, evaluation: Evaluation, inputs: list[Tensor]) -> None:
+        """Make the graph, and compare it with the programs."""
+        recorder = Recorder()
+        evaluation.watched, evaluation.needed = recorder.recording, []
+        self._capture = capture(evaluation, inputs, self._programs)
+        needed, evaluation.watched, evaluation.needed = evaluation.needed, nullcontext, None
+        if needed:
+            raise NeedsNumber(needed[0])
+        recorder.attributes(self._loss.of, _NOT_IN_GRAPH)
+        for program in self._programs:
+            recorder.program(program)
+        self.guards = Guards(recorder)
+        check_graph(self._capture, evaluation, inputs)
+        self.guards.settle()
+
+    def _lift_numbers(self, evaluation: Evaluation, inputs: list[Tensor]) -> bool:
+        """Make the graph with floats as inputs; False if that is not possible, or not right at other values."""
+        numbers = evaluation.numbers
+        if not numbers or not all(map(math.isfinite, numbers)):
+            return False
+        device = self._weight.device
+        scalars = [torch.tensor(float(one), dtype=torch.float64, device=device) for one in numbers]
+        evaluation.lifted = list(range(len(numbers)))
+        try:
+            self._trace(evaluation, [*inputs, *scalars])
+            for factor in _OTHER_VALUES:
+                evaluation.numbers = [type(one)(one * factor + (one == 0) * (1 - factor)) for one in numbers]
+                for scalar, number in zip(scalars, evaluation.numbers, strict=True):
+                    scalar.fill_(float(number))
+                check_graph(self._capture, evaluation, [*inputs, *scalars])
+        except Exception as error:  # whatever it is: with the floats as they are, it comes again or is none
+            logger.info("floats among the arguments are constants of the graph: %s", str(error).splitlines()[:1])
+            evaluation.numbers, evaluation.lifted = numbers, []
+            evaluation.watched, evaluation.needed = nullcontext, None
+            return False
+        self._scalars, self._constants = scalars, {}
+        return True
+
+    def inputs_of(self, arguments: Arguments) -> list[Tensor]:
+        """The tensors that a call of the graph takes for these arguments."""
+        if not self._scalars:
+            return arguments.tensors
+        for scalar, number in zip(self._scalars, arguments.numbers, strict=True):
+            scalar.fill_(float(number))
+        return [*arguments.tensors, *self._scalars]
+
+    def takes(self, arguments: Arguments) -> bool:
+        """Whether the floats that are constants of the graph are those of the arguments."""
+        return all(repr(arguments.numbers[place]) == repr(value) for place, value in self._constants.items())
 
     @property
     def is_compiled(self) -> bool:

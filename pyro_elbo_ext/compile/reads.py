@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import gc
+import logging
 import operator
 import sys
 import sysconfig
@@ -123,6 +124,8 @@ class Recorder:
     def _called(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
         if event != "call" or code.co_name == "find_spec" or _is_of_library(code.co_filename):  # that is an import
+            return
+        if _is_from_logging(frame):  # handlers are no part of the programs
             return
         variables = frame.f_locals
         for name, value in variables.items():
@@ -312,7 +315,7 @@ class Guards:
 
     def settle(self) -> None:
         """Keep what did not change in the runs since; to be called after at least one more."""
-        lasting = set()
+        lasting, own = set(), {(id(read.holder), read.key) for read in self._reads if not _is_of_library_object(read)}
         for read, after in zip(self._reads, self._after_first, strict=True):
             if read.owner is not None and read.owner() is None:
                 continue
@@ -329,7 +332,7 @@ class Guards:
                     self._names.append(read.name)
                 else:
                     self._others.append(read)
-            elif isinstance(after, _SIMPLE) and not isinstance(read.value, Tensor):
+            elif isinstance(after, _SIMPLE) and not isinstance(read.value, Tensor) and not _is_of_library_object(read):
                 self.changed_by_itself.append(read.name)
         inside = []
         for one, after in zip(self._inside, self._inside_after_first, strict=True):
@@ -338,7 +341,7 @@ class Guards:
                 continue
             if _are_same(one.contents, after) and _are_same(after, now):
                 inside.append(one)
-            else:
+            elif one.root in own:
                 self.changed_by_itself.append(one.name)
         self._inside = inside
         self._take_contents()
@@ -436,6 +439,12 @@ def _current(read: _Read) -> Any:
     return read.holder.get(read.key) if isinstance(read.holder, dict) else getattr(read.holder, read.key, None)
 
 
+def _is_of_library_object(read: _Read) -> bool:
+    """Whether it is in an object of torch's or Pyro's, which keep books of their own."""
+    owner = None if read.owner is None else read.owner()
+    return owner is not None and not isinstance(owner, type | FunctionType) and _is_library(type(owner))
+
+
 def _weak(owner: Any) -> Any:
     try:
         return weakref.ref(owner)
@@ -481,6 +490,15 @@ def _is_of_library(file: str) -> bool:
     return file.startswith((*_FOLDERS, "<frozen", "<string>")) or (
         file.startswith(_STANDARD) and "site-packages" not in file
     )
+
+
+def _is_from_logging(frame: FrameType) -> bool:
+    caller = frame.f_back
+    while caller is not None:
+        if caller.f_code.co_filename == logging.__file__:
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _is_library(cls: type) -> bool:

@@ -23,7 +23,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, name_of, take_apart
+from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, described, name_of, take_apart
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer, portable
 from pyro_elbo_ext.compile.compiler import check_backend, import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
@@ -32,7 +32,7 @@ from pyro_elbo_ext.compile.layouts import Changed, has_memory
 from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
-from pyro_elbo_ext.compile.programs import Programs
+from pyro_elbo_ext.compile.programs import MOST_KEPT, Programs
 from pyro_elbo_ext.compile.threads import OneThread
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objective import NotFinite, Objective, Weight
@@ -169,6 +169,8 @@ class CompiledSVI(SVI):
         self._programs = Programs()
         self._closely = False  # whether the program of the next call must be found by a look at every tensor
         self._in_one_go = 64  # steps in one call of C, by the time that they take
+        self._num_made = 0  # programs, those dropped included
+        self._kinds: dict[str, set[object]] = {}  # of arguments, by their names, that programs were made for
         self._counters: set[str] = set()  # what programs were found to change themselves
         self._changes: Counter[str] = Counter()  # by what is read from outside: how often it took another graph
         self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
@@ -328,7 +330,7 @@ class CompiledSVI(SVI):
         if self._traced.one_by_one:
             steps = min(num_steps, _CALLS_PER_CHECK)
             return torch.tensor([self.step(*args, **kwargs) for _ in range(steps)], dtype=torch.float64)
-        tensors = take_apart(args, kwargs).tensors
+        tensors = program.inputs_of(take_apart(args, kwargs))
         try:
             native = program.native(tensors)
             if native is None:
@@ -456,7 +458,7 @@ class CompiledSVI(SVI):
         self._closely = False
         if isinstance(found, Program):
             self._remember(args, kwargs, found)
-            return _Found(found, arguments.tensors, None)
+            return _Found(found, found.inputs_of(arguments), None)
         found = found or self._none_compiles
         if found is not None and not self.fallback:
             raise found
@@ -469,7 +471,7 @@ class CompiledSVI(SVI):
         with poutine.trace(param_only=True) as called, self._own_indices():
             loss = float(pyro_call(*args, **kwargs))
         if found is None:
-            self._make(key, arguments, called.trace)
+            self._make(key, arguments, called.trace, args, kwargs)
         return _Found(None, arguments.tensors, loss)
 
     @contextmanager
@@ -496,8 +498,10 @@ class CompiledSVI(SVI):
 
     def _made_for(self, key: Key, arguments: Arguments) -> Program | CannotCompile | None:
         if not self._closely:
-            return self._programs.find(key, Program.fits)
-        return self._programs.find(key, lambda of: of.fits() and of.has_same_looks(arguments.tensors))
+            return self._programs.find(key, lambda of: of.takes(arguments) and of.fits())
+        return self._programs.find(
+            key, lambda of: of.takes(arguments) and of.fits() and of.has_same_looks(of.inputs_of(arguments))
+        )
 
     def _look_again(self, program: Program, changed: Changed, args: Args, kwargs: Kwargs) -> None:
         """Before the program of a call is looked for again: one of its tensors has changed since it was made.
@@ -508,12 +512,13 @@ class CompiledSVI(SVI):
             If that tensor cannot be read at all.
         """
         self._last = None
-        tensors = take_apart(args, kwargs).tensors
+        arguments = take_apart(args, kwargs)
+        tensors = arguments.tensors
         if not has_memory(changed.tensor):
             place = next((i for i, tensor in enumerate(tensors) if tensor is changed.tensor), None)
             name = program.name_of(changed.tensor) if place is None else name_of(place, args, kwargs, self.model)
             raise ValueError(_no_memory(changed.tensor, name))
-        if program.has_same_looks(tensors):  # then it is the optimizer's
+        if program.has_same_looks(program.inputs_of(arguments)):  # then it is the optimizer's
             program.unbind()
         else:
             self._closely = True
@@ -522,7 +527,7 @@ class CompiledSVI(SVI):
         program = self._known(args, kwargs)
         return program is not None and program.is_compiled
 
-    def _make(self, key: Key, arguments: Arguments, called: poutine.Trace) -> None:
+    def _make(self, key: Key, arguments: Arguments, called: poutine.Trace, args: Args, kwargs: Kwargs) -> None:
         assert self._traced is not None
         store = pyro.get_param_store()
         parameters: dict[int, tuple[str | None, Tensor]] = {}
@@ -537,13 +542,25 @@ class CompiledSVI(SVI):
         except CannotCompile as error:
             self._programs.add(key, error)
             self._refuse(error)
-        if len(self._programs) > _MANY_PROGRAMS:
-            logger.warning(
-                "CompiledSVI has compiled for %d kinds of arguments, the last of shapes %s: each new shape, dtype or value "
-                "of an argument that is not a tensor takes a compilation. Pad or drop the last, smaller batch.",
-                len(self._programs),
-                [tuple(tensor.shape) for tensor in arguments.tensors],
-            )
+        self._warn_of_many(args, kwargs)
+
+    def _warn_of_many(self, args: Args, kwargs: Kwargs) -> None:
+        """Say which argument varies, if each of its kinds takes a compilation."""
+        self._num_made += 1
+        for name, kind in described(args, kwargs, self.model).items():
+            self._kinds.setdefault(name, set()).add(kind)
+        if self._num_made not in (_MANY_PROGRAMS + 1, MOST_KEPT + 1) or not self._kinds:
+            return
+        name = max(self._kinds, key=lambda of: len(self._kinds[of]))
+        logger.warning(
+            "CompiledSVI has compiled for %d kinds of arguments, %d of them of %s, and keeps the last %d. Each new shape or "
+            "dtype of a tensor, and each value of another argument that decides something in Python, takes a compilation: "
+            "pad or drop the last, smaller batch; pass numbers as tensors, or use them without if, float() or math.",
+            self._num_made,
+            len(self._kinds[name]),
+            name,
+            MOST_KEPT,
+        )
 
     def _count_change(self, name: str | None) -> None:
         """Take note that a graph is made because something that programs read has changed; too often is an error."""
