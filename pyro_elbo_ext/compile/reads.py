@@ -123,9 +123,9 @@ class Recorder:
 
     def _called(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
-        if event != "call" or code.co_name == "find_spec" or _is_of_library(code.co_filename):  # that is an import
+        if event != "call" or _is_of_library(code.co_filename):
             return
-        if _is_from_logging(frame):  # handlers are no part of the programs
+        if _is_aside(frame):
             return
         variables = frame.f_locals
         for name, value in variables.items():
@@ -492,10 +492,11 @@ def _is_of_library(file: str) -> bool:
     )
 
 
-def _is_from_logging(frame: FrameType) -> bool:
+def _is_aside(frame: FrameType) -> bool:
+    """Whether a function runs for a handler of logging or for an import, which are no part of the programs."""
     caller = frame.f_back
     while caller is not None:
-        if caller.f_code.co_filename == logging.__file__:
+        if caller.f_code.co_filename.startswith((logging.__file__, "<frozen importlib")):
             return True
         caller = caller.f_back
     return False
