@@ -331,3 +331,21 @@ def test_what_a_signal_handler_raises_comes_through(way: Any, error: type[Except
             assert calls == at or error is not TimeOut  # at once
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_batch_is_bounded_by_the_size_of_the_data() -> None:
+    """A million rows at a thousand draws would take gigabytes."""
+    x = torch.zeros(40_000)
+
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide() -> None:
+        pyro.sample("mean", dist.Normal(0.0, 0.005))
+
+    scorer = Scorer(model, guide, (), {}, 1000, False)
+    assert scorer.batch_size == 8_000_000 // 40_002
+    assert len(scorer.draw(250).log_p) == 250
+    assert Scorer(model, guide, (), {}, 7, False).batch_size == 7

@@ -157,10 +157,13 @@ def evidence_bounds(
         if sample.num_zero:  # which no ELBO accepts
             kl_prior = float((sample.log_q - sample.log_prior).mean())
         else:
-            elbo = DecomposedELBO(num_particles=min(num_draws, batch_size), vectorize_particles="vmap", history=False)
-            elbo.loss(model, guide, *args, **kwargs)
-            assert elbo.last is not None
-            kl_prior = elbo.last.kl_prior
+            particles, kl_prior = min(num_draws, batch_size), 0.0
+            for done in range(0, particles, scorer.batch_size):
+                size = min(scorer.batch_size, particles - done)
+                elbo = DecomposedELBO(num_particles=size, vectorize_particles="vmap", history=False)
+                elbo.loss(model, guide, *args, **kwargs)
+                assert elbo.last is not None
+                kl_prior += elbo.last.kl_prior * size / particles
     base = estimates.elbo(log_w)
     rows = [_row(entry, sample.noise) for entry in entries]
     log_evidence = _interval(entries, None, level, sample.noise)

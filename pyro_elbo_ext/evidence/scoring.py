@@ -34,6 +34,7 @@ from pyro_elbo_ext.supply import CannotBatch, Supply
 from pyro_elbo_ext.terms import Site, outline, read_sites
 
 Array = NDArray[np.float64]
+NUMBERS_AT_ONCE = 8_000_000  # values of sites, of all draws that are run at once
 
 
 class Scores(NamedTuple):
@@ -101,6 +102,13 @@ class Scorer:
             self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
         model_trace, guide_trace = self._batch.reference
         self.reference = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        numbers = sum(
+            node["value"].numel()
+            for of in self.reference
+            for node in of.nodes.values()
+            if "value" in node and isinstance(node["value"], Tensor)
+        )
+        self.batch_size = min(self.batch_size, max(2, NUMBERS_AT_ONCE // max(numbers, 1)))
         self.latents = tuple(name for name, node in self.reference[0].nodes.items() if is_random(node))
         if not self.latents:
             raise ValueError(NO_LATENT)
