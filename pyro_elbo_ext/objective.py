@@ -436,17 +436,20 @@ class Objective(ELBO):
     def _record_step(self, sites: tuple[SiteInfo, ...], values: Floats, objective: float, weight: Weight) -> None:
         """Enter a step into the history, and count it."""
         self._follow(sites, values)
-        step, kl_weight, before = self.num_steps, weight, self._num_recorded()
-        if self.history is not None and self._weighs_by_site:
+        step, history, kl_weight = self.num_steps, self.history, weight
+        if history is None:
+            self.num_steps = step + 1
+            return
+        before = history._end
+        if self._weighs_by_site:
             rows, weights = self._recorded(sites, values[None], np.array([objective]), [weight])
             values, kl_weight = rows[0], float(weights[0])
         try:
-            if self.history is not None:
-                assert not isinstance(kl_weight, list)
-                self.history.append(step, sites, values, objective=objective, kl_weight=kl_weight)
+            assert not isinstance(kl_weight, list)
+            history.append(step, sites, values, objective=objective, kl_weight=kl_weight)
             self.num_steps = step + 1
-        except BaseException:
-            self.num_steps = step + self._num_recorded() - before  # the exception may have come from outside, after it
+        except BaseException:  # it may have come from outside, after the step was entered
+            self.num_steps = step + history._end[3] - before[3]
             raise
 
     def _record_steps(

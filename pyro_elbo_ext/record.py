@@ -53,6 +53,16 @@ class Decoded(NamedTuple):
         return SITE_WEIGHT in self.values
 
 
+class _Columns(NamedTuple):
+    """One entry for each row, with room for more; ``flat`` has the values of all rows end to end."""
+
+    steps: NDArray[np.int64]
+    objective: Floats
+    kl_weight: Floats
+    layout: NDArray[np.int32]  # which of the layouts; rows differ in length where these do
+    flat: Floats
+
+
 class Record:
     """Every site's values at every step, at bounded memory.
 
@@ -79,17 +89,12 @@ class Record:
         self._end: tuple[int, int, float, int] = 0, 0, -np.inf, 0
         self._stride = 1  # rows before record number _tail are those whose number is a multiple of it
         self._tail = 0
-        self._steps = np.empty(0, np.int64)
-        self._objective = np.empty(0)
-        self._kl_weight = np.empty(0)
-        self._layout = np.empty(0, np.int32)  # per row: which of _layouts
-        self._flat = np.empty(0)  # the values of all rows end to end: rows differ in length where layouts do
+        self._columns = _Columns(np.empty(0, np.int64), np.empty(0), np.empty(0), np.empty(0, np.int32), np.empty(0))
         self._layouts: list[tuple[tuple[SiteInfo, ...], int]] = []  # sites, and values of each
         self._ids: dict[tuple[tuple[SiteInfo, ...], int], int] = {}
         self._order: dict[str, int] = {}  # site -> rank by first appearance
-        self._sites: tuple[SiteInfo, ...] | None = None
-        self._id = 0
-        self._shape = (0, len(VALUES))
+        # the last layout: its sites, shape of its values, and place in _layouts
+        self._current: tuple[tuple[SiteInfo, ...] | None, tuple[int, int], int] = None, (0, len(VALUES)), 0
 
     def append(
         self, step: int, sites: tuple[SiteInfo, ...], values: Floats, *, objective: float, kl_weight: float
@@ -123,32 +128,32 @@ class Record:
         """
         if not isinstance(values, np.ndarray):
             raise TypeError(f"values must be a numpy array, got {type(values).__name__}")
-        if sites is not self._sites or values.shape != self._shape:
-            self._switch_layout(sites, values)
-        if values.shape != self._shape:
+        known, shape, layout = self._current
+        if sites is not known or values.shape != shape:
+            shape, layout = self._switch_layout(sites, values)
+        if values.shape != shape:
             raise ValueError(
-                f"values has shape {values.shape}, but {len(sites)} sites need {self._shape}: "
+                f"values has shape {values.shape}, but {len(sites)} sites need {shape}: "
                 f"one row per site, columns {', '.join(VALUES)}"
             )
         step, objective, kl_weight = operator.index(step), float(objective), float(kl_weight)
         row, start, last, count = self._end
+        end = start + values.size
         if step <= last:
             raise ValueError(
                 f"step {step} is not after the last recorded step, {last}: continue the step count, "
                 "call history.clear(), or use a new History"
             )
-        if row == self._steps.size:
-            self._make_room()
+        columns = self._columns
+        if row == columns.steps.size or end > columns.flat.size:
+            columns = self._with_room(values.size)
             row, start, _, _ = self._end
-        end = start + values.size
-        if end > self._flat.size:
-            rows_left = self._steps.size - row
-            self._flat = _resized(self._flat, max(start + rows_left * values.size, start * 9 // 8))
-        self._flat[start:end] = values.ravel()
-        self._steps[row] = step
-        self._objective[row] = objective
-        self._kl_weight[row] = kl_weight
-        self._layout[row] = self._id
+            end, layout = start + values.size, self._current[2]
+        columns.flat[start:end] = values.ravel()
+        columns.steps[row] = step
+        columns.objective[row] = objective
+        columns.kl_weight[row] = kl_weight
+        columns.layout[row] = layout
         self._end = row + 1, end, step, count + 1
 
     def extend(
@@ -172,33 +177,30 @@ class Record:
         ValueError
             As :meth:`append` does; the history is then unchanged.
         """
-        if sites is not self._sites or values.shape[1:] != self._shape:
-            self._switch_layout(sites, values)
-        if values.shape != (len(steps), *self._shape):
-            raise ValueError(
-                f"values has shape {values.shape}, but {len(steps)} steps need {(len(steps), *self._shape)}"
-            )
+        known, shape, _ = self._current
+        if sites is not known or values.shape[1:] != shape:
+            shape, _ = self._switch_layout(sites, values)
+        if values.shape != (len(steps), *shape):
+            raise ValueError(f"values has shape {values.shape}, but {len(steps)} steps need {(len(steps), *shape)}")
         if len(steps) and (steps[0] <= self._end[2] or (np.diff(steps) <= 0).any()):
             raise ValueError(f"the steps do not increase from the last recorded step, {self._end[2]}, on")
-        size, done = self._shape[0] * self._shape[1], 0
+        size, done = shape[0] * shape[1], 0
         while done < len(steps):
-            if self._rows == self._steps.size:
-                self._make_room()
-            row, start, rows_left = self._rows, self._used, self._steps.size - self._rows
-            count = min(len(steps) - done, rows_left)
+            columns = self._with_room(size)
+            row, start = self._rows, self._used
+            # an end of either kind of room is an end of this piece
+            count = min(len(steps) - done, columns.steps.size - row, (columns.flat.size - start) // max(size, 1) or 1)
             end = start + count * size
-            if end > self._flat.size:
-                self._flat = _resized(self._flat, max(start + rows_left * size, start * 9 // 8))
             taken, rows = slice(done, done + count), slice(row, row + count)
-            self._flat[start:end] = values[taken].ravel()
-            self._steps[rows] = steps[taken]
-            self._objective[rows] = objective[taken]
-            self._kl_weight[rows] = kl_weight[taken]
-            self._layout[rows] = self._id
+            columns.flat[start:end] = values[taken].ravel()
+            columns.steps[rows] = steps[taken]
+            columns.objective[rows] = objective[taken]
+            columns.kl_weight[rows] = kl_weight[taken]
+            columns.layout[rows] = self._current[2]
             done += count
             self._end = row + count, end, int(steps[done - 1]), self.num_recorded + count
 
-    def _switch_layout(self, sites: tuple[SiteInfo, ...], values: Floats) -> None:
+    def _switch_layout(self, sites: tuple[SiteInfo, ...], values: Floats) -> tuple[tuple[int, int], int]:
         if not isinstance(sites, tuple):
             raise TypeError(f"sites must be a tuple of SiteInfo, got {type(sites).__name__}")
         width = len(VALUES) + (values.shape[-1:] == (len(VALUES) + 1,))
@@ -214,17 +216,24 @@ class Record:
                 self._order.setdefault(name, len(self._order))
             self._layouts.append(layout)  # without its id, and so without rows, it would only take up room
             self._ids[layout] = len(self._layouts) - 1
-        vars(self).update(_sites=sites, _id=self._ids[layout], _shape=(len(sites), width))
+        self._current = sites, (len(sites), width), self._ids[layout]
+        return self._current[1:]
 
-    def _make_room(self) -> None:
+    def _with_room(self, size: int) -> _Columns:
+        """The columns, with room for at least one more row of ``size`` values."""
         if self._rows == self.max_steps:
             self._thin(self.max_steps)
-            return
-        capacity = max(2 * self._rows, 256)
-        if self.max_steps is not None:
-            capacity = min(capacity, self.max_steps)
-        columns = ("_steps", "_objective", "_kl_weight", "_layout")
-        vars(self).update({name: _resized(getattr(self, name), capacity) for name in columns})
+        *others, flat = self._columns
+        capacity = others[0].size
+        if self._rows == capacity:
+            capacity = max(2 * self._rows, 256)
+            if self.max_steps is not None:
+                capacity = min(capacity, self.max_steps)
+            others = [_resized(column, capacity) for column in others]
+        if self._used + size > flat.size:
+            flat = _resized(flat, max(self._used + (capacity - self._rows) * size, self._used * 9 // 8))
+        self._columns = _Columns(*others, flat)
+        return self._columns
 
     def _records(self) -> NDArray[np.int64]:
         """Record number of every kept row: multiples of the stride up to ``_tail``, then all."""
@@ -243,25 +252,31 @@ class Record:
             if 4 * rows <= 3 * max_steps:  # a quarter is freed at each pass, which pays for the pass
                 break
             stride *= 2
-        lengths = self._lengths()[self._layout]
+        steps, objective, kl_weight, layout, old = self._columns
+        lengths = self._lengths()[layout]
         kept, used = np.flatnonzero(keep), int(lengths[keep].sum())
-        flat = np.empty_like(self._flat)
+        flat = np.empty_like(old)
         if (lengths == lengths[0]).all():
-            table = self._flat[: self._used].reshape(self._rows, -1)
+            table = old[: self._used].reshape(self._rows, -1)
             np.take(table, kept, axis=0, out=flat[:used].reshape(rows, -1), mode="clip")  # "raise" would make a copy
         else:
-            flat[:used] = self._flat[: self._used][np.repeat(keep, lengths)]
-        columns = {name: getattr(self, name) for name in ("_steps", "_objective", "_kl_weight", "_layout")}
-        new: dict[str, Any] = {name: _resized(column[kept], column.size) for name, column in columns.items()}
-        new |= {"_flat": flat, "_end": (rows, used, *self._end[2:]), "_stride": stride, "_tail": tail}
+            flat[:used] = old[: self._used][np.repeat(keep, lengths)]
+        thinned = _Columns(*[_resized(of[kept], of.size) for of in (steps, objective, kl_weight, layout)], flat)
+        new: dict[str, Any] = {
+            "_columns": thinned,
+            "_end": (rows, used, *self._end[2:]),
+            "_stride": stride,
+            "_tail": tail,
+        }
         if len(self._layouts) > 1:  # forget layouts that no kept row has, or their number would not be bounded
-            layout = new["_layout"][:rows]
-            alive = np.union1d(layout, [self._id])
+            sites, shape, current = self._current
+            layout = thinned.layout[:rows]
+            alive = np.union1d(layout, [current])
             layout[:] = np.searchsorted(alive, layout)
             layouts = [self._layouts[i] for i in alive]
-            names = {info.site for sites, _ in layouts for info in sites}
+            names = {info.site for known, _ in layouts for info in known}
             new |= {
-                "_id": int(np.searchsorted(alive, self._id)),
+                "_current": (sites, shape, int(np.searchsorted(alive, current))),
                 "_layouts": layouts,
                 "_ids": {layout: i for i, layout in enumerate(layouts)},
                 "_order": {name: i for i, name in enumerate(n for n in self._order if n in names)},
@@ -269,22 +284,44 @@ class Record:
         vars(self).update(new)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_steps", "_objective", "_kl_weight", "_layout"):
-            state[name] = state[name][: self._rows].copy()  # without the spare room
-        state["_flat"] = self._flat[: self._used].copy()
-        return state
+        *others, flat = self._columns
+        columns = _Columns(
+            *[of[: self._rows].copy() for of in others], flat[: self._used].copy()
+        )  # without the spare room
+        return {**vars(self), "_columns": columns}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_end" not in state:  # pickled by an older version
             state["_end"] = tuple([state.pop(name) for name in ("_rows", "_used", "_last_step", "num_recorded")])
+            state["_columns"] = _Columns(*[state.pop(f"_{name}") for name in _Columns._fields])
+            state["_current"] = tuple([state.pop(name) for name in ("_sites", "_shape", "_id")])
         vars(self).update(state)
 
     @property
     def num_recorded(self) -> int:
         """Steps recorded since the start, whether kept or not."""
         return self._end[3]
+
+    @property
+    def _steps(self) -> NDArray[np.int64]:
+        return self._columns.steps
+
+    @property
+    def _objective(self) -> Floats:
+        return self._columns.objective
+
+    @property
+    def _kl_weight(self) -> Floats:
+        return self._columns.kl_weight
+
+    @property
+    def _layout(self) -> NDArray[np.int32]:
+        return self._columns.layout
+
+    @property
+    def _flat(self) -> Floats:
+        return self._columns.flat
 
     @property
     def _rows(self) -> int:

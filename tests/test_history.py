@@ -651,6 +651,9 @@ def test_a_history_pickled_by_an_older_version_goes_on() -> None:
     record(history, 0, 40)
     state = history.__getstate__()
     rows, used, last, count = state.pop("_end")
+    sites, shape, layout = state.pop("_current")
+    state |= {f"_{name}": column for name, column in state.pop("_columns")._asdict().items()}
+    state |= {"_sites": sites, "_shape": shape, "_id": layout}
     old = History.__new__(History)
     old.__setstate__({**state, "_rows": rows, "_used": used, "_last_step": last, "num_recorded": count})
     assert_same(old, history)

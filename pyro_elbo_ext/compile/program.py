@@ -173,7 +173,7 @@ class Program:
         return (
             self.has_same_parameters()
             and self.guards.hold(self._exchange)
-            and list(map(_IS_TRAINED, self._watched)) == self._trained
+            and [*map(_IS_TRAINED, self._watched)] == self._trained
         )
 
     def _exchange(self, old: Tensor, new: Tensor) -> bool:

@@ -258,7 +258,7 @@ class Recorder:
         if isinstance(value, np.ndarray):
             self._inside[id(value)] = _Inside(value, _contents(value), name, root)
         elif isinstance(value, _CONTAINERS) and type(value).__module__ != "pyro.poutine.trace_struct":
-            if not isinstance(value, tuple | frozenset) or any(isinstance(one, _CONTAINERS) for one in value):
+            if not _is_fixed(value):
                 self._inside[id(value)] = _Inside(value, _contents(value), name, root)
             for one in list(value.values() if isinstance(value, dict) else value):
                 if isinstance(one, (*_CONTAINERS, np.ndarray)):
@@ -369,8 +369,11 @@ class Guards:
         return (
             list(map(len, self._sized)) == self._sizes
             and all(map(operator.is_, chain.from_iterable(self._sized), self._entries))
-            and all(map(operator.is_, chain.from_iterable(map(dict.values, self._mappings)), self._of_keys))
-            and list(map(np.ndarray.tobytes, self._arrays)) == self._bytes
+            and (
+                not self._mappings
+                or all(map(operator.is_, chain.from_iterable(map(dict.values, self._mappings)), self._of_keys))
+            )
+            and (not self._arrays or list(map(np.ndarray.tobytes, self._arrays)) == self._bytes)
         )
 
     def _take_contents(self) -> None:
@@ -423,6 +426,13 @@ class Guards:
         self._take_contents()
         self.changed = None
         return True
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a container can never hold anything else, nor what is in it."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_fixed, value))
+    return not isinstance(value, (*_CONTAINERS, np.ndarray))
 
 
 def _dictionary(of: Any) -> dict[str, Any] | None:

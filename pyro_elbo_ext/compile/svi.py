@@ -160,6 +160,7 @@ class CompiledSVI(SVI):
         if isinstance(loss, ELBO) and not isinstance(loss, Objective) and loss_and_grads is None:
             self.loss_and_grads = FirstLook(loss, self.loss_and_grads)  # type: ignore[has-type]
         self.objective = loss
+        self._records = isinstance(loss, Objective)  # steps in a history of its own
         self.steps_per_call = steps_per_call
         self.fallback = fallback
         self.eager_reason: str | None = None
@@ -191,7 +192,6 @@ class CompiledSVI(SVI):
         anew = {
             "_programs": Programs(),
             "_last": None,
-            "_modules": None,
             "_none_compiles": None,
             "optim": portable(self.optim),
         }
@@ -218,8 +218,9 @@ class CompiledSVI(SVI):
             if not self._bind(program):
                 return float(super().step(*args, **kwargs))
             (kl_weight,) = self._kl_weights(0, 1)
-            binding, recorded, before = program.binding, isinstance(self.objective, Objective), self._count()
-            program.forget_last()
+            binding, recorded, before = program.binding, self._records, self._count()
+            if recorded:
+                program.forget_last()
             try:
                 if self.optimizer_reason is not None:
                     return self._step_with_eager_optimizer(program, tensors)
@@ -237,8 +238,8 @@ class CompiledSVI(SVI):
             except (
                 BaseException
             ):  # it may come from outside, after the step: what has been taken is counted and recorded
-                taken = program.last_in_c()
-                if recorded and taken is not None and math.isfinite(taken[0]) and self._count() == before:
+                taken = program.last_in_c() if recorded else None
+                if taken is not None and math.isfinite(taken[0]) and self._count() == before:
                     self._record(program, *taken, kl_weight)
                 if binding is not None:
                     binding.settle()
@@ -394,7 +395,7 @@ class CompiledSVI(SVI):
 
     def _count(self) -> int:
         """Steps that the objective has counted, if it counts."""
-        return self.objective.num_steps if isinstance(self.objective, Objective) else 0
+        return self.objective.num_steps if self._records else 0
 
     def _enter(
         self,
@@ -412,7 +413,7 @@ class CompiledSVI(SVI):
         binding = program.binding
         assert binding is not None
         losses, tables = results()
-        if isinstance(self.objective, Objective):
+        if self._records:
             done = self._count() - before
             end = len(losses)
             if failed and not bool(torch.isfinite(losses).all()):
@@ -637,7 +638,7 @@ class CompiledSVI(SVI):
         kl_weights = self._kl_weights(0, 1)
         loss, table, gradients = program.gradients(kl_weights[0], tensors)
         value = loss.item()
-        if isinstance(self.objective, Objective):
+        if self._records:
             self._record(program, value, table.cpu().numpy().reshape(-1, len(VALUES)), kl_weights[0])
         else:
             warn_if_nan(value, "loss")

@@ -25,7 +25,7 @@ class OneThread(ContextDecorator):
         self._what, self._lock = what, threading.RLock()
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(False):
             raise RuntimeError(
                 f"another thread is in {self._what}. Pyro keeps its handlers and parameters in one place for the whole "
                 "process, so that two threads would take each other's. Train one after the other, or in several processes."
