@@ -62,6 +62,17 @@ class _Columns(NamedTuple):
     layout: NDArray[np.int32]  # which of the layouts; rows differ in length where these do
     flat: Floats
 
+    def resized(self, rows: int, numbers: int) -> _Columns:
+        """With room for so many rows, and numbers in ``flat``."""
+        steps, objective, kl_weight, layout, flat = self
+        return _Columns(
+            _resized(steps, rows),
+            _resized(objective, rows),
+            _resized(kl_weight, rows),
+            _resized(layout, rows),
+            _resized(flat, numbers),
+        )
+
 
 class Record:
     """Every site's values at every step, at bounded memory.
@@ -223,16 +234,16 @@ class Record:
         """The columns, with room for at least one more row of ``size`` values."""
         if self._rows == self.max_steps:
             self._thin(self.max_steps)
-        *others, flat = self._columns
-        capacity = others[0].size
+        columns = self._columns
+        capacity, numbers = columns.steps.size, columns.flat.size
         if self._rows == capacity:
             capacity = max(2 * self._rows, 256)
             if self.max_steps is not None:
                 capacity = min(capacity, self.max_steps)
-            others = [_resized(column, capacity) for column in others]
-        if self._used + size > flat.size:
-            flat = _resized(flat, max(self._used + (capacity - self._rows) * size, self._used * 9 // 8))
-        self._columns = _Columns(*others, flat)
+        if self._used + size > numbers:
+            numbers = max(self._used + (capacity - self._rows) * size, self._used * 9 // 8)
+        if (capacity, numbers) != (columns.steps.size, columns.flat.size):
+            self._columns = columns.resized(capacity, numbers)
         return self._columns
 
     def _records(self) -> NDArray[np.int64]:
@@ -261,7 +272,9 @@ class Record:
             np.take(table, kept, axis=0, out=flat[:used].reshape(rows, -1), mode="clip")  # "raise" would make a copy
         else:
             flat[:used] = old[: self._used][np.repeat(keep, lengths)]
-        thinned = _Columns(*[_resized(of[kept], of.size) for of in (steps, objective, kl_weight, layout)], flat)
+        thinned = _Columns(steps[kept], objective[kept], kl_weight[kept], layout[kept], flat).resized(
+            steps.size, flat.size
+        )
         new: dict[str, Any] = {
             "_columns": thinned,
             "_end": (rows, used, *self._end[2:]),
@@ -284,11 +297,7 @@ class Record:
         vars(self).update(new)
 
     def __getstate__(self) -> dict[str, Any]:
-        *others, flat = self._columns
-        columns = _Columns(
-            *[of[: self._rows].copy() for of in others], flat[: self._used].copy()
-        )  # without the spare room
-        return {**vars(self), "_columns": columns}
+        return {**vars(self), "_columns": self._columns.resized(self._rows, self._used)}  # without the spare room
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -466,6 +475,9 @@ class Record:
 
 
 def _resized(array: NDArray[Any], size: int) -> NDArray[Any]:
+    if size == array.size:  # rows that count are never written to again: two may have them
+        return array
     new = np.empty(size, array.dtype)
-    new[: array.size] = array
+    kept = min(size, array.size)
+    new[:kept] = array[:kept]
     return new

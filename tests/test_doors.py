@@ -301,7 +301,8 @@ BAD = [
         "another shape in the guide",
         matrix,
         wrong_shape_guide,
-        "at site 'w', the guide's draw of shape (3,) does not fit a distribution with batch shape () and event shape (2,)",
+        "Model and guide shapes disagree at site 'w': the guide's draw of shape (3,) does "
+        "not fit a distribution with batch shape () and event shape (2,)",
         (torch.ones(N, 3), Y),
         of_guide=True,
     ),
@@ -309,7 +310,8 @@ BAD = [
         "a scalar for a vector",
         elementwise,
         guide,
-        "at site 'w', the guide's draw of shape () does not fit a distribution with batch shape () and event shape (2,)",
+        "Model and guide event_dims disagree at site 'w': the guide's draw of shape () does "
+        "not fit a distribution with batch shape () and event shape (2,)",
         (torch.ones(N, 2), Y),
         of_guide=True,
     ),

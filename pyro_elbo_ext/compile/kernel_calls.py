@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HARMLESS = ("assert_size_stride", "assert_alignment", "reinterpret_tensor")
+_HARMLESS = ("assert_size_stride", "assert_size_stride_grouped", "assert_alignment", "reinterpret_tensor")
 _MOST_PRODUCTS = 1 << 15  # multiplications in a matrix product of ours: beyond, a library's is quicker even by Python
 
 # What Inductor leaves to libraries, for small matrices: products, c = beta * d + alpha * a @ b, and triangular systems,

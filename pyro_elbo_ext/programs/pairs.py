@@ -37,7 +37,7 @@ def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
                         f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log "
                         f"q. Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
                     )
-                check_latent_shape(node)
+                _check_latent_shape(node, guide_trace.nodes[name])
                 _check_plates(node, guide_trace.nodes[name])
 
 
@@ -72,14 +72,18 @@ def _copies(node: Node) -> float:
     return math.prod([frame.full_size / frame.size for frame in frames if frame.full_size not in (None, frame.size)])
 
 
-def check_latent_shape(node: Node) -> None:
-    """Raise ValueError if the guide's draw is not of the shape of the model's latent site ``node``."""
+def _check_latent_shape(node: Node, guide_node: Node) -> None:
+    """Raise ValueError if the guide's draw is not of the shape of the model's latent site ``node``, in Pyro's words."""
     fn, value = node["fn"], node["value"]
     if not hasattr(fn, "batch_shape") or any(frame.name == PARTICLE_PLATE for frame in node["cond_indep_stack"]):
         return  # in a batched run the model's distribution may be one for all particles
     shape = fn.batch_shape + fn.event_shape
     if value.shape != shape and any(a != b for a, b in zip_longest(value.shape[::-1], shape[::-1], fillvalue=1)):
-        raise ValueError(f"at site '{node['name']}', the guide's draw of {described(node)} in the model. {REMEDY}")
+        what = "shapes" if getattr(guide_node["fn"], "event_dim", fn.event_dim) == fn.event_dim else "event_dims"
+        raise ValueError(
+            f"Model and guide {what} disagree at site '{node['name']}': the guide's draw of {described(node)} in the model. "
+            f"{REMEDY}"
+        )
 
 
 def check_draws(model_trace: Trace) -> None:

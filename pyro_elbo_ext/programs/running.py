@@ -157,7 +157,10 @@ def _raise_known_fault(
             of_model(*args, **kwargs)
         except Exception:  # the first error is the one to report, and what has been traced is looked at
             pass
-        sentence = cause(of_model.trace, of_guide.trace) or _nan_density(of_model.trace)
+        try:
+            sentence = cause(of_model.trace, of_guide.trace) or _nan_density(of_model.trace)
+        except (ValueError, RuntimeError):  # what has been traced has no log density: the first error says why
+            return
     if sentence is not None and not str(error).startswith(sentence):
         raise ValueError(f"{sentence}\n{error}") from error
 
