@@ -3,8 +3,6 @@
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
-# Requirements beside the project's own, for example 'arviz>=1'
-REQUIREMENTS ?=
 
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
@@ -27,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) and installing into it (the first time takes some minutes) ..."
 	@# Debian's Python without python3-venv has no ensurepip: then the system's pip puts pip into the environment
 	@$(PYTHON) -m venv --clear $(VENV) >/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]' $(if $(REQUIREMENTS),'$(REQUIREMENTS)')
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(VENV): $(STAMP)
@@ -60,5 +58,5 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.peers # says so and stops if PEERS_PYTHON is not set
 
 clean:
-	rm -rf .venv .venv313 .venv-uv .python build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* .venv3* .python build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
