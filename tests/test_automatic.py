@@ -178,7 +178,7 @@ def test_guide_in_pyro() -> None:
     error = math.hypot(float(np.std(losses, ddof=1)) / math.sqrt(len(losses)), found.elbo_se)
     assert np.mean(losses) == pytest.approx(-found.elbo, abs=5 * error)
     assert {name: term.kl_method for name, term in elbo.last.items() if term.kl_method} == {
-        "mu": "analytic", "tau": "sampled", "z": "analytic"
+        "mu": "analytic", "tau": "analytic", "z": "analytic"
     }  # fmt: skip
     drawn = Predictive(schools, guide=guide, num_samples=20)()
     assert drawn["z"].shape == (20, 4)
@@ -352,7 +352,7 @@ def test_density_that_is_nowhere_finite_names_the_site() -> None:
         with pyro.validation_enabled(False):
             pyro.sample("y", dist.Uniform(mu, mu + 1.0), obs=torch.tensor(100.0, dtype=torch.float64))
 
-    with pytest.raises(ValueError, match="log prob of site 'y' is -inf"):
+    with pytest.raises(ValueError, match="observed site 'y' has data outside the support of its Uniform"):
         approximate(density_of(model))
 
 

@@ -121,10 +121,17 @@ def trace_program(
     return traced.trace  # as it is: get_trace would copy it
 
 
+def _is_batched() -> bool:
+    """Whether ``torch.vmap`` runs the programs: values cannot be looked at then, and they are tried one by one after it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _raise_model_fault(
     error: Exception, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     """Raise what is wrong with the model by itself, which an autoguide runs; return if nothing is."""
+    if _is_batched():
+        return
     store = pyro.get_param_store()
     traced = poutine.trace(model)
     with kept(), torch.no_grad(), store.scope(store.get_state()):
@@ -146,7 +153,7 @@ def _raise_known_fault(
     kwargs: Mapping[str, Any],
 ) -> None:
     """Raise what a run without validation has at fault: torch says that a parameter is NaN, but not at which site."""
-    if not isinstance(error, ValueError) or not is_validation_enabled():
+    if not isinstance(error, ValueError) or not is_validation_enabled() or _is_batched():
         return
     store = pyro.get_param_store()
     with kept(), torch.no_grad(), store.scope(store.get_state()), pyro.validation_enabled(False):
