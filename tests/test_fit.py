@@ -833,7 +833,7 @@ def test_patience_gives_back_the_best(tmp_path: Path) -> None:
 
 def test_first_step_that_fails_halves_the_step_too() -> None:
     pyro.clear_param_store()
-    spoiled = Spoiled(lambda calls: calls == 2)  # the first is before anything changes
+    spoiled = Spoiled(lambda calls: calls == 3)  # two looks come before anything changes
     optim = adam(0.08)
     result = fit(spoiled.model, spoiled.guide, num_steps=300, optim=optim, compiled=False, progress=False, seed=0)
     assert [rollback.factor for rollback in result.rollbacks] == [0.5]
