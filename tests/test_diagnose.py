@@ -23,7 +23,7 @@ from scipy.stats import norm
 from pyro_elbo_ext import DecomposedELBO, batched_draws, diagnose
 from pyro_elbo_ext.diagnosis import reasons, report
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
-from pyro_elbo_ext.diagnosis.many_chains import run_chains, split_rhat
+from pyro_elbo_ext.diagnosis.many_chains import COLUMNS, run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
 from pyro_elbo_ext.evidence.importance import ImportanceSample
 from pyro_elbo_ext.evidence.ledger import EvidenceBounds, Interval
@@ -386,6 +386,16 @@ def test_split_rhat() -> None:
     rhat = split_rhat(draws)
     assert rhat[0] < 1.02
     assert (rhat[1:] > 1.05).all()
+
+
+def test_split_rhat_of_many_coordinates_is_that_of_each() -> None:
+    draws = np.random.default_rng(0).normal(size=(6, 20, 2 * COLUMNS + 3))
+    draws[:3, :, COLUMNS + 1] += 1.0
+    rhat = split_rhat(draws)
+    alone = [split_rhat(draws[..., [i, i + 1]])[0] for i in range(0, draws.shape[2] - 1)]
+    assert rhat.shape == (2 * COLUMNS + 3,)
+    np.testing.assert_allclose(rhat[:-1], alone, rtol=1e-12)
+    assert rhat.argmax() == COLUMNS + 1
 
 
 @pytest.mark.slow

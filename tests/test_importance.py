@@ -349,3 +349,61 @@ def test_the_batch_is_bounded_by_the_size_of_the_data() -> None:
     assert scorer.batch_size == 8_000_000 // 40_002
     assert len(scorer.draw(250).log_p) == 250
     assert Scorer(model, guide, (), {}, 7, False).batch_size == 7
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_draws_of_several_chunks_lie_beside_their_densities(looped: bool) -> None:
+    def model() -> None:
+        with pyro.plate("row", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            z = z if not looped or float(z[0].detach()) > -100 else -z
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=torch.ones(3))
+
+    def guide() -> None:
+        with pyro.plate("row", 3):
+            pyro.sample("z", dist.Normal(0.5, 0.7))
+
+    pyro.set_rng_seed(0)
+    scorer = Scorer(model, guide, (), {}, 4, False)
+    found = scorer.draw(10)
+    assert (scorer.looped is not None) is looped
+    z = found.values["z"].double()
+    prior, likelihood = dist.Normal(0.0, 1.0).log_prob(z), dist.Normal(z, 0.5).log_prob(torch.ones(3).double())
+    own = dist.Normal(0.5, 0.7).log_prob(z)
+    assert len(set(z[:, 0].tolist())) == 10
+    assert torch.equal(found.values["twice"], 2 * found.values["z"])
+    np.testing.assert_allclose(found.log_prior, prior.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.log_p, (prior + likelihood).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.log_q, own.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.local["row"], prior + likelihood - own, rtol=1e-4, atol=1e-5)
+    again = scorer.at({"z": found.values["z"]})
+    np.testing.assert_allclose(again.log_p, found.log_p, rtol=1e-6)
+    np.testing.assert_allclose(again.local["row"], found.local["row"], rtol=1e-5, atol=1e-6)
+
+
+def test_integers_in_some_draws_do_not_cut_off_the_others() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("part", z if float(z.detach()) > 0 else torch.tensor(0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    for _ in range(5):
+        found = psis_khat(model, guide, num_draws=12)
+        assert torch.equal(found.deterministics["part"].float(), found.draws["z"].clamp(min=0))
+
+
+def test_draws_of_varying_shape_are_no_array() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("part", torch.zeros(1 if float(z.detach()) > 0 else 2))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="site 'part' is not in every draw, or varies in shape"):
+        psis_khat(model, guide, num_draws=30, seed=0)

@@ -32,6 +32,7 @@ GRADIENTS = (2_000, 15_000)  # least and most batches of gradients computed, the
 NUMBERS = 5_000_000_000  # computed for these, from which on there are fewer than the most: half a minute or so
 PER_COORDINATE = 10  # draws per coordinate that a full covariance needs
 SMALLER, SMALLEST = 0.25, 0.03  # share of the steps that are smaller, and the smallest factor
+COLUMNS = 256  # coordinates whose R-hat is computed at once: it takes several times the memory of their draws
 CONVERGED = 1.05  # R-hat of all coordinates, below
 
 
@@ -159,7 +160,7 @@ class _Walk:
         They take a ``share`` of the gradients that are to be computed, at most.
         """
         longest = max(2.0, min(LONGEST * self.stretch, share * self.budget / (length * thin)))
-        kept, acceptances = [], []
+        kept, acceptances = state.x.new_empty(len(state.x), length, state.x.shape[1]), []
         for iteration in range(length * thin):
             jitter = 0.5 + float(torch.rand((), generator=self.generator, dtype=torch.float64))
             # a quarter of a period in the metric's coordinates makes the next draw independent of the last, where
@@ -171,10 +172,10 @@ class _Walk:
                 gain = 2.0 if fixed is not None else 1.0 / math.sqrt(1 + iteration)
                 self.step = min(max(self.step * math.exp(gain * (acceptance - ACCEPTANCE)), 1e-6), 4.0)
             if (iteration + 1) % thin == 0:
-                kept.append(state.x)
+                kept[:, iteration // thin] = state.x
             acceptances.append(acceptance)
             bar.update()
-        return state, torch.stack(kept, 1), float(np.mean(acceptances))
+        return state, kept, float(np.mean(acceptances))
 
     def _out(self, v: Tensor) -> Tensor:
         return v * self.factor if self.factor.dim() == 1 else v @ self.factor.T
@@ -239,6 +240,11 @@ def split_rhat(draws: Array) -> Array:
     Gelman et al. (2013), Bayesian Data Analysis; the distances, for chains of one place but different spread, are those of
     Vehtari, Gelman, Simpson, Carpenter, Bürkner (2021).
     """
+    blocks = [_split_rhat(draws[..., i : i + COLUMNS]) for i in range(0, draws.shape[2], COLUMNS)]
+    return np.concatenate(blocks) if blocks else np.empty(0)
+
+
+def _split_rhat(draws: Array) -> Array:
     half = draws.shape[1] // 2
     halves = np.concatenate([draws[:, :half], draws[:, half : 2 * half]])
     folded = np.abs(halves - np.median(halves, axis=(0, 1)))

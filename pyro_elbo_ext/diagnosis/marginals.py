@@ -29,6 +29,7 @@ BAD = 0.5  # above in either, it cannot
 HEAVY = 0.5  # shape of the tails from which on there is no variance
 CENTRAL = (0.15865525393145707, 0.5, 0.8413447460685429)  # of a Gaussian: mean and one sd to either side
 BLOCKS = 16  # of draws, whose quantiles differ as much as their errors are large
+COLUMNS = 256  # scalars whose figures are computed at once: it takes several times the memory of their draws
 INDEPENDENT = 32  # chains from which on their means alone give the standard error
 
 
@@ -41,6 +42,8 @@ class Scalars(NamedTuple):
 
     def take(self, chosen: NDArray[np.bool_]) -> Scalars:
         """Those that are chosen, a mask of shape ``(n,)``."""
+        if chosen.all():
+            return self
         return Scalars(
             [name for name, good in zip(self.names, chosen, strict=True) if good],
             [site for site, good in zip(self.sites, chosen, strict=True) if good],
@@ -118,13 +121,11 @@ def by_chains(guide: Scalars, posterior: Array, khat: float) -> pd.DataFrame:
         Of the guide's importance weights.
     """
     x, flat = guide.draws, posterior.reshape(-1, posterior.shape[-1])
-    guide_mean, guide_sd = x.mean(0), x.std(0, ddof=1)
-    mean, sd = flat.mean(0), flat.std(0, ddof=1)
-    frame = _frame(guide, (mean - guide_mean) / sd, np.log(guide_sd / sd), khat)
-    centred = (posterior - mean) / sd
-    own = (x - guide_mean) / guide_sd
-    frame["mean_shift_se"] = np.hypot(_chain_error(centred), guide_sd / sd / np.sqrt(len(x)))
-    frame["log_sd_ratio_se"] = 0.5 * np.hypot(_chain_error(centred**2), (own**2).std(0, ddof=1) / np.sqrt(len(x)))
+    blocks = [_figures(x[:, i : i + COLUMNS], posterior[..., i : i + COLUMNS]) for i in range(0, x.shape[1], COLUMNS)]
+    shift, ratio, shift_error, ratio_error = np.concatenate(blocks, 1) if blocks else np.empty((4, 0))
+    frame = _frame(guide, shift, ratio, khat)
+    frame["mean_shift_se"] = shift_error
+    frame["log_sd_ratio_se"] = ratio_error
     # without draws of the posterior, which are NaN then, there is nothing to compare
     heavy = [bool(np.isfinite(b).all()) and max(_tail(a), _tail(b)) >= HEAVY for a, b in zip(x.T, flat.T, strict=True)]
     for column in np.flatnonzero(heavy):
@@ -133,6 +134,18 @@ def by_chains(guide: Scalars, posterior: Array, khat: float) -> pd.DataFrame:
         frame.loc[frame.index[column], ["mean_shift_se", "log_sd_ratio_se"]] = errors
     frame["robust"] = heavy
     return judged(frame)
+
+
+def _figures(x: Array, posterior: Array) -> Array:
+    """Shift of the mean, log ratio of the sds, and their errors, shape ``(4, n)``."""
+    flat = posterior.reshape(-1, posterior.shape[-1])
+    guide_mean, guide_sd = x.mean(0), x.std(0, ddof=1)
+    mean, sd = flat.mean(0), flat.std(0, ddof=1)
+    centred = (posterior - mean) / sd
+    own = (x - guide_mean) / guide_sd
+    shift_error = np.hypot(_chain_error(centred), guide_sd / sd / np.sqrt(len(x)))
+    ratio_error = 0.5 * np.hypot(_chain_error(centred**2), (own**2).std(0, ddof=1) / np.sqrt(len(x)))
+    return np.stack([(mean - guide_mean) / sd, np.log(guide_sd / sd), shift_error, ratio_error])
 
 
 def by_comparison(guide: Scalars, table: pd.DataFrame, khat: float) -> pd.DataFrame:

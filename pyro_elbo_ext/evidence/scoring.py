@@ -35,6 +35,7 @@ from pyro_elbo_ext.terms import Site, outline, read_sites
 
 Array = NDArray[np.float64]
 NUMBERS_AT_ONCE = 8_000_000  # values of sites, of all draws that are run at once
+_NO_ARRAY = "site '{}' is not in every draw, or varies in shape: there is no array of draws"
 
 
 class Scores(NamedTuple):
@@ -132,19 +133,19 @@ class Scorer:
         ValueError
             If a draw, or a log density, is NaN or the density of the guide is not finite; the site is named.
         """
-        chunks: list[Scores] = []
+        joined = _Joined(count)
         with tqdm(total=count, desc="draws", disable=not self.progress) as bar:
-            while (done := sum(len(chunk.log_p) for chunk in chunks)) < count:
+            while (done := joined.done) < count:
                 size = min(self.batch_size, count - done)
                 drawn = self._batch.draw(self.model, self.guide, self.args, self.kwargs, size, Pathwise())
                 if drawn is None:
                     traces = trace_pair(self.model, self.guide, self.args, self.kwargs)
-                    chunks.append(self._read(*traces, None, done, own=True))
+                    joined.add(self._read(*traces, None, done, own=True))
                 else:
                     traces = drawn.draw.model_trace, drawn.draw.guide_trace
-                    chunks.append(self._read(*traces, size, done, own=True))
-                bar.update(len(chunks[-1].log_p))
-        return _joined(chunks)
+                    joined.add(self._read(*traces, size, done, own=True))
+                bar.update(joined.done - done)
+        return joined.scores()
 
     @torch.no_grad()
     def at(self, draws: Mapping[str, Tensor]) -> Scores:
@@ -163,9 +164,9 @@ class Scorer:
         draws = self._checked(draws)
         given = self.guide_values(draws)
         count = len(next(iter(draws.values())))
-        chunks: list[Scores] = []
+        joined = _Joined(count)
         with tqdm(total=count, desc="posterior draws", disable=not self.progress) as bar:
-            while (done := sum(len(chunk.log_p) for chunk in chunks)) < count:
+            while (done := joined.done) < count:
                 size = min(self.batch_size, count - done)
                 if size > 1 and self.looped is None:
                     part = {name: value[done : done + size] for name, value in given.items()}
@@ -174,13 +175,13 @@ class Scorer:
                     except CannotBatch as error:
                         self._batch.reason = str(error)
                         continue
-                    chunks.append(self._read(batched[0], batched[1], size, done, own=False))
+                    joined.add(self._read(batched[0], batched[1], size, done, own=False))
                 else:
                     with Supply({name: value[done] for name, value in given.items()}, {}):
                         traces = trace_pair(self.model, self.guide, self.args, self.kwargs)
-                    chunks.append(self._read(*traces, None, done, own=False))
-                bar.update(len(chunks[-1].log_p))
-        scores = _joined(chunks)
+                    joined.add(self._read(*traces, None, done, own=False))
+                bar.update(joined.done - done)
+        scores = joined.scores()
         for name, value in draws.items():
             self._check_reproduced(name, value, scores.values[name])
         return scores
@@ -301,7 +302,10 @@ class Scorer:
                 self._watch_outside(site.name, total)
         values = {}
         for name, value in values_of(prune_subsample_sites(model_trace)).items():
-            shape = self.reference[0].nodes[name]["value"].shape
+            known = self.reference[0].nodes.get(name)
+            shape = None if known is None else known["value"].shape
+            if shape is None or value.shape[value.dim() - len(shape) :] != shape or value.numel() != count * shape.numel():
+                raise ValueError(_NO_ARRAY.format(name))
             values[name] = value.detach().reshape(count, *shape)
         for name in self.latents:  # imputed elements too, which are no values to report
             value = guide_trace.nodes[name]["value"]
@@ -416,17 +420,38 @@ def _check_finite(total: Array, site: str, where: str, start: int, own: bool, tr
         )
 
 
-def _joined(chunks: list[Scores]) -> Scores:
-    first = chunks[0]
-    for name in first.values:
-        shapes = {chunk.values[name].shape[1:] for chunk in chunks if name in chunk.values}
-        if len(shapes) > 1 or any(name not in chunk.values for chunk in chunks):
-            raise ValueError(f"site '{name}' is not in every draw, or varies in shape: there is no array of draws")
-    plates = set.intersection(*[set(chunk.local) for chunk in chunks])
-    return Scores(
-        {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in first.values},
-        np.concatenate([chunk.log_p for chunk in chunks]),
-        np.concatenate([chunk.log_q for chunk in chunks]),
-        np.concatenate([chunk.log_prior for chunk in chunks]),
-        {plate: np.concatenate([chunk.local[plate] for chunk in chunks]) for plate in first.local if plate in plates},
-    )
+class _Joined:
+    """Scores of chunks of draws, one after the other, copied into their places as they come.
+
+    Small tensors kept of every chunk would lie among the large ones that are freed, and hold the process's memory.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.done = count, 0
+        self._values: dict[str, Tensor] = {}
+        self._sums = np.empty((3, count))
+        self._local: dict[str, Array] = {}
+
+    def add(self, chunk: Scores) -> None:
+        there = slice(self.done, self.done + len(chunk.log_p))
+        if self.done == 0:
+            self._values = {
+                name: value.new_empty((self.count, *value.shape[1:])) for name, value in chunk.values.items()
+            }
+            self._local = {plate: np.empty((self.count, local.shape[1])) for plate, local in chunk.local.items()}
+        for name, whole in self._values.items():
+            value = chunk.values.get(name)
+            if value is None or value.shape[1:] != whole.shape[1:]:
+                raise ValueError(_NO_ARRAY.format(name))
+            if value.dtype != whole.dtype:
+                self._values[name] = whole = whole.to(torch.promote_types(value.dtype, whole.dtype))
+            whole[there] = value
+        for row, sums in zip(self._sums, (chunk.log_p, chunk.log_q, chunk.log_prior), strict=True):
+            row[there] = sums
+        self._local = {plate: local for plate, local in self._local.items() if plate in chunk.local}
+        for plate, local in self._local.items():
+            local[there] = chunk.local[plate]
+        self.done = there.stop
+
+    def scores(self) -> Scores:
+        return Scores(self._values, *self._sums, self._local)
