@@ -304,7 +304,11 @@ class Scorer:
         for name, value in values_of(prune_subsample_sites(model_trace)).items():
             known = self.reference[0].nodes.get(name)
             shape = None if known is None else known["value"].shape
-            if shape is None or value.shape[value.dim() - len(shape) :] != shape or value.numel() != count * shape.numel():
+            if (
+                shape is None
+                or value.shape[value.dim() - len(shape) :] != shape
+                or value.numel() != count * shape.numel()
+            ):
                 raise ValueError(_NO_ARRAY.format(name))
             values[name] = value.detach().reshape(count, *shape)
         for name in self.latents:  # imputed elements too, which are no values to report

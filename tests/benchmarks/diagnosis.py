@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.diagnosis [--only NAME]
 
-Targets: `diagnose` of 1000 scalars within 60 s and 2 GiB, of 5000 within 2 minutes; `psis_khat` within 1.5 GB. Each case is a
-process of its own; the peak is the kernel's mark of it (``ru_maxrss``), imports included.
+Targets: `diagnose` of 1000 scalars within 60 s and 2 GiB, of 5000 within 2 minutes; `psis_khat` within 1.5 GB. Each case
+is a process of its own; the peak is the kernel's mark of it (``ru_maxrss``), imports included.
 """
 
 from __future__ import annotations
