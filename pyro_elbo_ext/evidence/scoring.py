@@ -458,4 +458,5 @@ class _Joined:
         self.done = there.stop
 
     def scores(self) -> Scores:
-        return Scores(self._values, *self._sums, self._local)
+        log_p, log_q, log_prior = self._sums
+        return Scores(self._values, log_p, log_q, log_prior, self._local)
