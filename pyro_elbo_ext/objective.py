@@ -282,10 +282,8 @@ class Objective(ELBO):
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None or bool(torch.isfinite(gradient).all()):
                 continue
-            reasons = [cause(*pair, of_gradient=True) for pair in evaluation.traces]
-            reason = next((found for found in reasons if found is not None), None)
             raise NotFinite(
-                ("" if reason is None else f"{reason}\n")
+                _reason(evaluation.traces, of_gradient=True)
                 + f"The gradient of parameter '{name}' is not finite at step {self.num_steps}, though the objective is. No "
                 "parameter has been changed. Look for a branch of torch.where or a masked element that is NaN or infinite."
             )
@@ -383,8 +381,7 @@ class Objective(ELBO):
         self, sites: tuple[SiteInfo, ...], values: Values, traces: Sequence[tuple[Trace, Trace]] = ()
     ) -> None:
         """Raise ValueError for the first site with a term that is not finite, and why, as far as the traces tell."""
-        reasons = [cause(*pair) for pair in traces] if self._traced is None else []
-        reason = next((found for found in reasons if found is not None), None)
+        reason = _reason(traces) if self._traced is None else ""
         for site, (log_p, log_q, kl, *_) in zip(sites, values, strict=True):
             if math.isfinite(log_p if site.kind == "observed" else kl):
                 continue
@@ -394,7 +391,7 @@ class Objective(ELBO):
                 f"{term} = {value}" for term, value in terms.items() if term not in absent and not math.isfinite(value)
             )
             raise NotFinite(
-                ("" if reason is None else f"{reason}\n")
+                reason
                 + f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. "
                 "Check the data and parameters that reach this site, and that its value lies in the support of its "
                 "distribution; if training has diverged, lower the learning rate."
@@ -469,6 +466,12 @@ class Objective(ELBO):
 
     def _num_recorded(self) -> int:
         return 0 if self.history is None else self.history.num_recorded
+
+
+def _reason(traces: Sequence[tuple[Trace, Trace]], *, of_gradient: bool = False) -> str:
+    """A line that says why terms of these runs, or their gradients, are not finite; empty where it is not known."""
+    found = (cause(*pair, of_gradient=of_gradient) for pair in traces)
+    return next((f"{reason}\n" for reason in found if reason is not None), "")
 
 
 def signature_of(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwargs) -> Signature:

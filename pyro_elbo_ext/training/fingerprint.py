@@ -31,9 +31,11 @@ def fingerprint(
     Of objects it is the class, and what was given to its constructor as far as the object tells; of a data set that is not
     in memory its class and length.
     """
-    given: Any = data.call if isinstance(data, Whole) else {"batches": data.source, "then": (data.args, data.kwargs)}
+    given: dict[str, Any]
     if isinstance(data, Whole):
         given = {**{f"argument {i}": value for i, value in enumerate(data.call[0])}, **data.call[1]}
+    else:
+        given = {"batches": data.source, "then": (data.args, data.kwargs)}
     return {
         "optim": _optimizer(optim),
         "loss": described(loss),
