@@ -30,10 +30,10 @@ from scipy import integrate, stats
 from torch import Tensor
 
 from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
-from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.export import dataset_of, from_pyro_svi, to_arviz
-from pyro_elbo_ext.history import History
-from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.inference_data.export import dataset_of, from_pyro_svi, to_arviz
+from pyro_elbo_ext.mcmc.nuts import run_nuts
+from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
 
 Model = Callable[..., None]
 VAR_NAMES = ("mu", "tau", "theta")

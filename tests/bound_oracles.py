@@ -23,7 +23,7 @@ from pyro.distributions.testing.rejection_gamma import RejectionGamma
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Bound
+from pyro_elbo_ext.bounds.bounds import Bound
 
 Params = dict[str, Tensor]
 Outcomes = tuple[Tensor, Tensor]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_elbo_ext import CSVTracker, DecomposedELBO, FitResult, ImportanceWeightedELBO, fit
+from pyro_elbo_ext.bounds.weighting import Geco
 from pyro_elbo_ext.training import processes
-from pyro_elbo_ext.training.distributed import DistributedSVI
-from pyro_elbo_ext.weighting import Geco
+from pyro_elbo_ext.training.distributed.svi import DistributedSVI
 
 N, BATCH = 40, 8
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_elbo_ext import AdaptiveStopping, Callback, CSVTracker, DecomposedELBO, Patience
-from pyro_elbo_ext.training import checkpoints
+from pyro_elbo_ext.bounds.weighting import LinearWarmup
 from pyro_elbo_ext.training.fit import fit
-from pyro_elbo_ext.weighting import LinearWarmup
+from pyro_elbo_ext.training.state import checkpoints
 
 Y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
 SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_elbo_ext import DecomposedELBO
-from pyro_elbo_ext.training.lightning import LightningELBO
+from pyro_elbo_ext.training.distributed.lightning import LightningELBO
 from tests import distributed_cases as cases
 
 NOISE = torch.randn(cases.N, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

@@ -18,7 +18,7 @@ import torch
 
 from pyro_elbo_ext import DecomposedELBO
 from pyro_elbo_ext.training import processes
-from pyro_elbo_ext.training.distributed import DistributedSVI
+from pyro_elbo_ext.training.distributed.svi import DistributedSVI
 from tests import distributed_cases as cases
 
 WAYS = ("killed", "hangs")

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.density.log_density import LogDensity
 
 
 class GaussianGuide:

@@ -21,7 +21,7 @@ from pyro_elbo_ext.automatic.gaussian import Gaussian, fit_gaussian, natural_ste
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide
 from pyro_elbo_ext.automatic.moments import Weighted
 from pyro_elbo_ext.automatic.starting import find_start
-from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.density.log_density import LogDensity
 from pyro_elbo_ext.programs.randomness import isolated
 
 X = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

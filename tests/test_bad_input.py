@@ -26,7 +26,7 @@ from pyro_elbo_ext import (
     RenyiELBO,
     ThermodynamicELBO,
 )
-from pyro_elbo_ext.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
+from pyro_elbo_ext.bounds.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
 
 NAN, INF = float("nan"), float("inf")
 

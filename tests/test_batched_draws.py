@@ -23,7 +23,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from pyro_elbo_ext import ChiUpperBound, DecomposedELBO, ImportanceWeightedELBO, MultiSampleELBO
-from pyro_elbo_ext.bounds import IWAE
+from pyro_elbo_ext.bounds.bounds import IWAE
 from tests.bound_oracles import PROBLEMS
 from tests.test_gradients import check_unbiased
 from tests.test_parity import eight_schools

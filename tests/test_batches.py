@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from pyro_elbo_ext import DecomposedELBO
-from pyro_elbo_ext.training.batches import Batches
+from pyro_elbo_ext.training.data.batches import Batches
+from pyro_elbo_ext.training.data.scaling import ScaleCheck
 from pyro_elbo_ext.training.fit import fit
-from pyro_elbo_ext.training.scaling import ScaleCheck
-from pyro_elbo_ext.training.state import random_state
+from pyro_elbo_ext.training.state.state import random_state
 
 N, B = 50, 16
 Y = torch.linspace(-3, 5, N).double() ** 2

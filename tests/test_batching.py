@@ -19,16 +19,16 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_elbo_ext.batch_check import check_batched
-from pyro_elbo_ext.batching import Batched, run_batched
-from pyro_elbo_ext.estimate import Ledger, evaluate
-from pyro_elbo_ext.kl import KLPrior
+from pyro_elbo_ext.bounds.site_weights import SiteWeights
+from pyro_elbo_ext.particles.batch_check import check_batched
+from pyro_elbo_ext.particles.batching import Batched, run_batched
+from pyro_elbo_ext.particles.estimate import Ledger, evaluate
+from pyro_elbo_ext.particles.supply import CannotBatch
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.programs.running import trace_pair
-from pyro_elbo_ext.site_weights import SiteWeights
-from pyro_elbo_ext.supply import CannotBatch
-from pyro_elbo_ext.terms import read_sites
+from pyro_elbo_ext.terms.kl import KLPrior
+from pyro_elbo_ext.terms.terms import read_sites
 from tests.oracles import PROBLEMS, Problem
 from tests.test_parity import AUTOGUIDES, Encoder, eight_schools, vectors
 

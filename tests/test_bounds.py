@@ -11,7 +11,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
+from pyro_elbo_ext.bounds.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
 from tests.test_gradients import BOUNDS
 
 MORE = [

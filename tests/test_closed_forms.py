@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence, register_kl, transforms
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
-from pyro_elbo_ext.closed_forms import Weight, kl_prior, same_bijection
-from pyro_elbo_ext.terms import Term
+from pyro_elbo_ext.terms.closed_forms import Weight, kl_prior, same_bijection
+from pyro_elbo_ext.terms.terms import Term
 
 ONE = Weight(1.0, None)
 Family = tuple[Callable[..., Any], list[tuple[float, ...]]]  # and parameters to try

@@ -13,7 +13,7 @@ import xarray as xr
 from scipy import stats
 
 from pyro_elbo_ext.comparison.marginal import FIGURES, compare_to_mcmc
-from pyro_elbo_ext.export import to_arviz
+from pyro_elbo_ext.inference_data.export import to_arviz
 
 
 def normal(loc: float = 0.0, scale: float = 1.0, seed: int = 0, shape: tuple[int, ...] = (4, 1000)) -> np.ndarray:

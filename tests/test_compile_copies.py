@@ -130,7 +130,7 @@ def test_copies_of_results(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy"])
 def test_a_copy_tries_again_what_failed_here(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyro_elbo_ext.compile import step_graph
+    from pyro_elbo_ext.compile.machine_code import step_graph
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")

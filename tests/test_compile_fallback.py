@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, compiled_log_density
-from pyro_elbo_ext.compile import CannotCompile, compiler, program, step_graph
-from pyro_elbo_ext.compile.kernel_calls import NotNative
+from pyro_elbo_ext.compile import CannotCompile, program
+from pyro_elbo_ext.compile.machine_code import compiler, step_graph
+from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative
 
 X = torch.linspace(-1.0, 1.0, 20)
 

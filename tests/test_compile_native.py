@@ -17,13 +17,14 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
-from pyro_elbo_ext import CompiledSVI, DecomposedELBO, objective
-from pyro_elbo_ext import record as history_room
+from pyro_elbo_ext import CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.compile import binding, program, svi
-from pyro_elbo_ext.compile import native as native_room
-from pyro_elbo_ext.compile.kernel_calls import NotNative, record
+from pyro_elbo_ext.compile.machine_code import native as native_room
+from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative, record
 from pyro_elbo_ext.compile.program import Program
-from pyro_elbo_ext.history import History
+from pyro_elbo_ext.history import record as history_room
+from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.objectives import objective
 from tests.interruptions import stopped_everywhere
 from tests.test_compile import SIGMA, Fit, Y, assert_equal, eight_schools, train
 
@@ -115,7 +116,7 @@ def test_own_linear_algebra_equals_torchs(dtype: torch.dtype) -> None:
 
     good, weight = torch.ones((), dtype=torch.bool), torch.ones(1, dtype=torch.float64)
     inputs = [a, b, matrix, row, t, good, weight]
-    from pyro_elbo_ext.compile.step_graph import compile_function
+    from pyro_elbo_ext.compile.machine_code.step_graph import compile_function
 
     compiled = compile_function(step, inputs, "inductor", False, {})
     own = [call for call in record(compiled, inputs).calls if "product<" in call.text or "solve<" in call.text]

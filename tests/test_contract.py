@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pyro_elbo_ext import DecomposedELBO, MultiSampleELBO
-from pyro_elbo_ext.bounds import Bound
-from pyro_elbo_ext.gradients import Gradient
-from pyro_elbo_ext.kl import KLChoice
+from pyro_elbo_ext.bounds.bounds import Bound
+from pyro_elbo_ext.bounds.gradients import Gradient
+from pyro_elbo_ext.terms.kl import KLChoice
 from tests.oracles import PROBLEMS, Problem
 from tests.test_gradients import BOUNDS, GRADIENTS, name_of
 

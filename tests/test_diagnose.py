@@ -20,14 +20,15 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from scipy.stats import norm
 
-from pyro_elbo_ext import DecomposedELBO, batched_draws, diagnose
+from pyro_elbo_ext import DecomposedELBO, diagnose
+from pyro_elbo_ext.density.log_density import compiled_log_density
 from pyro_elbo_ext.diagnosis import reasons, report
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.many_chains import COLUMNS, run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
 from pyro_elbo_ext.evidence.importance import ImportanceSample
 from pyro_elbo_ext.evidence.ledger import EvidenceBounds, Interval
-from pyro_elbo_ext.log_density import compiled_log_density
+from pyro_elbo_ext.particles import batched_draws
 
 ERRORS = 4.5  # standard errors that a figure may be off
 

@@ -22,8 +22,8 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_elbo_ext import DecomposedELBO, History
 from pyro_elbo_ext.training import processes
-from pyro_elbo_ext.training.batch_shares import weights_of
-from pyro_elbo_ext.training.distributed import DistributedSVI
+from pyro_elbo_ext.training.distributed.batch_shares import weights_of
+from pyro_elbo_ext.training.distributed.svi import DistributedSVI
 from tests import distributed_cases as cases
 from tests import lost_processes
 

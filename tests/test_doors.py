@@ -29,7 +29,7 @@ from pyro_elbo_ext import (
     psis_khat,
     run_nuts,
 )
-from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.density.log_density import LogDensity
 
 Program = Callable[..., Any]
 NAN = float("nan")

@@ -17,7 +17,7 @@ from pyro_elbo_ext import evidence_bounds, run_nuts
 from pyro_elbo_ext.demo import load_eight_schools, noncentered
 from pyro_elbo_ext.evidence import estimates
 from pyro_elbo_ext.evidence.ledger import EvidenceBounds
-from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.inference_data.export import dataset_of
 from tests.evidence_oracles import BETA, GAUSSIAN, PROBLEMS, REGRESSION, Conjugate
 
 CASES = [(problem, guide) for problem, conjugate in PROBLEMS.items() for guide in conjugate.guides]

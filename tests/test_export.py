@@ -24,7 +24,7 @@ from scipy import stats
 from torch.distributions import constraints
 
 from pyro_elbo_ext import DecomposedELBO, History
-from pyro_elbo_ext.export import dataset_of, from_pyro_mcmc, from_pyro_svi, to_arviz
+from pyro_elbo_ext.inference_data.export import dataset_of, from_pyro_mcmc, from_pyro_svi, to_arviz
 
 DATA = torch.tensor([1.2, -0.3, 0.8, 2.1, 0.4])
 

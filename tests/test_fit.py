@@ -21,10 +21,10 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_elbo_ext import AdaptiveStopping, Callback, CompiledSVI, DecomposedELBO, Patience
-from pyro_elbo_ext.training.batches import Batches
+from pyro_elbo_ext.bounds.weighting import Geco, LinearWarmup
+from pyro_elbo_ext.training.data.batches import Batches
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
-from pyro_elbo_ext.weighting import Geco, LinearWarmup
 
 Y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
 SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
@@ -190,7 +190,7 @@ def test_resumed_run_equals_the_whole(data: str, compiled: Any, tmp_path: Path) 
 
 
 def test_checkpoint_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyro_elbo_ext.training import checkpoints
+    from pyro_elbo_ext.training.state import checkpoints
 
     path = tmp_path / "c.pt"
     checkpoints.write(path, {"a": 1})

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_elbo_ext import AutomaticFit, fit
 from pyro_elbo_ext.automatic.approximate import Approximation, approximate
-from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
-from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.density.log_density import LogDensity, compiled_log_density
+from pyro_elbo_ext.mcmc.nuts import run_nuts
 from pyro_elbo_ext.programs.randomness import isolated
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from pyro_elbo_ext import gradient_noise
-from pyro_elbo_ext.history import History, SiteInfo
+from pyro_elbo_ext.history import gradient_noise
+from pyro_elbo_ext.history.history import History, SiteInfo
 from tests.interruptions import stopped_everywhere
 
 BY_PARAMETER = ["parameter", "numel", "snr", "snr_median", "snr_min", "snr_max", "num_steps"]

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from pyro_elbo_ext import record as record_module
-from pyro_elbo_ext.history import VALUES, History, SiteInfo
+from pyro_elbo_ext.history import record as record_module
+from pyro_elbo_ext.history.history import VALUES, History, SiteInfo
 from tests.interruptions import stopped_everywhere
 
 MU = SiteInfo("mu", "latent", "analytic", "Normal against Normal")

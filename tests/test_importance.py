@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pyro_elbo_ext import evidence_bounds, psis_khat
 from pyro_elbo_ext.demo import centered, load_eight_schools, noncentered
+from pyro_elbo_ext.density.log_density import LogDensity
 from pyro_elbo_ext.evidence.importance import ImportanceSample
 from pyro_elbo_ext.evidence.scoring import Scorer
-from pyro_elbo_ext.export import dataset_of
-from pyro_elbo_ext.log_density import LogDensity
+from pyro_elbo_ext.inference_data.export import dataset_of
 from tests.evidence_oracles import GAUSSIAN
 
 

@@ -17,8 +17,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNorm
 from torch.distributions import kl_divergence, transforms
 
 from pyro_elbo_ext import DecomposedELBO
-from pyro_elbo_ext.closed_forms import Weight, kl_prior, same_bijection
-from pyro_elbo_ext.terms import Term
+from pyro_elbo_ext.terms.closed_forms import Weight, kl_prior, same_bijection
+from pyro_elbo_ext.terms.terms import Term
 
 ONE = Weight(1.0, None)
 

@@ -25,7 +25,7 @@ from tests.test_distributed import run_module
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
 
-from pyro_elbo_ext.training.lightning import LightningELBO
+from pyro_elbo_ext.training.distributed.lightning import LightningELBO
 from tests import lightning_run
 
 pytestmark = [
@@ -168,7 +168,7 @@ def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "pyro_elbo_ext.training.lightning")
+    monkeypatch.delitem(sys.modules, "pyro_elbo_ext.training.distributed.lightning")
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'pyro_elbo_ext\[lightning\]'"):
-        importlib.import_module("pyro_elbo_ext.training.lightning")
+        importlib.import_module("pyro_elbo_ext.training.distributed.lightning")

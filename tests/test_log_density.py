@@ -18,8 +18,9 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_elbo_ext import LogDensity, compiled_log_density, density_graph
-from pyro_elbo_ext.compile import kernel_calls
+from pyro_elbo_ext import LogDensity, compiled_log_density
+from pyro_elbo_ext.compile.machine_code import kernel_calls
+from pyro_elbo_ext.density import graph as density_graph
 
 Y = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
 

@@ -38,7 +38,7 @@ from pyro_elbo_ext import (
     RenyiELBO,
     ThermodynamicELBO,
 )
-from pyro_elbo_ext.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
+from pyro_elbo_ext.bounds.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
 from tests.oracles import DATA, PROBLEMS, _exact_plated
 from tests.test_gradients import BOUNDS
 from tests.test_parity import AUTOGUIDES, eight_schools, evaluate, vectors

@@ -15,8 +15,8 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from pyro_elbo_ext import compare_to_mcmc, diagnose, evidence_bounds, from_pyro_mcmc, from_pyro_svi, run_nuts
-from pyro_elbo_ext.export import dataset_of
-from pyro_elbo_ext.names import by_site, storable, variables_of
+from pyro_elbo_ext.inference_data.export import dataset_of
+from pyro_elbo_ext.inference_data.names import by_site, storable, variables_of
 
 ODD = (
     "a/b",
@@ -134,7 +134,7 @@ def test_sites_whose_shapes_disagree_are_refused_before_sampling(monkeypatch: py
         with pyro.plate("rows_dim_dim_0", 3):
             pyro.sample("b", dist.Normal(0.0, 1.0))
 
-    monkeypatch.setattr("pyro_elbo_ext.mcmc.sample_pyro", lambda *args: pytest.fail("it draws"))
+    monkeypatch.setattr("pyro_elbo_ext.mcmc.nuts.sample_pyro", lambda *args: pytest.fail("it draws"))
     with pytest.raises(ValueError, match="dim 'rows_dim_dim_0' has size 2 at 'rows_dim' and 3 at 'b'"):
         run_nuts(model, num_samples=4, warmup=4, chains=1, backend="pyro", progress=False, compile=False)
 

@@ -33,7 +33,7 @@ from pyro_elbo_ext import (
     RenyiELBO,
     ThermodynamicELBO,
 )
-from pyro_elbo_ext.per_pair import PerPair
+from pyro_elbo_ext.objectives.per_pair import PerPair
 
 
 def model(x: torch.Tensor | None = None) -> None:

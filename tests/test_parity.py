@@ -30,7 +30,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 from pyro_elbo_ext import DecomposedELBO
-from pyro_elbo_ext.kl import KLChoice
+from pyro_elbo_ext.terms.kl import KLChoice
 from tests.oracles import PROBLEMS, Problem
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyro_elbo_ext.history import History, SiteInfo
-from pyro_elbo_ext.plots import plot_history, running_mean
+from pyro_elbo_ext.history.history import History, SiteInfo
+from pyro_elbo_ext.history.plots import plot_history, running_mean
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from pyro_elbo_ext import diagnose
+from pyro_elbo_ext.density.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS
-from pyro_elbo_ext.log_density import LogDensity, compiled_log_density
-from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.mcmc.nuts import run_nuts
 
 pytestmark = pytest.mark.skipif(not db.FOLDER.is_dir(), reason="reference posteriors are not here")
 STANDARD_ERRORS = 4.5  # about 1e-5 of a normal lies beyond, for some 120 comparisons

@@ -11,7 +11,7 @@ import xarray as xr
 from scipy import stats
 
 from pyro_elbo_ext.comparison.predictive import compare_predictive
-from pyro_elbo_ext.export import to_arviz
+from pyro_elbo_ext.inference_data.export import to_arviz
 
 Y = np.array([0.3, -1.0, 0.8, 1.5, 0.1, -0.4])
 VARIANCE = 1 / (1 + Y.size)  # mu ~ N(0, 1), y ~ N(mu, 1)

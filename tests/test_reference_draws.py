@@ -14,7 +14,7 @@ import xarray as xr
 
 from pyro_elbo_ext.comparison.marginal import FIGURES, compare_to_mcmc
 from pyro_elbo_ext.comparison.reference_draws import read_draws, stan_dataset
-from pyro_elbo_ext.export import to_arviz
+from pyro_elbo_ext.inference_data.export import to_arviz
 
 COLUMNS = {
     name: np.random.default_rng(i).normal(size=(2, 5))

@@ -23,10 +23,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_elbo_ext import DecomposedELBO, FitResult, ImportanceWeightedELBO, fit
+from pyro_elbo_ext.bounds.weighting import LinearWarmup
 from pyro_elbo_ext.programs.interrupts import interrupts_wait
-from pyro_elbo_ext.training import checkpoints
-from pyro_elbo_ext.training.stopping import FixedSteps
-from pyro_elbo_ext.weighting import LinearWarmup
+from pyro_elbo_ext.training.state import checkpoints
+from pyro_elbo_ext.training.stopping.rules import FixedSteps
 from tests.killed_runs import differences
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process that forks has one thread
@@ -342,7 +342,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_live_one_writes_stays(tmp_
     for file in (*stale, *others):
         file.write_bytes(b"half")
     script = (
-        "import sys, time; from pathlib import Path; from pyro_elbo_ext.atomic_files import replaced\n"
+        "import sys, time; from pathlib import Path; from pyro_elbo_ext.files.atomic import replaced\n"
         "with replaced(Path(sys.argv[1])) as new:\n    new.write_bytes(b'whole'); print(new, flush=True); sys.stdin.read()"
     )
     live = subprocess.Popen(

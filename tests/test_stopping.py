@@ -24,11 +24,11 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from pyro_elbo_ext.training.adaptive import AdaptiveStopping
-from pyro_elbo_ext.training.guide_moments import GuideMoments, Moments, flatten, symmetrized_kl, unflatten
-from pyro_elbo_ext.training.iterates import MAX_BYTES, Iterates, best_window, largest_r_hat, smallest_ess
-from pyro_elbo_ext.training.power_law import fit_power_law, predicted_steps
-from pyro_elbo_ext.training.stopping import Decision, FixedSteps, Patience
+from pyro_elbo_ext.training.stopping.adaptive import AdaptiveStopping
+from pyro_elbo_ext.training.stopping.guide_moments import GuideMoments, Moments, flatten, symmetrized_kl, unflatten
+from pyro_elbo_ext.training.stopping.iterates import MAX_BYTES, Iterates, best_window, largest_r_hat, smallest_ess
+from pyro_elbo_ext.training.stopping.power_law import fit_power_law, predicted_steps
+from pyro_elbo_ext.training.stopping.rules import Decision, FixedSteps, Patience
 
 Array = NDArray[np.float64]
 

@@ -18,8 +18,8 @@ import xarray as xr
 from pyro_elbo_ext import compare_to_mcmc, read_draws
 from pyro_elbo_ext.calibration.files import Folder
 from pyro_elbo_ext.diagnosis.command import read_data
-from pyro_elbo_ext.history import History
-from pyro_elbo_ext.record import SiteInfo
+from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.history.record import SiteInfo
 
 MOST = 100_000_000  # bytes that a refusal may take
 

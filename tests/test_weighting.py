@@ -18,7 +18,7 @@ from pyro.optim import Adam, PyroLRScheduler, RMSprop  # type: ignore[attr-defin
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, History
-from pyro_elbo_ext.weighting import Constant, CyclicalWarmup, Geco, LinearWarmup, check_reaches_one
+from pyro_elbo_ext.bounds.weighting import Constant, CyclicalWarmup, Geco, LinearWarmup, check_reaches_one
 
 DATA = torch.tensor([0.5, -1.0, 2.0, 1.5, -0.5, 3.0], dtype=torch.float64)
 BATCH = DATA[:3]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, biject_to, constraints
 from torch.distributions.transforms import LowerCholeskyTransform
 
-from pyro_elbo_ext.closed_forms import bare
+from pyro_elbo_ext.terms.closed_forms import bare
 
 
 class FreeDistribution:

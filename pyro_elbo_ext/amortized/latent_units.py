@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
-from pyro_elbo_ext import closed_forms
 from pyro_elbo_ext.amortized.local_sites import (
     as_batches,
     check_cover,
@@ -22,10 +21,11 @@ from pyro_elbo_ext.amortized.local_sites import (
     distribution,
     run_local,
 )
-from pyro_elbo_ext.closed_forms import Weight
-from pyro_elbo_ext.draws import to_numpy
+from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.programs.randomness import untouched
-from pyro_elbo_ext.terms import Site
+from pyro_elbo_ext.terms import closed_forms
+from pyro_elbo_ext.terms.closed_forms import Weight
+from pyro_elbo_ext.terms.terms import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

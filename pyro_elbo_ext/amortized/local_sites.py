@@ -13,13 +13,13 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_elbo_ext.dependencies import DependencyTracker
-from pyro_elbo_ext.kl import read_structure
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import trace_pair
-from pyro_elbo_ext.terms import Outline, Site, read_sites
+from pyro_elbo_ext.terms.dependencies import DependencyTracker
+from pyro_elbo_ext.terms.kl import read_structure
+from pyro_elbo_ext.terms.terms import Outline, Site, read_sites
 
 Program = Callable[..., Any]
 

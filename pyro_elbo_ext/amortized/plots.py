@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_elbo_ext.plots import COLOURS, OTHER, TOTAL, pyplot
+from pyro_elbo_ext.history.plots import COLOURS, OTHER, TOTAL, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_elbo_ext import closed_forms
 from pyro_elbo_ext.amortized.local_sites import (
     LocalRun,
     as_batches,
@@ -24,10 +23,11 @@ from pyro_elbo_ext.amortized.local_sites import (
     run_again,
     run_local,
 )
-from pyro_elbo_ext.closed_forms import Weight
-from pyro_elbo_ext.draws import to_numpy
+from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.randomness import untouched
+from pyro_elbo_ext.terms import closed_forms
+from pyro_elbo_ext.terms.closed_forms import Weight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_elbo_ext.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
 from pyro_elbo_ext.automatic.site_moments import Moments, move_to_moments
 from pyro_elbo_ext.evidence.importance import EVEN, khat_threshold
+from pyro_elbo_ext.inference_data.arviz_statistics import pareto_smoothed
 
 WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
 MATCH_DRAWS = (16384, 49152)  # the second where the first have fewer effective draws than ENOUGH_EFFECTIVE

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
-from pyro_elbo_ext.samplers import culprit
+from pyro_elbo_ext.mcmc.samplers import culprit
 
 RADIUS = 2.0  # of the uniform starting points, as in Stan
 ATTEMPTS = 100  # random points among which a starting point with a finite density is looked for

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from pyro_elbo_ext.calibration.files import Folder
 from pyro_elbo_ext.calibration.rank_tests import holm, symmetric_ks, uniform_chi2, uniform_ks
 from pyro_elbo_ext.calibration.simulation import Failed, Job, Ranked, data_of_simulation, prior_run, run_simulation
-from pyro_elbo_ext.draws import data_of, to_numpy
-from pyro_elbo_ext.export import to_arviz
-from pyro_elbo_ext.labels import Labels, scalar_label
+from pyro_elbo_ext.inference_data.draws import data_of, to_numpy
+from pyro_elbo_ext.inference_data.export import to_arviz
+from pyro_elbo_ext.inference_data.labels import Labels, scalar_label
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import check_callable
 

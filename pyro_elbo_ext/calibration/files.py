@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pyro_elbo_ext.atomic_files import remove_stale, replaced
 from pyro_elbo_ext.calibration.simulation import QUANTITIES, Ranked
-from pyro_elbo_ext.untrusted import read_npz, reading
+from pyro_elbo_ext.files.atomic import remove_stale, replaced
+from pyro_elbo_ext.files.untrusted import read_npz, reading
 
 SETTINGS = "settings.json"
 

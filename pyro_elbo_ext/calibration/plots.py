@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_elbo_ext.arviz_statistics import ecdf_band
-from pyro_elbo_ext.plots import pyplot
+from pyro_elbo_ext.history.plots import pyplot
+from pyro_elbo_ext.inference_data.arviz_statistics import ecdf_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_elbo_ext.comparison.reference_draws import read_draws
-from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.inference_data.export import dataset_of
 
 SIDES = ("approx", "mcmc")
 Transformed = Mapping[str, Callable[[xr.Dataset], Any]]

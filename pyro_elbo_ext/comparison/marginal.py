@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_elbo_ext.arviz_statistics import effective_size
 from pyro_elbo_ext.comparison.alignment import SIDES, Transformed, aligned, draws_of, with_transformed
 from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
-from pyro_elbo_ext.labels import scalar_label
-from pyro_elbo_ext.names import named_as
+from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
+from pyro_elbo_ext.inference_data.labels import scalar_label
+from pyro_elbo_ext.inference_data.names import named_as
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_elbo_ext.plots import pyplot
+from pyro_elbo_ext.history.plots import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

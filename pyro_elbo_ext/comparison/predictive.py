@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_elbo_ext.arviz_statistics import leave_one_out
 from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
-from pyro_elbo_ext.export import dataset_of
+from pyro_elbo_ext.inference_data.arviz_statistics import leave_one_out
+from pyro_elbo_ext.inference_data.export import dataset_of
 
 
 class PredictiveComparison:

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from pyro_elbo_ext.untrusted import NUMBERS, loaded, open_zip, read_npz, reading
+from pyro_elbo_ext.files.untrusted import NUMBERS, loaded, open_zip, read_npz, reading
 
 KINDS = (".nc", ".npz", ".json", ".zip")
 MOST_DIMS = 30  # beside chain and draw

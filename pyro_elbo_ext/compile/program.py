@@ -16,23 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_elbo_ext.compile.arguments import Arguments
 from pyro_elbo_ext.compile.binding import Binding
-from pyro_elbo_ext.compile.capture import Evaluation, capture, written_inputs
-from pyro_elbo_ext.compile.compiler import failures_are_reasons
-from pyro_elbo_ext.compile.kernel_calls import NotNative
-from pyro_elbo_ext.compile.layouts import Changed, Layouts, comparable_in_c, look_of
-from pyro_elbo_ext.compile.losses import TracedLoss
-from pyro_elbo_ext.compile.native import NativeSteps, Taken
-from pyro_elbo_ext.compile.numbers import NeedsNumber
-from pyro_elbo_ext.compile.reads import Guards, Recorder
-from pyro_elbo_ext.compile.static_check import check_graph, check_structure, nothing_changed
-from pyro_elbo_ext.compile.step_graph import Backend, Compiled, build_steps, build_value, compile_function
-from pyro_elbo_ext.objective import Program as PyroProgram
-from pyro_elbo_ext.objective import Weight
+from pyro_elbo_ext.compile.machine_code.compiler import failures_are_reasons
+from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative
+from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, comparable_in_c, look_of
+from pyro_elbo_ext.compile.machine_code.native import NativeSteps, Taken
+from pyro_elbo_ext.compile.machine_code.step_graph import Backend, Compiled, build_steps, build_value, compile_function
+from pyro_elbo_ext.compile.tracing.arguments import Arguments
+from pyro_elbo_ext.compile.tracing.capture import Evaluation, capture, written_inputs
+from pyro_elbo_ext.compile.tracing.losses import TracedLoss
+from pyro_elbo_ext.compile.tracing.numbers import NeedsNumber
+from pyro_elbo_ext.compile.tracing.reads import Guards, Recorder
+from pyro_elbo_ext.compile.tracing.static_check import check_graph, check_structure, nothing_changed
+from pyro_elbo_ext.history.record import VALUES
+from pyro_elbo_ext.objectives.objective import Program as PyroProgram
+from pyro_elbo_ext.objectives.objective import Weight
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
-from pyro_elbo_ext.record import VALUES
-from pyro_elbo_ext.registration import modules_of
+from pyro_elbo_ext.terms.registration import modules_of
 
 logger = logging.getLogger(__name__)
 

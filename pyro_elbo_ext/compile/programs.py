@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from pyro_elbo_ext.compile.arguments import Key
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.program import Program
+from pyro_elbo_ext.compile.tracing.arguments import Key
 
 MOST_KEPT = 32
 

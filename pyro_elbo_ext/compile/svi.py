@@ -23,22 +23,22 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_elbo_ext.compile.arguments import Args, Arguments, Key, Kwargs, described, name_of, take_apart
 from pyro_elbo_ext.compile.binding import Binding, WholeOptimizer, portable
-from pyro_elbo_ext.compile.compiler import check_backend, import_dynamo
 from pyro_elbo_ext.compile.errors import CannotCompile
-from pyro_elbo_ext.compile.first_look import FirstLook
-from pyro_elbo_ext.compile.layouts import Changed, has_memory
-from pyro_elbo_ext.compile.losses import TracedLoss, traced_loss
-from pyro_elbo_ext.compile.native import Taken
+from pyro_elbo_ext.compile.machine_code.compiler import check_backend, import_dynamo
+from pyro_elbo_ext.compile.machine_code.layouts import Changed, has_memory
+from pyro_elbo_ext.compile.machine_code.native import Taken
 from pyro_elbo_ext.compile.program import Program, Settings
 from pyro_elbo_ext.compile.programs import MOST_KEPT, Programs
 from pyro_elbo_ext.compile.threads import OneThread
+from pyro_elbo_ext.compile.tracing.arguments import Args, Arguments, Key, Kwargs, described, name_of, take_apart
+from pyro_elbo_ext.compile.tracing.first_look import FirstLook
+from pyro_elbo_ext.compile.tracing.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
-from pyro_elbo_ext.objective import NotFinite, Objective, Weight
+from pyro_elbo_ext.history.record import VALUES
+from pyro_elbo_ext.objectives.objective import NotFinite, Objective, Weight
 from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.programs.replay import OwnIndices
-from pyro_elbo_ext.record import VALUES
 
 logger = logging.getLogger(__name__)
 

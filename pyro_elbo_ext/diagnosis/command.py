@@ -17,7 +17,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
-from pyro_elbo_ext.untrusted import read_npz, reading
+from pyro_elbo_ext.files.untrusted import read_npz, reading
 
 STATUS = {"good": 0, "means only": 1, "do not use": 2}
 FAILED = 3

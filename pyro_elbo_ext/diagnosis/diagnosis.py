@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-    from pyro_elbo_ext.history import History
+    from pyro_elbo_ext.history.history import History
 
 Verdict = Literal["good", "means only", "do not use"]
 VERDICTS: tuple[Verdict, ...] = ("good", "means only", "do not use")

@@ -15,10 +15,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_elbo_ext.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.diagnosis.diagnosis import NOT_KNOWN, Verdict
-from pyro_elbo_ext.draws import to_numpy
-from pyro_elbo_ext.labels import Labels, scalar_label
+from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto_smoothed
+from pyro_elbo_ext.inference_data.draws import to_numpy
+from pyro_elbo_ext.inference_data.labels import Labels, scalar_label
 
 Array = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pyro_elbo_ext.diagnosis import report
-from pyro_elbo_ext.plots import COLOURS
+from pyro_elbo_ext.history.plots import COLOURS
 
 if TYPE_CHECKING:
     from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from pyro_elbo_ext.comparison.marginal import BAD, GOOD
 from pyro_elbo_ext.diagnosis.report import worst_first
 from pyro_elbo_ext.evidence.importance import about_khat
-from pyro_elbo_ext.history import History
-from pyro_elbo_ext.plots import COLOURS, OTHER, pyplot, running_mean
+from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.history.plots import COLOURS, OTHER, pyplot, running_mean
 
 if TYPE_CHECKING:
     import pandas as pd

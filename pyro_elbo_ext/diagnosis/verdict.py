@@ -26,14 +26,14 @@ from pyro_elbo_ext.diagnosis.marginals import (
 )
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
 from pyro_elbo_ext.diagnosis.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
-from pyro_elbo_ext.draws import imputation
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, psis_khat
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS, evidence_bounds
 from pyro_elbo_ext.evidence.ledger import EvidenceBounds
 from pyro_elbo_ext.evidence.scoring import Scorer
-from pyro_elbo_ext.history import History
-from pyro_elbo_ext.labels import Labels
-from pyro_elbo_ext.names import named_as, site_of
+from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.inference_data.draws import imputation
+from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.inference_data.names import named_as, site_of
 from pyro_elbo_ext.programs.faults import discrete_latent
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import seeded, untouched

@@ -19,14 +19,14 @@ from torch.distributions import Transform
 from torch.distributions.constraints import Constraint, independent
 from tqdm import tqdm
 
-from pyro_elbo_ext.draws import to_numpy
 from pyro_elbo_ext.evidence.scoring import Array, Scorer
-from pyro_elbo_ext.folding import transform_of
+from pyro_elbo_ext.inference_data.draws import to_numpy
+from pyro_elbo_ext.particles.supply import CannotBatch
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import is_random
 from pyro_elbo_ext.programs.running import trace_program
-from pyro_elbo_ext.supply import CannotBatch
-from pyro_elbo_ext.terms import read_sites
+from pyro_elbo_ext.terms.folding import transform_of
+from pyro_elbo_ext.terms.terms import read_sites
 
 LEAPFROG = 5  # steps of a trajectory
 ADAPTATION = 4  # trajectories per temperature of the pilot run, in which the step size is adapted

@@ -16,16 +16,16 @@ import xarray as xr
 from scipy import stats
 from torch import Tensor
 
-from pyro_elbo_ext.arviz_statistics import effective_size, pareto_smoothed
-from pyro_elbo_ext.decomposed import DecomposedELBO
 from pyro_elbo_ext.evidence import estimates
 from pyro_elbo_ext.evidence.annealing import CannotAnneal, annealed
 from pyro_elbo_ext.evidence.estimates import Estimate
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, importance_sample
 from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds, Interval
 from pyro_elbo_ext.evidence.scoring import Array, Scorer
-from pyro_elbo_ext.export import dataset_of
-from pyro_elbo_ext.names import by_site, found_in
+from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto_smoothed
+from pyro_elbo_ext.inference_data.export import dataset_of
+from pyro_elbo_ext.inference_data.names import by_site, found_in
+from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import untouched
 

@@ -19,19 +19,19 @@ from torch import Tensor
 from torch.distributions import biject_to
 from tqdm import tqdm
 
-from pyro_elbo_ext.batched_draws import Batch
-from pyro_elbo_ext.batching import run_batched
-from pyro_elbo_ext.draws import check_full, to_numpy, values_of
-from pyro_elbo_ext.folding import transform_of, unpack
-from pyro_elbo_ext.gradients import Pathwise
+from pyro_elbo_ext.bounds.gradients import Pathwise
+from pyro_elbo_ext.inference_data.draws import check_full, to_numpy, values_of
+from pyro_elbo_ext.particles.batched_draws import Batch
+from pyro_elbo_ext.particles.batching import run_batched
+from pyro_elbo_ext.particles.supply import CannotBatch, Supply
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause
 from pyro_elbo_ext.programs.nodes import Node, is_point_mass, is_random
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
-from pyro_elbo_ext.supply import CannotBatch, Supply
-from pyro_elbo_ext.terms import Site, outline, read_sites
+from pyro_elbo_ext.terms.folding import transform_of, unpack
+from pyro_elbo_ext.terms.terms import Site, outline, read_sites
 
 Array = NDArray[np.float64]
 NUMBERS_AT_ONCE = 8_000_000  # values of sites, of all draws that are run at once

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from pyro_elbo_ext.compile.binding import WholeOptimizer
-from pyro_elbo_ext.training.batches import Batches, Whole
+from pyro_elbo_ext.training.data.batches import Batches, Whole
 from pyro_elbo_ext.training.settings import name_of
 
 Fingerprint = dict[str, Any]

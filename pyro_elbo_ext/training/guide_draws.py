@@ -11,9 +11,9 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.batched_draws import Batch
-from pyro_elbo_ext.draws import check_full, values_of
-from pyro_elbo_ext.gradients import Pathwise
+from pyro_elbo_ext.bounds.gradients import Pathwise
+from pyro_elbo_ext.inference_data.draws import check_full, values_of
+from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import run_pair

@@ -18,17 +18,19 @@ from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
-from pyro_elbo_ext.objective import NotFinite, Objective
+from pyro_elbo_ext.objectives.objective import NotFinite, Objective
 from pyro_elbo_ext.programs.interrupts import interrupts_wait
-from pyro_elbo_ext.training import checkpoints, processes
-from pyro_elbo_ext.training.batches import Batches, Call, Whole, named_arguments
+from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.callbacks import CallbackList
-from pyro_elbo_ext.training.distributed import DistributedSVI
+from pyro_elbo_ext.training.data.batches import Batches, Call, Whole, named_arguments
+from pyro_elbo_ext.training.data.validation import Validation
+from pyro_elbo_ext.training.distributed.svi import DistributedSVI
 from pyro_elbo_ext.training.fingerprint import Fingerprint, described, differences
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import Rollback, check_same_parameters
 from pyro_elbo_ext.training.safety import Watch, explain, is_numerical
-from pyro_elbo_ext.training.state import (
+from pyro_elbo_ext.training.state import checkpoints
+from pyro_elbo_ext.training.state.state import (
     State,
     TrainingState,
     load_objective,
@@ -36,8 +38,7 @@ from pyro_elbo_ext.training.state import (
     random_state,
     set_random_state,
 )
-from pyro_elbo_ext.training.stopping import Decision, Patience, StoppingRule
-from pyro_elbo_ext.training.validation import Validation
+from pyro_elbo_ext.training.stopping.rules import Decision, Patience, StoppingRule
 
 logger = logging.getLogger(__name__)
 

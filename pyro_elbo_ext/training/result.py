@@ -17,12 +17,12 @@ from torch import Tensor
 
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.verdict import diagnose
-from pyro_elbo_ext.export import from_pyro_svi
-from pyro_elbo_ext.history import History
+from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.inference_data.export import from_pyro_svi
 from pyro_elbo_ext.programs.points import point_estimate
-from pyro_elbo_ext.training import checkpoints
 from pyro_elbo_ext.training.guide_draws import draw_guide
-from pyro_elbo_ext.training.ownership import Ownership, said
+from pyro_elbo_ext.training.state import checkpoints
+from pyro_elbo_ext.training.state.ownership import Ownership, said
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,8 +240,8 @@ class FitResult:
         ValueError
             If it is not one of `save`'s, or has other parameters than the programs: both are named.
         """
-        from pyro_elbo_ext.decomposed import DecomposedELBO
-        from pyro_elbo_ext.training.state import TrainingState, parameters_of_programs, random_state_kept
+        from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+        from pyro_elbo_ext.training.state.state import TrainingState, parameters_of_programs, random_state_kept
 
         content = checkpoints.read(Path(path))
         if content.get("kind") != "fit":

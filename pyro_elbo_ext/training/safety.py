@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_elbo_ext.decomposed import DecomposedELBO
-from pyro_elbo_ext.objective import NotFinite, Objective
-from pyro_elbo_ext.training.batches import Call
-from pyro_elbo_ext.training.state import State
+from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives.objective import NotFinite, Objective
+from pyro_elbo_ext.training.data.batches import Call
+from pyro_elbo_ext.training.state.state import State
 
 _FEWEST = 20  # losses before anything is said about their level
 _DEFINITE = (constraints.positive_definite, constraints.positive_semidefinite)

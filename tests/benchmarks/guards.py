@@ -19,7 +19,7 @@ from pyro.infer import Trace_ELBO
 from pyro.optim import Adam  # type: ignore[attr-defined]  # Pyro defines it at run time
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
-from pyro_elbo_ext.compile import layouts
+from pyro_elbo_ext.compile.machine_code import layouts
 from tests.benchmarks.problems import eight_schools, logistic_regression
 
 CALLS, BLOCKS = 5000, 30

@@ -54,7 +54,7 @@ from torch.distributions import constraints
 
 from pyro_elbo_ext import CompiledSVI
 from pyro_elbo_ext.compile import CannotCompile
-from pyro_elbo_ext.registration import modules_of
+from pyro_elbo_ext.terms.registration import modules_of
 
 Program = Callable[..., Any]
 

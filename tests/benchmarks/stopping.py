@@ -20,9 +20,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI
-from pyro_elbo_ext.training.adaptive import AdaptiveStopping
-from pyro_elbo_ext.training.guide_moments import GuideMoments, Moments, flatten, unflatten
-from pyro_elbo_ext.training.stopping import CONTINUE, Decision, StoppingRule
+from pyro_elbo_ext.training.stopping.adaptive import AdaptiveStopping
+from pyro_elbo_ext.training.stopping.guide_moments import GuideMoments, Moments, flatten, unflatten
+from pyro_elbo_ext.training.stopping.rules import CONTINUE, Decision, StoppingRule
 
 FALSE_STOP = 0.1  # sd: the worst mean's distance from the best guide's
 

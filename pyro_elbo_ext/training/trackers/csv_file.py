@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from pyro_elbo_ext.atomic_files import replaced
+from pyro_elbo_ext.files.atomic import replaced
 from pyro_elbo_ext.training.callbacks import Callback
 from pyro_elbo_ext.training.trackers.values import plain
 

@@ -1,0 +1,23 @@
+"""What an objective estimates: a bound on ``log p(x)``, how its gradient is estimated, and weights of ``kl_prior``."""
+
+from pyro_elbo_ext.bounds.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
+from pyro_elbo_ext.bounds.gradients import DoublyReparameterized, Gradient, Pathwise, ScoreFunction, VarGrad
+from pyro_elbo_ext.bounds.weighting import Constant, CyclicalWarmup, Geco, LinearWarmup
+
+__all__ = [
+    "CUBO",
+    "ELBO",
+    "IWAE",
+    "TVO",
+    "Bound",
+    "Constant",
+    "CyclicalWarmup",
+    "DoublyReparameterized",
+    "Geco",
+    "Gradient",
+    "LinearWarmup",
+    "Pathwise",
+    "Renyi",
+    "ScoreFunction",
+    "VarGrad",
+]

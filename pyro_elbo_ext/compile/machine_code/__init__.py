@@ -1,0 +1,1 @@
+"""From an ATen graph to machine code, and calling it without Python."""

@@ -1,0 +1,430 @@
+"""One evaluation of a bound: draws, log weights, value, each site's numbers, and the surrogate of the chosen estimator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+from pyro_elbo_ext.bounds.bounds import Bound
+from pyro_elbo_ext.bounds.gradients import Gradient, Pathwise, by_particle
+from pyro_elbo_ext.bounds.site_weights import Number, SiteWeights
+from pyro_elbo_ext.history.history import SiteInfo
+from pyro_elbo_ext.objectives.objective import (
+    Args,
+    Evaluation,
+    Kwargs,
+    NotFinite,
+    Objective,
+    Pair,
+    Program,
+    Read,
+    Signature,
+    Totals,
+    Values,
+    signature_of,
+)
+from pyro_elbo_ext.particles.estimate import Ledger, num_observations, scale_of
+from pyro_elbo_ext.particles.log_weights import Densities, LogWeights, join, plate_scores, read_densities
+from pyro_elbo_ext.particles.particles import Draw, draw, draw_particles, drawn_sites
+from pyro_elbo_ext.particles.placement import Placement, place
+from pyro_elbo_ext.particles.plate_costs import score_shares
+from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.terms.terms import Kind, Method, Site, Term, Terms, read_sites, stack_particles
+
+_NAN = float("nan")
+
+
+class _Description(NamedTuple):
+    """What a site is, without its traces and their graphs."""
+
+    site: str
+    kind: Kind
+    stack: tuple[CondIndepStackFrame, ...]
+    scale: float | Tensor
+    mask: bool | Tensor | None
+    history_scale: float | int  # as a number, or its place in the ledger
+    num_elements: float | int  # of an observed site; of a latent one if they are counted
+
+
+@dataclass(slots=True)
+class Particles:
+    """Detached log densities of every particle's sites, from which :class:`Terms` are made when asked for.
+
+    ``looped`` has one entry for each looped particle, or a single one for all vectorized ones.
+    """
+
+    looped: list[tuple[list[_Description], list[tuple[Tensor | None, tuple[Tensor, ...]]]]]
+    num_particles: int
+    reason: str
+    contributions: dict[str, float] | None
+
+    def terms(self) -> Terms:
+        """The terms; log densities are those of the draws, not weighted."""
+        vectorized = self.num_particles if len(self.looped) == 1 else 1
+        each = []
+        for descriptions, full in self.looped:
+            terms = {}
+            for of, (log_p, log_q) in zip(descriptions, full, strict=True):
+                method: Method | None = None if of.kind == "observed" else "sampled"
+                reason = None if of.kind == "observed" else self.reason
+                terms[of.site] = Term(of.site, of.kind, log_p, log_q, None, method, reason, of.stack, of.scale, of.mask)
+            each.append(Terms(terms, vectorized))
+        return Terms(stack_particles(each).by_site, self.num_particles, self.contributions)
+
+
+def estimate_bound(
+    objective: Objective,
+    bound: Bound,
+    model: Program,
+    guide: Program,
+    args: Args,
+    kwargs: Kwargs,
+    *,
+    local_plates: tuple[str, ...] = (),
+    kl_weights: SiteWeights = SiteWeights(),  # noqa: B008 - immutable
+    reason: str,
+    with_gradient: bool,
+) -> tuple[Evaluation, Particles]:
+    """Evaluate ``bound`` on the log weights of the objective's particles.
+
+    Parameters
+    ----------
+    local_plates
+        See :func:`pyro_elbo_ext.placement.place`.
+    kl_weights
+        Weights of ``log q - log p`` of the latent sites; other than 1 only for the ELBO.
+    reason
+        Why every ``kl_prior`` is sampled, for the history.
+    with_gradient
+        Whether the surrogate will be asked for; without it no graph is made.
+
+    Raises
+    ------
+    ValueError
+        If the bound does not exist for these sites, its value is NaN or infinite, or the programs do not belong together.
+    """
+    gradient: Gradient = objective.estimator if with_gradient else Pathwise()
+    pair = objective._pairs(model, guide)
+    with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+        draws = _draw(objective, pair, model, guide, args, kwargs, gradient, frozenset(local_plates))
+        has_floor = kl_weights.free_bits is not None
+        read = _read(objective, pair, draws, bound, gradient, args, kwargs, local_plates, has_floor)
+        floors: Number = 0.0
+        if has_floor:
+            kl_weights, floors = _with_floors(kl_weights, read, draws.num_vectorized or 1)
+        weights = read.log_weights.weights(read.placement, gradient, kl_weights)
+        if read.separable:
+            of_draws = zip(read.densities, read.sites, strict=True)
+            scores = [plate_scores(of, sites, kl_weights) for of, sites in of_draws if of.scored_nodes]
+            if scores:
+                weights.score_shares = score_shares(scores, draws.num_vectorized)
+    traces = [(of.model_trace, of.guide_trace) for of in draws.draws]
+    detached = weights.log_weights.detach()
+    value = bound.value(detached).sum()
+    if not read.placement.is_plain:
+        value = value * read.placement.outside
+    if has_floor:
+        value = value - floors
+    outer = read.log_weights.outer(kl_weights)
+    if outer is not None:
+        value = value + outer.detach()
+    shares = None if bound.linear else bound.gradient(detached) if len(detached) > 1 else torch.ones_like(detached)
+    sites: dict[str, _Description] = {}  # as the first particle that has them has them
+    for descriptions in read.described:
+        for of in descriptions:
+            sites.setdefault(of.site, of)
+    scalars = _scalars(value, read.log_weights, shares, read.ledger)
+    read_scalars = _reader(list(sites.values()), read, shares is not None, draws.num_vectorized or 1)
+    host, _, rows = objective._transfer(scalars, read_scalars)
+    infos = _infos(pair, read.signature, list(sites.values()), reason)
+    if not math.isfinite(host):
+        objective._raise_not_finite(infos, rows, traces)
+        raise NotFinite(
+            f"{type(bound).__name__} is {host} at step {objective.num_steps}, though no site's mean is infinite. No "
+            "parameter has been changed. Check the scales and the range of the log densities."
+        )
+
+    def surrogate() -> Tensor:
+        shares = by_particle(gradient.surrogate(weights, bound))
+        if not read.placement.is_plain:
+            shares = shares * read.placement.outside
+        outer = read.log_weights.outer(kl_weights, without_scores=True)
+        if outer is not None:
+            if read.log_weights.outer_scores is not None:
+                outer = outer + value * read.log_weights.outer_scores
+            shares = shares + outer / len(shares)
+        return -shares if objective.maximized else shares
+
+    contributions = None
+    if shares is not None:
+        contributions = {name: row[-1] for name, row in zip(sites, rows, strict=True)}
+    particles = Particles(
+        [(descriptions, of.full) for descriptions, of in zip(read.described, read.densities, strict=True)],
+        objective.num_particles,
+        reason,
+        contributions,
+    )
+    return Evaluation(
+        pair, read.signature, infos, rows, host, 1.0, surrogate, draws.model_parameters, traces
+    ), particles
+
+
+@dataclass(slots=True)
+class _Draws:
+    """The draws of all particles.
+
+    ``particle_dim`` and ``num_vectorized`` are those of vectorized particles, else None; ``programs`` model's and
+    guide's trace of one run, with their parameters.
+    """
+
+    draws: list[Draw]
+    particle_dim: int | None
+    num_vectorized: int | None
+    programs: tuple[Trace, Trace]
+
+    def model_parameters(self) -> list[str]:
+        model, guide = (trace.nodes for trace in self.programs)
+        return [name for name, node in model.items() if node["type"] == "param" and name not in guide]
+
+
+def _draw(
+    objective: Objective,
+    pair: Pair,
+    model: Program,
+    guide: Program,
+    args: Args,
+    kwargs: Kwargs,
+    gradient: Gradient,
+    local_plates: frozenset[str],
+) -> _Draws:
+    def is_shared(node: Node) -> bool:
+        return bool(local_plates) and not local_plates <= {frame.name for frame in node["cond_indep_stack"]}
+
+    count = objective.num_particles
+    batch = objective._batch(pair, model, guide, args, kwargs)
+    if batch is not None and not any(is_shared(node) for _, node in drawn_sites(batch.reference[1])):
+        batched = batch.draw(model, guide, args, kwargs, count, gradient)
+        if batched is not None:
+            return _Draws([batched.draw], batched.particle_dim, count, batch.reference)
+    particle_dim = objective._particle_dim(model, guide, args, kwargs)
+    repeats, model, guide = objective._programs(model, guide, args, kwargs)
+    if particle_dim is None:
+        draws = list(draw_particles(model, guide, args, kwargs, repeats, gradient, is_shared))
+    else:
+        draws = [draw(model, guide, args, kwargs, gradient, None)]
+    programs = draws[0].model_trace, draws[0].drawn
+    return _Draws(draws, particle_dim, None if particle_dim is None else count, programs)
+
+
+class _Read(NamedTuple):
+    """What the draws' sites come to."""
+
+    signature: Signature
+    placement: Placement
+    densities: list[Densities]
+    described: list[list[_Description]]
+    ledger: Ledger
+    log_weights: LogWeights
+    sites: list[list[Site]]  # of each draw
+    separable: bool  # whether each score term has the cost of its own plates
+
+
+def _read(
+    objective: Objective,
+    pair: Pair,
+    draws: _Draws,
+    bound: Bound,
+    gradient: Gradient,
+    args: Args,
+    kwargs: Kwargs,
+    local_plates: tuple[str, ...],
+    counts_latent: bool,
+) -> _Read:
+    structures = _Structures(objective, pair, args, kwargs)
+    ledger = Ledger()
+    nesting = objective.max_plate_nesting
+    placement: Placement | None = None
+    densities: list[Densities] = []
+    described: list[list[_Description]] = []
+    of_draws: list[list[Site]] = []
+    separable = bound.linear and not local_plates
+    for drawn in draws.draws:
+        sites, is_new = structures.read(drawn)
+        of_draws.append(sites)
+        if placement is None or is_new:
+            here = _place(sites, bound, objective.num_particles, local_plates, gradient, draws.particle_dim)
+            if placement is not None:  # a program whose sites vary from draw to draw
+                separable = False
+                if here.plates != placement.plates:
+                    raise ValueError(
+                        "the particles have different sites, and no longer share the same plates: there is no common "
+                        "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
+                    )
+            placement, description = here, _describe(sites, drawn, nesting, ledger, counts_latent)
+        densities.append(read_densities(drawn, sites, here, gradient, nesting, draws.particle_dim))
+        described.append(description)
+    assert placement is not None
+    paths = [path for drawn in draws.draws for path in drawn.paths]
+    log_weights = join(densities, paths, draws.num_vectorized)
+    return _Read(structures.signature, placement, densities, described, ledger, log_weights, of_draws, separable)
+
+
+def _with_floors(kl_weights: SiteWeights, read: _Read, num_vectorized: int) -> tuple[SiteWeights, Number]:
+    """The weights of the gradient under free bits, and what the floors take off the objective."""
+    kl_priors = read.log_weights.kl_priors()
+    counts: dict[str, Number] = dict.fromkeys(kl_priors, 0.0)
+    for of in read.described[0]:
+        at = of.num_elements
+        counts[of.site] = (read.ledger.scalars[at] if type(at) is int else at) / num_vectorized
+    penalty, weights = kl_weights.penalty(kl_priors, counts)
+    return weights, penalty - sum([weights.of(site) * kl for site, kl in kl_priors.items()])
+
+
+def _place(
+    sites: Sequence[Site],
+    bound: Bound,
+    num_particles: int,
+    local_plates: tuple[str, ...],
+    gradient: Gradient,
+    particle_dim: int | None,
+) -> Placement:
+    placement = place(sites, bound, num_particles, local_plates, masked_paths=not gradient.separate_paths)
+    for site, is_local in zip(sites, placement.local, strict=True):
+        if is_local or not site.q:
+            continue
+        if particle_dim is not None:
+            raise ValueError(
+                f"site '{site.name}' is outside local_plates={local_plates!r}, so all particles must share its draw, "
+                "but they are vectorized. Use vectorize_particles=False."
+            )
+        if gradient.separate_paths:
+            raise ValueError(
+                f"site '{site.name}' is outside local_plates={local_plates!r}: gradient='{gradient.name}' weights its "
+                "path and those inside alike. Use gradient='pathwise' or 'score_function'."
+            )
+    return placement
+
+
+class _Structures:
+    """Finds the sites of each draw; those of a program that does not change from draw to draw are looked up once."""
+
+    def __init__(self, objective: Objective, pair: Pair, args: Args, kwargs: Kwargs) -> None:
+        self.objective, self.pair, self.args, self.kwargs = objective, pair, args, kwargs
+        self.signature: Signature = ()
+        self._names: tuple[str, ...] | None = None
+
+    def read(self, drawn: Draw) -> tuple[list[Site], bool]:
+        """The draw's sites, and whether they may be others than those of the draw before."""
+        model_trace, guide_trace = drawn.model_trace, drawn.guide_trace
+        names = (*model_trace.nodes, *guide_trace.nodes)
+        is_new = names != self._names
+        if is_new:
+            self._names = names
+            self.signature = signature_of(model_trace, guide_trace, self.args, self.kwargs)
+        known = self.pair.structures.get(self.signature)
+        if known is None or is_validation_enabled():
+            check_pair(model_trace, guide_trace)
+            if is_validation_enabled():
+                check_model_guide_match(model_trace, guide_trace, self.objective.max_plate_nesting)
+        structure = known or self.objective._remember(self.pair, self.signature, model_trace, guide_trace, None)
+        sites = read_sites(model_trace, guide_trace, structure.sites)
+        if is_new:
+            self.objective._check_sites(sites)
+        return sites, is_new
+
+
+def _describe(
+    sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledger: Ledger, counts_latent: bool
+) -> list[_Description]:
+    descriptions = []
+    for site in sites:
+        node = site.p or site.q[-1]
+        count: float | int = 0.0
+        if site.kind == "observed" or (counts_latent and site.kind == "latent" and not site.is_point):
+            count = num_observations(node, log_prob(node, drawn.model_trace, max_plate_nesting), ledger)
+        scale = node["scale"]
+        descriptions.append(
+            _Description(
+                site.name,
+                site.kind,
+                node["cond_indep_stack"],
+                scale.detach() if isinstance(scale, Tensor) else scale,
+                node["mask"],
+                scale_of(node, ledger),
+                count,
+            )
+        )
+    return descriptions
+
+
+def _infos(pair: Pair, signature: Signature, sites: Sequence[_Description], reason: str) -> tuple[SiteInfo, ...]:
+    """What the history takes; the same object as at the last step if nothing has changed."""
+    known = pair.infos.get(signature)
+    if known is not None and [info.site for info in known] == [of.site for of in sites]:
+        return known
+    pair.infos[signature] = tuple(
+        [SiteInfo(of.site, of.kind, *((None, None) if of.kind == "observed" else ("sampled", reason))) for of in sites]
+    )
+    return pair.infos[signature]
+
+
+def _scalars(value: Tensor, log_weights: LogWeights, shares: Tensor | None, ledger: Ledger) -> Tensor:
+    """The value, and the numbers that the history is made of, in one tensor.
+
+    ``shares`` is the bound's gradient, which weights the sites' contributions; None for the ELBO, where they are known.
+    """
+    local = log_weights.values.detach()
+    means = local.mean(0) if len(local) > 1 else local[0]
+    parts = [value.reshape(1), means.flatten(1).sum(1) if means.dim() > 1 else means]
+    if log_weights.outer_values is not None:
+        parts.append(log_weights.outer_values.detach())
+    if shares is not None and len(local) > 1:  # one particle has all the weight
+        # a particle without weight contributes nothing, though its log density may be -inf
+        weighted = shares.unsqueeze(1) * local.masked_fill((shares == 0).unsqueeze(1), 0.0)
+        parts.append(weighted.sum(0).flatten(1).sum(1) if local.dim() > 2 else weighted.sum(0))
+        if log_weights.outer_values is not None:
+            parts.append(log_weights.outer_values.detach())
+    if ledger.scalars:
+        parts.append(torch.stack([scalar.to(value.device) for scalar in ledger.scalars]))
+    return torch.cat(parts)
+
+
+def _reader(sites: Sequence[_Description], read: _Read, has_contributions: bool, num_vectorized: int) -> Read:
+    """Makes the scalars into the value, zero, and for each site the history's numbers."""
+    columns = [*read.log_weights.columns, *read.log_weights.outer_columns]
+    num_in_ledger, num_particles = len(read.ledger.scalars), len(read.log_weights.values)
+
+    def read_scalars(host: list[float]) -> Totals:
+        objective, *numbers = host
+        in_ledger = numbers[len(numbers) - num_in_ledger :]
+        log_p, log_q, contribution = ({of.site: 0.0 for of in sites} for _ in range(3))
+        for i, column in enumerate(columns):
+            (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
+            if has_contributions:
+                at = i if num_particles == 1 else len(columns) + i  # one particle has all the weight
+                contribution[column.site] += column.sign * numbers[at]
+        rows: Values = []
+        for of in sites:
+            name = of.site
+            weighted_term = contribution[name] if has_contributions else _NAN
+            scale = in_ledger[of.history_scale] if type(of.history_scale) is int else of.history_scale
+            if of.kind == "observed":
+                count = in_ledger[of.num_elements] if type(of.num_elements) is int else of.num_elements
+                rows.append((log_p[name], _NAN, _NAN, scale, count / num_vectorized, weighted_term))
+                continue
+            prior = _NAN if of.kind == "auxiliary" else log_p[name]
+            rows.append((prior, log_q[name], log_q[name] - log_p[name], scale, 0.0, weighted_term))
+        return objective, 0.0, rows
+
+    return read_scalars

@@ -1,0 +1,432 @@
+"""The ELBO by its terms: each site's ``kl_prior`` analytic where that is valid, else sampled."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+from pyro_elbo_ext.bounds import bounds
+from pyro_elbo_ext.bounds.gradients import Gradient, GradientName, Pathwise
+from pyro_elbo_ext.bounds.site_weights import Number
+from pyro_elbo_ext.bounds.weighting import FreeBits, KLWeight
+from pyro_elbo_ext.history.history import VALUES, History, SiteInfo
+from pyro_elbo_ext.objectives.bound_estimate import Particles, estimate_bound
+from pyro_elbo_ext.objectives.objective import (
+    MAX_STRUCTURES,
+    Args,
+    Evaluation,
+    Kwargs,
+    Pair,
+    Program,
+    Signature,
+    Totals,
+    Values,
+    signature_of,
+)
+from pyro_elbo_ext.objectives.weighted import WeightedObjective
+from pyro_elbo_ext.particles.batched_draws import call_key
+from pyro_elbo_ext.particles.estimate import Ledger, Particle, evaluate, row, sums_by_site
+from pyro_elbo_ext.programs.pairs import check_draws, check_pair
+from pyro_elbo_ext.programs.running import trace_pair
+from pyro_elbo_ext.terms.dependencies import DependencyTracker
+from pyro_elbo_ext.terms.kl import KLChoice, KLPrior, Structure, kl_prior
+from pyro_elbo_ext.terms.terms import Site, Terms, outline, read_sites, stack_particles
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED = KLPrior("sampled", "kl='sampled'")
+_SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
+
+
+# signature, particles, how each one's terms are computed, and each one's traces
+_Evaluated = tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]], list[tuple[Trace, Trace]]]
+
+
+class DecomposedELBO(WeightedObjective):
+    r"""Evidence lower bound that keeps every term: a drop-in for ``pyro.infer.Trace_ELBO`` and ``TraceMeanField_ELBO``.
+
+    .. math:: \mathrm{ELBO} = \mathrm E_q[\log p(x \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
+              = \log p(x) - \mathrm{KL}(q(z) \,\|\, p(z \mid x))
+
+    The first KL is ``kl_prior``, recorded for each site at each step. The second, the gap, is not part of it.
+
+    Parameters
+    ----------
+    num_particles : int
+        Draws of the guide per evaluation.
+    max_plate_nesting : int, optional
+        Bound on the number of nested plates, needed with ``vectorize_particles``; guessed for each (model, guide) by one
+        run that leaves the random state as it was, if it is not given.
+    max_iarange_nesting
+        Pyro's deprecated name of ``max_plate_nesting``.
+    vectorize_particles : bool or "vmap"
+        True draws all particles in one plate, Pyro's way: model and guide must broadcast. "vmap" draws them in one run by
+        ``torch.vmap`` without that, checked against the loop, and loops where the programs do not allow it. False draws
+        them one after the other; their graphs are held together until the backward pass. Looped particles take a subsample
+        each with ``gradient="pathwise"``, as in Pyro; otherwise all of them share one.
+    strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta
+        Accepted as ``pyro.infer.ELBO`` does; nothing here uses them.
+    retain_graph : bool, optional
+        Keep the graph after ``loss_and_grads``.
+    kl : {"auto", "analytic", "sampled"}
+        Analytic where a closed form exists and is valid, else sampled; analytic, or an error that names the site and the
+        reason; or sampled everywhere, with values and gradients equal to ``Trace_ELBO``'s.
+    kl_weight : float, callable, or mapping from site to either
+        Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it, such as the schedules
+        of :mod:`pyro_elbo_ext.bounds.weighting`, or :class:`~pyro_elbo_ext.Geco`. Sites that a mapping does not name
+        have weight 1; those that it names must be in every run. The history always holds the true ELBO, with weight 1,
+        beside the objective; with weights by site its ``kl_weight`` of a step is ``(reconstruction - objective) /
+        kl_prior``, and ``to_dataframe()`` has that of each site.
+    free_bits : float or mapping from site to float, optional
+        Nats that the ``kl_prior`` of each latent site, or of those named, counts as at least, for each element of the
+        site's plates: in the objective its sum over them is ``max(kl_prior, free_bits * elements)``, subsampled elements
+        counting for those they stand for. So the mean over the minibatch is compared, site by site (Kingma et al. 2016);
+        a site outside of plates is one element. Where the floor is the greater the gradient of that ``kl_prior`` is 0.
+        A Delta in the guide has none: its ``kl_prior`` is infinite but for a constant, above any floor.
+        A sampled ``kl_prior`` is compared by its estimate, the mean over particles, and ``E[max(estimate, floor)]`` is
+        above ``max(kl_prior, floor)``: there the objective is biased downwards, and the gradient's gate is open or shut by
+        chance, which matters near the floor only. Use analytic ones, or several particles.
+    gradient : {"pathwise", "doubly_reparameterized", "score_function", "vargrad"}
+        Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized;
+        sticking the landing; score function with leave-one-out baseline; the same by the name of VarGrad. See
+        :mod:`pyro_elbo_ext.bounds.gradients`. All but the first need every ``kl_prior`` sampled, so with them "auto"
+        samples.
+    history : bool or History
+        Whether to record each step; or a :class:`~pyro_elbo_ext.History` to record to.
+
+    Attributes
+    ----------
+    last : Terms or None
+        The detached terms of the last evaluation.
+    history : History or None
+        One record for each call of ``loss_and_grads`` or, with gradients enabled, ``differentiable_loss``.
+
+    Raises
+    ------
+    ValueError
+        At construction for arguments out of range. At evaluation, before any parameter changes: if a term is NaN or
+        infinite (naming site, term and step), a latent site is missing from the guide, a site is marked for enumeration,
+        an analytic KL is asked for where none is valid, ``kl_weight`` or ``free_bits`` names a site that has no
+        ``kl_prior`` or shares it with others, or an ``nn.Module`` in use is not registered with Pyro.
+
+    References
+    ----------
+    Wingate and Weber (2013), "Automated variational inference in probabilistic programming".
+    Ranganath, Gerrish and Blei (2014), "Black box variational inference".
+    Kucukelbir et al. (2017), "Automatic differentiation variational inference".
+    Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", section C.8: free bits.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        max_plate_nesting: float = float("inf"),
+        max_iarange_nesting: int | None = None,
+        vectorize_particles: bool | Literal["vmap"] = False,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        retain_graph: bool | None = None,
+        tail_adaptive_beta: float = -1.0,
+        *,
+        kl: KLChoice = "auto",
+        kl_weight: KLWeight = 1.0,
+        free_bits: FreeBits | None = None,
+        gradient: GradientName | Gradient = "pathwise",
+        history: bool | History = True,
+    ) -> None:
+        super().__init__(
+            num_particles,
+            max_plate_nesting,
+            max_iarange_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
+            ignore_jit_warnings,
+            jit_options,
+            retain_graph,
+            tail_adaptive_beta,
+            kl_weight=kl_weight,
+            free_bits=free_bits,
+            gradient=gradient,
+            history=history,
+        )
+        if kl not in get_args(KLChoice):
+            raise ValueError(f"kl must be one of {get_args(KLChoice)}, not {kl!r}")
+        self.estimator.check(bounds.ELBO(), num_particles)
+        if kl == "analytic" and not self._by_terms:
+            raise ValueError(
+                f"kl='analytic' leaves no log q for gradient='{self.gradient}' to work on. Use kl='sampled', or "
+                "gradient='pathwise'."
+            )
+        self.kl = kl
+        self._last: list[Particle] | Particles | None = None
+
+    @property
+    def _by_terms(self) -> bool:
+        """Whether the gradient is taken term by term; the other estimators work on the log weights as a whole."""
+        return type(self.estimator) is Pathwise
+
+    @property
+    def _tracks_dependencies(self) -> bool:  # type: ignore[override]
+        return self._by_terms and self.kl != "sampled"
+
+    @property
+    def last(self) -> Terms | None:
+        """Detached terms of the last evaluation; None before the first."""
+        if self._last is None:
+            return None
+        if isinstance(self._last, Particles):
+            return self._last.terms()
+        if len(self._last) > 1:
+            return stack_particles([Terms({term.site: term for term in particle.terms}) for particle in self._last])
+        return Terms({term.site: term for term in self._last[0].terms}, self.num_particles)
+
+    # One evaluation
+
+    def _evaluate(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, with_gradient: bool
+    ) -> Evaluation:
+        weights, given = self._site_weights()
+        if not self._by_terms:
+            evaluation, self._last = estimate_bound(
+                self,
+                bounds.ELBO(),
+                model,
+                guide,
+                args,
+                kwargs,
+                kl_weights=weights,
+                reason=f"gradient='{self.gradient}' takes log q at the draw",
+                with_gradient=with_gradient,
+            )
+            evaluation.kl_weight = given
+            return evaluation
+        pair = self._pairs(model, guide)
+        ledger = Ledger()
+        batched = self._evaluate_batch(pair, model, guide, args, kwargs, ledger)
+        if batched is not None:
+            signature, particles, infos, traces = batched
+        else:
+            signature, particles, infos, traces = self._evaluate_loop(pair, model, guide, args, kwargs, ledger)
+        repeats = len(particles)
+        info: tuple[SiteInfo, ...] = ()
+        numbers: list[Number] = []
+
+        def read(host: list[float]) -> Totals:
+            nonlocal info, numbers
+            numbers = list(host)
+            rows = [row(particle.slots, of, host) for particle, of in zip(particles, infos, strict=True)]
+            info, values = _average(infos, rows, self.num_particles // repeats)
+            reconstruction = math.fsum(
+                [of[0] for site, of in zip(info, values, strict=True) if site.kind == "observed"]
+            )
+            kl_total = math.fsum([of[2] for site, of in zip(info, values, strict=True) if site.kind != "observed"])
+            return reconstruction, kl_total, values
+
+        scalars = ledger.stacked()
+        reconstruction, kl_total, values = self._transfer(scalars, read)
+        if not math.isfinite(reconstruction - kl_total):
+            self._raise_not_finite(info, values, traces)
+        self._last = particles
+        by_particle = self.history is not None and self.history.gradient_mode == "particles"
+        shares = ledger.surrogate_shares if by_particle else ledger.surrogate_loss
+        if weights.is_uniform:
+            penalty = weights.others * kl_total
+        else:
+            if self._traced is not None:
+                numbers = list(scalars.double().unbind())
+            penalty, weights = weights.penalty(*sums_by_site(particles, numbers, self.num_particles))
+            if self._traced is not None:
+                self._traced.penalty = torch.as_tensor(penalty, dtype=torch.float64)
+        objective: Any = reconstruction - penalty  # a number, but while a graph is traced, which has its own
+        surrogate = partial(shares, self.num_particles, weights)
+        return Evaluation(pair, signature, info, values, objective, given, surrogate, list, traces)
+
+    def _evaluate_loop(
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
+    ) -> _Evaluated:
+        """Particles one after the other, or all of them in Pyro's particle plate."""
+        particles: list[Particle] = []
+        infos: list[tuple[SiteInfo, ...]] = []
+        runs: list[tuple[Trace, Trace]] = []
+        repeats, model, guide = self._programs(model, guide, args, kwargs)
+        for _ in range(repeats):
+            ledger.begin_particle()
+            tracker = DependencyTracker() if self._is_tracked(pair, args, kwargs) else None
+            with tracker or nullcontext():
+                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker and tracker.enter_model)
+                signature = signature_of(model_trace, guide_trace, args, kwargs)
+                if is_validation_enabled() or signature not in pair.structures:
+                    check_pair(model_trace, guide_trace)
+                    if is_validation_enabled():
+                        check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+                is_new = signature not in pair.structures and self._traced is None
+                structure = self._structure(pair, signature, model_trace, guide_trace, tracker)
+            if is_new:
+                check_draws(model_trace)
+            runs.append((model_trace, guide_trace))
+            sites = read_sites(model_trace, guide_trace, structure.sites)
+            self._check_sites(sites)
+            kls = [None if site.kind == "observed" else self._kl_prior(site, structure) for site in sites]
+            info = self._describe(pair, signature, sites, kls)
+            if tracker is not None or self.kl == "analytic":
+                self._report(info)
+            infos.append(info)
+            particles.append(
+                evaluate(
+                    sites,
+                    kls,
+                    model_trace,
+                    guide_trace,
+                    max_plate_nesting=self.max_plate_nesting,
+                    ledger=ledger,
+                    counts_latent=self._free_bits is not None,
+                )
+            )
+        return signature, particles, infos, runs
+
+    def _is_tracked(self, pair: Pair, args: Args, kwargs: Kwargs) -> bool:
+        """Whether the next run is to find out the dependencies of its sites."""
+        if not self._tracks_dependencies:
+            return False
+        if not self._weighs_by_site:
+            return pair.track_next
+        # new sites may be sampled once and tracked in the next run, but then an autoguide's are not known apart
+        key = call_key(args, kwargs)
+        is_new = key not in pair.tracked
+        if len(pair.tracked) >= MAX_STRUCTURES:
+            pair.tracked.clear()
+        pair.tracked.add(key)
+        return is_new or pair.track_next
+
+    def _evaluate_batch(
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
+    ) -> _Evaluated | None:
+        """All particles in one run; None if they cannot be batched."""
+        batch = self._batch(pair, model, guide, args, kwargs)
+        if batch is None:
+            return None
+        signature = signature_of(*batch.reference, args, kwargs)
+        structure = self._structure(pair, signature, *batch.reference, None)
+        found: dict[str, KLPrior] = {}
+
+        def derive(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+            tensors = {}
+            for site in read_sites(model_trace, guide_trace, structure.sites):
+                if site.kind != "observed":
+                    found[site.name] = kl = self._kl_prior(site, structure)
+                    tensors.update({f"value of {site.name}": kl.value, f"log_q of {site.name}": kl.log_q})
+            return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+        batched = batch.draw(model, guide, args, kwargs, self.num_particles, self.estimator, derive)
+        if batched is None:
+            return None
+        model_trace, guide_trace = batched.draw.model_trace, batched.draw.guide_trace
+        sites = read_sites(model_trace, guide_trace, structure.sites)
+        self._check_sites(sites)
+        kls = [
+            None
+            if site.kind == "observed"
+            else found[site.name]._replace(
+                value=batched.derived.get(f"value of {site.name}"), log_q=batched.derived.get(f"log_q of {site.name}")
+            )
+            for site in sites
+        ]
+        info = self._describe(pair, signature, sites, kls)
+        if self.kl == "analytic":
+            self._report(info)
+        ledger.begin_particle()
+        particle = evaluate(
+            sites,
+            kls,
+            model_trace,
+            guide_trace,
+            max_plate_nesting=math.inf,
+            ledger=ledger,
+            counts_latent=self._free_bits is not None,
+        )
+        return signature, [particle], [info], [(model_trace, guide_trace)]
+
+    def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
+        return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)
+
+    def _describe(
+        self, pair: Pair, signature: Signature, sites: list[Site], kls: list[KLPrior | None]
+    ) -> tuple[SiteInfo, ...]:
+        """How each site's term is computed; the same object as at the last step if nothing has changed."""
+        known = pair.infos.get(signature)
+        if known is not None and self.kl == "sampled":
+            return known
+        info = tuple(
+            [
+                SiteInfo(site.name, site.kind, kl and kl.method, kl and kl.reason)
+                for site, kl in zip(sites, kls, strict=True)
+            ]
+        )
+        if known == info:
+            return known
+        pair.infos[signature] = info
+        return info
+
+    def forget(self) -> None:
+        self._last = None
+
+    def _structure(
+        self,
+        pair: Pair,
+        signature: Signature,
+        model_trace: Trace,
+        guide_trace: Trace,
+        tracker: DependencyTracker | None,
+    ) -> Structure:
+        structure = pair.structures.get(signature)
+        if tracker is None and (structure is not None or self.kl != "sampled"):
+            if structure is None:  # new sites, seen without a tracker: sample them now, track the next run
+                pair.track_next = True
+                return Structure(outline(model_trace, guide_trace))
+            return structure
+        return self._remember(pair, signature, model_trace, guide_trace, tracker)
+
+    def _report(self, sites: tuple[SiteInfo, ...]) -> None:
+        """Say how each kl_prior is computed: in the log, or as the error that kl='analytic' asks for."""
+        sampled = [site for site in sites if site.kl_method == "sampled"]
+        if self.kl == "analytic" and sampled:
+            listed = "; ".join(f"site '{site.site}': {site.kl_reason}" for site in sampled)
+            raise ValueError(
+                f"kl='analytic', but there is no valid closed form for {listed}. Use kl='auto' or kl='sampled'."
+            )
+        for site in sites:
+            if site.kl_method is not None:
+                logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
+
+
+def _average(
+    infos: list[tuple[SiteInfo, ...]], rows: list[Values], vectorized: int
+) -> tuple[tuple[SiteInfo, ...], Values]:
+    """Mean over particles, of which ``vectorized`` are summed in each row; a site that some lack counts as zero in them."""
+    if len(rows) == 1 and vectorized == 1:
+        return infos[0], rows[0]
+    if all(info == infos[0] for info in infos):
+        total, sites = np.sum(rows, axis=0).reshape(-1, len(VALUES)), infos[0]
+    else:
+        by_name: dict[str, SiteInfo] = {}
+        for info in infos:
+            for site in info:
+                by_name.setdefault(site.site, site)
+        places = {name: i for i, name in enumerate(by_name)}
+        total, sites = np.zeros((len(places), len(VALUES))), tuple(by_name.values())
+        for info, values in zip(infos, rows, strict=True):
+            total[[places[site.site] for site in info]] += values
+    total = total / len(rows)
+    total[:, _SUMMED] /= vectorized
+    return sites, [tuple(value) for value in total.tolist()]

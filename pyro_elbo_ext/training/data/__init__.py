@@ -1,0 +1,1 @@
+"""What each step is given: batches, whether they weigh each row once, and data held out."""

@@ -1,0 +1,1 @@
+"""All that a run changes: read out, put back, kept in files, and owned by its result."""
