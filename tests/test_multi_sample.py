@@ -213,7 +213,7 @@ def test_arguments_after_the_bound_are_those_of_elbo() -> None:
         (ThermodynamicELBO([0.0, 0.5, 1.0], 4), TVO((0.0, 0.5, 1.0))),
         (ThermodynamicELBO(num_particles=4, side="upper"), TVO(side="upper")),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Bound) else type(value).__name__,
 )
 def test_named_objectives_and_the_sign_of_the_loss(objective: MultiSampleELBO, bound: Bound) -> None:
     problem = BY_NAME["gaussian"]
