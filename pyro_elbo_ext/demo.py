@@ -29,11 +29,12 @@ from pyro.util import get_rng_state, set_rng_state
 from scipy import integrate, stats
 from torch import Tensor
 
-from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
-from pyro_elbo_ext.history.history import History
-from pyro_elbo_ext.inference_data.export import dataset_of, from_pyro_svi, to_arviz
-from pyro_elbo_ext.mcmc.nuts import run_nuts
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
+from pyro_elbo_ext.history import History
+from pyro_elbo_ext.inference_data import from_pyro_svi
+from pyro_elbo_ext.inference_data.export import dataset_of, to_arviz
+from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.objectives import DecomposedELBO
 
 Model = Callable[..., None]
 VAR_NAMES = ("mu", "tau", "theta")

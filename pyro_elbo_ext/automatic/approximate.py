@@ -17,7 +17,7 @@ from pyro_elbo_ext.automatic.gaussian import fit_gaussian, triangular
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.automatic.moments import Weighted, distance_of, look, match_moments
 from pyro_elbo_ext.automatic.starting import find_start
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.evidence.importance import khat_threshold
 
 FULL_COVARIANCE = 500  # coordinates up to which the covariance is a full one

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch.distributions import biject_to
 
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 
 Array = NDArray[np.float64]
 

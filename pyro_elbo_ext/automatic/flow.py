@@ -18,7 +18,7 @@ from pyro_elbo_ext.automatic.evaluations import Evaluations, TooManyGradients
 from pyro_elbo_ext.automatic.gaussian import Fit, Gaussian, standard_draws
 from pyro_elbo_ext.automatic.guide import UnconstrainedGuide
 from pyro_elbo_ext.automatic.moments import Weighted, weigh
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.programs.randomness import isolated
 
 RATE, LEAST_RATE = 0.01, 0.0006  # of Adam, halved when a round gains nothing

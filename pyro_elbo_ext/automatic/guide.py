@@ -16,7 +16,7 @@ from pyro.nn.module import PyroParam
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.programs.randomness import isolated
 
 POINTS = 1  # other ones at which the guide's sites must be those of the density

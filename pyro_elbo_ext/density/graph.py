@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile import CannotCompile
 from pyro_elbo_ext.compile.machine_code.compiler import failures_are_reasons, import_dynamo, import_inductor
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 

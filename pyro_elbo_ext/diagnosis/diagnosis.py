@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from pyro_elbo_ext.comparison.marginal import Comparison
+from pyro_elbo_ext.comparison import Comparison
 from pyro_elbo_ext.evidence.intervals import EvidenceBounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-    from pyro_elbo_ext.history.history import History
+    from pyro_elbo_ext.history import History
 
 Verdict = Literal["good", "means only", "do not use"]
 VERDICTS: tuple[Verdict, ...] = ("good", "means only", "do not use")

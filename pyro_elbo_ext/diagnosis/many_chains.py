@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from pyro_elbo_ext.comparison.marginal import BAD, GOOD
 from pyro_elbo_ext.diagnosis.report import worst_first
 from pyro_elbo_ext.evidence.importance import about_khat
-from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.plots import COLOURS, OTHER, pyplot, running_mean
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
-    from pyro_elbo_ext.evidence.importance import ImportanceSample
-    from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds
+    from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample
+    from pyro_elbo_ext.evidence.ledger import Bound
 
 BLUE, ORANGE, GREEN = COLOURS[0], COLOURS[1], COLOURS[2]
 MAX_SCALARS = 25  # of the forest, whose names would not fit otherwise

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, run_chains, split_rhat
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.inference_data.names import by_site
-from pyro_elbo_ext.mcmc.nuts import run_nuts
+from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.programs.randomness import isolated
 
 CHAINS = 128

@@ -15,9 +15,8 @@ from pyro_elbo_ext.diagnosis.diagnosis import NOT_KNOWN, Finding, worst_of
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED
 from pyro_elbo_ext.diagnosis.marginals import BAD, GOOD, Scalars, corrected
 from pyro_elbo_ext.diagnosis.posterior_draws import PosteriorDraws
-from pyro_elbo_ext.evidence.importance import ImportanceSample
-from pyro_elbo_ext.evidence.ledger import EvidenceBounds
-from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample
+from pyro_elbo_ext.history import History
 
 Array = NDArray[np.float64]
 

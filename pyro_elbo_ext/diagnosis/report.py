@@ -17,7 +17,7 @@ from pyro_elbo_ext.evidence.ledger import Interval
 
 if TYPE_CHECKING:
     from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis, Finding
-    from pyro_elbo_ext.evidence.ledger import EvidenceBounds
+    from pyro_elbo_ext.evidence import EvidenceBounds
 
 WIDTH = 100  # columns of the text
 SHOWN = 10  # scalars that the short forms show

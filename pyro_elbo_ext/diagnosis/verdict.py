@@ -10,8 +10,8 @@ import pandas as pd
 import pyro
 import torch
 
+from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.comparison.alignment import aligned, draws_of
-from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
 from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS, Diagnosis, Finding
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import (
@@ -26,11 +26,11 @@ from pyro_elbo_ext.diagnosis.marginals import (
 )
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
 from pyro_elbo_ext.diagnosis.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
-from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, psis_khat
-from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS, evidence_bounds
-from pyro_elbo_ext.evidence.ledger import EvidenceBounds
+from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample, evidence_bounds, psis_khat
+from pyro_elbo_ext.evidence.importance import BATCH_SIZE, check_count
+from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS
 from pyro_elbo_ext.evidence.scoring import Scorer
-from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data.draws import imputation
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.names import named_as, site_of

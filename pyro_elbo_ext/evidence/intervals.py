@@ -25,7 +25,7 @@ from pyro_elbo_ext.evidence.scoring import Array, Scorer
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.inference_data.names import by_site, found_in
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import untouched
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from tqdm import tqdm
 
-from pyro_elbo_ext.bounds.gradients import Pathwise
+from pyro_elbo_ext.bounds import Pathwise
 from pyro_elbo_ext.inference_data.draws import check_full, to_numpy, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.particles.batching import run_batched

@@ -16,7 +16,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data.draws import Columns, check_full, run_given, to_numpy, values_of
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.model_runs import ModelRuns

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.mcmc.samplers import sample_nutpie, sample_pyro

@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 
 logger = logging.getLogger(__name__)
 

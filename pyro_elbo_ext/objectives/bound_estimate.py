@@ -14,8 +14,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_elbo_ext.bounds.bounds import Bound
-from pyro_elbo_ext.bounds.gradients import Gradient, Pathwise, by_particle
+from pyro_elbo_ext.bounds import Bound, Gradient, Pathwise
+from pyro_elbo_ext.bounds.gradients import by_particle
 from pyro_elbo_ext.bounds.site_weights import Number, SiteWeights
 from pyro_elbo_ext.history.history import SiteInfo
 from pyro_elbo_ext.objectives.objective import (
@@ -40,7 +40,8 @@ from pyro_elbo_ext.particles.plate_costs import score_shares
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_pair
-from pyro_elbo_ext.terms.terms import Kind, Method, Site, Term, Terms, read_sites, stack_particles
+from pyro_elbo_ext.terms import Term, Terms
+from pyro_elbo_ext.terms.terms import Kind, Method, Site, read_sites, stack_particles
 
 _NAN = float("nan")
 

@@ -15,11 +15,12 @@ from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import bounds
-from pyro_elbo_ext.bounds.gradients import Gradient, GradientName, Pathwise
+from pyro_elbo_ext.bounds import Gradient, Pathwise, bounds
+from pyro_elbo_ext.bounds.gradients import GradientName
 from pyro_elbo_ext.bounds.site_weights import Number
 from pyro_elbo_ext.bounds.weighting import FreeBits, KLWeight
-from pyro_elbo_ext.history.history import VALUES, History, SiteInfo
+from pyro_elbo_ext.history import History
+from pyro_elbo_ext.history.history import VALUES, SiteInfo
 from pyro_elbo_ext.objectives.bound_estimate import Particles, estimate_bound
 from pyro_elbo_ext.objectives.objective import (
     MAX_STRUCTURES,
@@ -38,9 +39,10 @@ from pyro_elbo_ext.particles.batched_draws import call_key
 from pyro_elbo_ext.particles.estimate import Ledger, Particle, evaluate, row, sums_by_site
 from pyro_elbo_ext.programs.pairs import check_draws, check_pair
 from pyro_elbo_ext.programs.running import trace_pair
+from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 from pyro_elbo_ext.terms.kl import KLChoice, KLPrior, Structure, kl_prior
-from pyro_elbo_ext.terms.terms import Site, Terms, outline, read_sites, stack_particles
+from pyro_elbo_ext.terms.terms import Site, outline, read_sites, stack_particles
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pyro_elbo_ext.bounds.bounds import CUBO, IWAE, TVO, Bound, Renyi, Side
-from pyro_elbo_ext.bounds.gradients import Gradient, GradientName
-from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.bounds import CUBO, IWAE, TVO, Bound, Gradient, Renyi
+from pyro_elbo_ext.bounds.bounds import Side
+from pyro_elbo_ext.bounds.gradients import GradientName
+from pyro_elbo_ext.history import History
 from pyro_elbo_ext.objectives.bound_estimate import Particles, estimate_bound
 from pyro_elbo_ext.objectives.objective import Args, Evaluation, Kwargs, Objective, Program
-from pyro_elbo_ext.terms.terms import Terms
+from pyro_elbo_ext.terms import Terms
 
 _INFINITY = float("inf")
 _REASON = "a bound of several particles has no closed form: mean over its draws"

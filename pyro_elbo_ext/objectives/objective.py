@@ -18,8 +18,10 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from pyro_elbo_ext.bounds.gradients import Gradient, as_gradient
-from pyro_elbo_ext.history.history import VALUES, History, SiteInfo
+from pyro_elbo_ext.bounds import Gradient
+from pyro_elbo_ext.bounds.gradients import as_gradient
+from pyro_elbo_ext.history import History
+from pyro_elbo_ext.history.history import VALUES, SiteInfo
 from pyro_elbo_ext.objectives.hooks import PYROS, own_hooks
 from pyro_elbo_ext.objectives.per_pair import PerPair
 from pyro_elbo_ext.particles.batched_draws import Batch, CallKey, call_key
@@ -27,10 +29,11 @@ from pyro_elbo_ext.programs.faults import cause
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import run_pair
+from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 from pyro_elbo_ext.terms.kl import Structure, read_structure
 from pyro_elbo_ext.terms.registration import check_registered, collects_parameters, parameters_of
-from pyro_elbo_ext.terms.terms import Site, Terms
+from pyro_elbo_ext.terms.terms import Site
 
 Program = Callable[..., Any]
 Signature = tuple[object, ...]

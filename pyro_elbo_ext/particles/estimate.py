@@ -24,8 +24,9 @@ from pyro_elbo_ext.bounds.site_weights import Number, SiteWeights
 from pyro_elbo_ext.history.history import SiteInfo
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.terms import Term
 from pyro_elbo_ext.terms.kl import KLPrior
-from pyro_elbo_ext.terms.terms import Site, Term
+from pyro_elbo_ext.terms.terms import Site
 
 _NAN = float("nan")
 _Scored = tuple[str, Node, Tensor, Tensor | None]  # site, guide node, its log q, its kl_prior if that is analytic

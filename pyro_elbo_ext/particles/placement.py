@@ -16,7 +16,7 @@ from pyro.distributions import Delta
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_elbo_ext.bounds.bounds import Bound
+from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
 from pyro_elbo_ext.terms.terms import Site
 

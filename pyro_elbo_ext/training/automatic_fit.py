@@ -18,11 +18,11 @@ from torch import Tensor
 from pyro_elbo_ext.automatic.approximate import Approximation, approximate
 from pyro_elbo_ext.automatic.flow import Flow, FlowGuide
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
-from pyro_elbo_ext.density.log_density import LogDensity
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.evidence.importance import about_khat
-from pyro_elbo_ext.history.history import History
+from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.plots import COLOURS, OTHER, TOTAL, pyplot
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.randomness import isolated, seeded, untouched
 from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training.callbacks import CallbackList

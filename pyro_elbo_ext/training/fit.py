@@ -24,7 +24,7 @@ from pyro_elbo_ext.compile.machine_code.compiler import import_dynamo
 from pyro_elbo_ext.compile.threads import OneThread
 from pyro_elbo_ext.compile.tracing.first_look import look
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.programs.points import point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
@@ -34,8 +34,8 @@ from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.data.scaling import ScaleCheck, check_dataset_size, check_whole
 from pyro_elbo_ext.training.data.validation import Validation, true_objective
+from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.distributed.replica import start_alike
-from pyro_elbo_ext.training.distributed.svi import DistributedSVI
 from pyro_elbo_ext.training.fingerprint import fingerprint
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop, uncompiled
@@ -43,8 +43,7 @@ from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.settings import describe_run
 from pyro_elbo_ext.training.state.state import parameters_of_programs, random_state_kept
-from pyro_elbo_ext.training.stopping.adaptive import AdaptiveStopping
-from pyro_elbo_ext.training.stopping.rules import Patience, StoppingRule
+from pyro_elbo_ext.training.stopping import AdaptiveStopping, Patience, StoppingRule
 
 logger = logging.getLogger(__name__)
 

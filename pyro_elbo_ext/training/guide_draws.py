@@ -11,7 +11,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.bounds.gradients import Pathwise
+from pyro_elbo_ext.bounds import Pathwise
 from pyro_elbo_ext.inference_data.draws import check_full, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.programs.pairs import check_pair

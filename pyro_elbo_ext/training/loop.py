@@ -24,7 +24,7 @@ from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.data.batches import Batches, Call, Whole, named_arguments
 from pyro_elbo_ext.training.data.validation import Validation
-from pyro_elbo_ext.training.distributed.svi import DistributedSVI
+from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.fingerprint import Fingerprint, described, differences
 from pyro_elbo_ext.training.progress import Progress
 from pyro_elbo_ext.training.result import Rollback, check_same_parameters
@@ -38,7 +38,7 @@ from pyro_elbo_ext.training.state.state import (
     random_state,
     set_random_state,
 )
-from pyro_elbo_ext.training.stopping.rules import Decision, Patience, StoppingRule
+from pyro_elbo_ext.training.stopping import Decision, Patience, StoppingRule
 
 logger = logging.getLogger(__name__)
 

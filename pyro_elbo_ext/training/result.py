@@ -15,10 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
-from pyro_elbo_ext.diagnosis.verdict import diagnose
-from pyro_elbo_ext.history.history import History
-from pyro_elbo_ext.inference_data.export import from_pyro_svi
+from pyro_elbo_ext.diagnosis import Diagnosis, diagnose
+from pyro_elbo_ext.history import History
+from pyro_elbo_ext.inference_data import from_pyro_svi
 from pyro_elbo_ext.programs.points import point_estimate
 from pyro_elbo_ext.training.guide_draws import draw_guide
 from pyro_elbo_ext.training.state import checkpoints
@@ -240,7 +239,7 @@ class FitResult:
         ValueError
             If it is not one of `save`'s, or has other parameters than the programs: both are named.
         """
-        from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+        from pyro_elbo_ext.objectives import DecomposedELBO
         from pyro_elbo_ext.training.state.state import TrainingState, parameters_of_programs, random_state_kept
 
         content = checkpoints.read(Path(path))

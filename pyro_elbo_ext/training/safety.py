@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import NotFinite, Objective
 from pyro_elbo_ext.training.data.batches import Call
 from pyro_elbo_ext.training.state.state import State

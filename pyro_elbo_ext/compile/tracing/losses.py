@@ -18,7 +18,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_elbo_ext.bounds.weighting import Geco
+from pyro_elbo_ext.bounds import Geco
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
 from pyro_elbo_ext.history.record import SiteInfo

@@ -21,7 +21,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_elbo_ext.history.record import VALUES
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import Evaluation, NotFinite, Objective
 from pyro_elbo_ext.terms.registration import leaves_of
 from pyro_elbo_ext.training import processes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pyro_elbo_ext.history.record import VALUES
-from pyro_elbo_ext.objectives.decomposed import DecomposedELBO
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed.joint_loss import JointLoss, Merged, Run
