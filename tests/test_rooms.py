@@ -195,7 +195,6 @@ def past_the_face() -> list[str]:
     return [
         f"{one}: take it from {folder}"
         for one in IMPORTS
-        if one.importer != "__init__"  # door: it gives its names when they are asked for
         for folder, face in faces.items()
         if not one.importer.startswith(f"{folder}.") and (one.module, one.name) in face
     ]

@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 SMALL = 64_000_000  # bytes that are read whatever they unpack from
 PACKED = 200  # times smaller than what is unpacked, at most, for more than these

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 from pyro_elbo_ext.files.atomic import replaced
 from pyro_elbo_ext.files.untrusted import loaded
@@ -18,6 +16,7 @@ from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT, VALUES, Decoded, S
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import xarray as xr
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -63,6 +62,8 @@ class Row(NamedTuple):
 
 def to_dataset(decoded: Decoded, by_step: dict[str, Floats], attrs: dict[str, Any]) -> xr.Dataset:
     """The kept steps as ``History.to_xarray`` describes them; ``by_step`` holds the variables of shape (rows,)."""
+    import xarray as xr  # takes half a second with pandas: not before there is a file to make or to read
+
     steps, names, present, values, labels = decoded
     data: dict[str, Any] = {name: ("step", column) for name, column in by_step.items()}
     bound = decoded.has_contributions
@@ -115,6 +116,9 @@ def _count(dataset: xr.Dataset, name: str) -> int:
 
 def rows_of(dataset: xr.Dataset) -> Iterator[Row]:
     """The steps of a dataset that ``to_dataset`` gave; equal sites are the same object."""
+    import pandas as pd
+    import xarray as xr
+
     dataset = dataset.transpose("step", "site")
     names, steps = dataset["site"].values.tolist(), dataset["step"].values.tolist()
     objective, kl_weight = dataset["objective"].values.tolist(), dataset["kl_weight"].values.tolist()
@@ -154,6 +158,8 @@ def write(dataset: xr.Dataset, path: Path) -> None:
 
 def read(path: Path) -> xr.Dataset:
     """The dataset that ``write`` wrote, in memory."""
+    import xarray as xr
+
     engine = _engine(path)
     if not path.exists():
         raise FileNotFoundError(f"no such history: {path}")

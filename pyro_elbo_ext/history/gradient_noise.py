@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -157,6 +157,8 @@ def _ratio(mean: Floats, variance: Floats) -> Floats:
 
 
 def _by_parameter(names: list[str], estimates: list[Estimate]) -> pd.DataFrame:
+    import pandas as pd
+
     rows = []
     for name, (num_steps, mean, variance) in zip(names, estimates, strict=True):
         snr = _ratio(mean, variance)
@@ -176,6 +178,8 @@ def _by_parameter(names: list[str], estimates: list[Estimate]) -> pd.DataFrame:
 
 
 def _by_element(names: list[str], estimates: list[Estimate]) -> pd.DataFrame:
+    import pandas as pd
+
     size = [estimate.mean.size for estimate in estimates]
     mean = np.concatenate([estimate.mean.ravel() for estimate in estimates])
     variance = np.concatenate([estimate.variance.ravel() for estimate in estimates])

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 from pyro_elbo_ext.files.untrusted import reading
 from pyro_elbo_ext.history import files as history_files
@@ -18,6 +16,8 @@ from pyro_elbo_ext.history.record import VALUES, Record, SiteInfo
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import pandas as pd
+    import xarray as xr
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
     from torch import Tensor
@@ -359,6 +359,8 @@ class History(Record):
         if "contribution" in table:
             note += "; contribution is to the bound, whose mean is in the last row"
         if len(table) > 21:
+            import pandas as pd
+
             largest = table["share"].iloc[:-1].nlargest(20).index
             note += f"; the 20 largest of {len(table) - 1} sites"
             table = pd.concat([table.loc[[name for name in table.index[:-1] if name in largest]], table.iloc[-1:]])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pandas as pd
 
 from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT, Decoded
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -25,6 +25,8 @@ def by_site(decoded: Decoded, divisor: Floats, kl_weight: Floats) -> pd.DataFram
     With ``contribution`` and ``kl_weight`` if there are any; a step without weights by site has its own, ``kl_weight``
     (rows,), at each site with a ``kl_prior``.
     """
+    import pandas as pd  # takes a third of a second: not before there is a table to make
+
     row, site = np.nonzero(decoded.present)
     columns: dict[str, Any] = {
         name: column[decoded.present] for name, column in {**decoded.values, **decoded.labels}.items()
@@ -43,6 +45,8 @@ def by_site(decoded: Decoded, divisor: Floats, kl_weight: Floats) -> pd.DataFram
 
 def by_step(columns: dict[str, NDArray[Any]], divisor: Floats) -> pd.DataFrame:
     """One row per step, columns ``BY_STEP``, of ``columns`` (rows,) without the ELBO; divided as ``by_site`` does."""
+    import pandas as pd
+
     columns = {**columns, "elbo": columns["reconstruction"] - columns["kl_prior"]}
     columns.update({name: columns[name] / divisor for name in PER_OBSERVATION if name in columns})
     return pd.DataFrame(columns, columns=BY_STEP)
@@ -50,6 +54,8 @@ def by_step(columns: dict[str, NDArray[Any]], divisor: Floats) -> pd.DataFrame:
 
 def summarize(decoded: Decoded, elbo: Floats, objective: Floats) -> pd.DataFrame:
     """Means over the decoded steps, as ``History.summary`` describes them; ``elbo`` and ``objective`` (rows,) are theirs."""
+    import pandas as pd
+
     _, names, present, values, labels = decoded
     terms = np.where(present, values["reconstruction"] - values["kl_prior"], 0.0)
     series = np.column_stack([terms, elbo])

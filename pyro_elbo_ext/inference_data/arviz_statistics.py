@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from pyro_elbo_ext.inference_data.export import dataset_of
+from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
 
 
 def ecdf_band(
@@ -42,6 +43,7 @@ def ecdf_band(
     try:
         from arviz_stats import ecdf_utils as new  # ArviZ 1.x
     except ImportError:
+        import_arviz()
         from arviz.stats import ecdf_utils as old  # ArviZ 0.x
 
         def draw(size: int, random_state: np.random.Generator) -> NDArray[np.float64]:
@@ -58,7 +60,7 @@ def ecdf_band(
 
 def effective_size(draws: NDArray[np.float64]) -> float:
     """Effective sample size for the mean of draws of shape ``(chain, draw)``."""
-    import arviz
+    arviz = import_arviz()
 
     return float(arviz.ess(np.asarray(draws, dtype=np.float64), method="mean"))
 
@@ -80,7 +82,7 @@ def split_r_hat(draws: NDArray[np.float64]) -> NDArray[np.float64]:
     ----------
     Gelman and Rubin (1992), Inference from iterative simulation using multiple sequences.
     """
-    import arviz
+    arviz = import_arviz()
 
     half = len(draws) // 2
     halves = np.asarray(draws, dtype=np.float64)[-2 * half :].reshape(2, half, -1)
@@ -108,7 +110,7 @@ def leave_one_out(data: Any, name: str) -> tuple[xr.DataArray, xr.DataArray, str
     Vehtari, Gelman, Gabry (2017), Practical Bayesian model evaluation using leave-one-out cross-validation and WAIC.
     Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian Leave-One-Out Cross-Validation for Large Data.
     """
-    import arviz
+    arviz = import_arviz()
 
     groups = [group.strip("/") for group in data.groups] if isinstance(data, xr.DataTree) else data.groups()
     stats = dataset_of(data, "sample_stats") if "sample_stats" in groups else xr.Dataset()
@@ -152,7 +154,7 @@ def pareto_smoothed(log_weights: NDArray[np.float64], noise: float = 0.0) -> tup
         return log_weights - logsumexp(log_weights), np.inf
     if tail[-1] - tail[0] <= noise:
         return log_weights - logsumexp(log_weights), -np.inf
-    import arviz
+    arviz = import_arviz()
 
     if hasattr(arviz, "psislw"):
         smoothed, khat = arviz.psislw(log_weights)

@@ -1,4 +1,4 @@
-"""Pyro runs as ArviZ data.  Beside `arviz_statistics` the only importer of ArviZ."""
+"""Pyro runs as ArviZ data.  Beside `arviz_statistics` the only user of ArviZ."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data.draws import Columns, check_full, run_given, to_numpy, values_of
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.model_runs import ModelRuns
+from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause
 from pyro_elbo_ext.programs.nodes import is_latent
@@ -53,7 +54,7 @@ def to_arviz(groups: Mapping[str, xr.Dataset]) -> Any:
     for name, group in groups.items():
         if not isinstance(group, xr.Dataset):
             raise TypeError(f"group '{name}' must be an xarray.Dataset, got {type(group).__name__}")
-    import arviz  # takes seconds, so not before it is needed
+    arviz = import_arviz()
 
     tree = xr.DataTree.from_dict(dict(groups))
     made = attributes()

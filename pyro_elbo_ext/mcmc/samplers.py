@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS
 
 from pyro_elbo_ext.density import LogDensity
+from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def sample_nutpie(
     cores: int,
 ) -> Draws:
     """Draw with nutpie: chains of compiled kernels at the same time, others one after the other."""
+    import_arviz()  # nutpie does, and would pass on its notice
     import nutpie
     import pyarrow  # comes with nutpie, whose results it reads
     from nutpie.compiled_pyfunc import from_pyfunc

@@ -16,9 +16,8 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import pandas as pd
 import torch
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -26,6 +25,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_point_mass
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Kind = Literal["observed", "latent", "auxiliary"]
 Method = Literal["analytic", "sampled"]
@@ -247,6 +249,8 @@ class Terms(Mapping[str, Term]):
             }
             for term in self.by_site.values()
         ]
+        import pandas as pd  # takes a third of a second: not before there is a table to make
+
         frame = pd.DataFrame(rows)
         if self.contributions is not None:
             frame["contribution"] = frame["site"].map(self.contributions)
