@@ -7,13 +7,14 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format tutorials bench clean
+.PHONY: help demo test lint format docs tutorials bench clean
 
 help:
 	@echo "make demo       fit eight schools with three guides, compare with NUTS, write plots"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff (rules and format) and mypy"
 	@echo "make format     let ruff rewrite the code"
+	@echo "make docs       build docs/_build/html; any warning fails"
 	@echo "make tutorials  execute tutorials/*.ipynb; any error in a cell fails"
 	@echo "make bench      step times beside Pyro's"
 	@echo "make clean      remove environments and caches"
@@ -45,6 +46,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# -E: read every page anew, so that a warning is not forgotten by the next build
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 tutorials: $(STAMP)
 	$(BIN)/python tests/run_tutorials.py tutorials
 
@@ -58,5 +64,5 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.peers # says so and stops if PEERS_PYTHON is not set
 
 clean:
-	rm -rf .venv .venv-* .venv3* .python build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* .venv3* .python build dist docs/_build docs/reference/generated docs/tutorials/*.ipynb .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,15 @@
 """What an objective estimates: a bound on ``log p(x)``, how its gradient is estimated, and weights of ``kl_prior``."""
 
 from pyro_elbo_ext.bounds.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
-from pyro_elbo_ext.bounds.gradients import DoublyReparameterized, Gradient, Pathwise, ScoreFunction, VarGrad
+from pyro_elbo_ext.bounds.gradients import (
+    DoublyReparameterized,
+    Gradient,
+    Path,
+    Pathwise,
+    ScoreFunction,
+    VarGrad,
+    Weights,
+)
 from pyro_elbo_ext.bounds.weighting import Constant, CyclicalWarmup, Geco, LinearWarmup
 
 __all__ = [
@@ -16,8 +24,10 @@ __all__ = [
     "Geco",
     "Gradient",
     "LinearWarmup",
+    "Path",
     "Pathwise",
     "Renyi",
     "ScoreFunction",
     "VarGrad",
+    "Weights",
 ]

@@ -83,7 +83,7 @@ class LogDensity:
     """Log density and gradient of a Pyro model on the flat unconstrained space, and the way to the sites and back.
 
     Made by :func:`compiled_log_density`, where the conventions are. Points are NumPy arrays or tensors, of shape (dim,) or
-    (*batch, dim); results are of the same kind, and float64 whatever the dtype of the point. Where it can, the model is
+    ``(*batch, dim)``; results are of the same kind, and float64 whatever the dtype of the point. Where it can, the model is
     run in float64 whatever the dtype of its own tensors (float32 data are widened exactly).
 
     Compiled code runs in as many threads as torch was set to at compilation (``torch.set_num_threads``). It may be called
@@ -194,12 +194,12 @@ class LogDensity:
         Parameters
         ----------
         u
-            Array or tensor of shape (*batch, dim).
+            Array or tensor of shape ``(*batch, dim)``.
 
         Returns
         -------
         float, ndarray or Tensor
-            Shape (*batch); -inf or NaN outside the model's domain. Of a tensor, differentiable once by autograd.
+            Shape ``(*batch)``; -inf or NaN outside the model's domain. Of a tensor, differentiable once by autograd.
         """
         value, gradient = self.value_and_grad(u)
         return _Differentiable.apply(u, value, gradient) if isinstance(u, Tensor) else value
@@ -210,12 +210,12 @@ class LogDensity:
         Parameters
         ----------
         u
-            Array or tensor of shape (*batch, dim).
+            Array or tensor of shape ``(*batch, dim)``.
 
         Returns
         -------
         tuple of float, ndarray or Tensor
-            Shapes (*batch) and (*batch, dim), float64, without autograd.
+            Shapes ``(*batch)`` and ``(*batch, dim)``, float64, without autograd.
         """
         x = self._points(u)
         if x.dim() == 1:
@@ -234,13 +234,13 @@ class LogDensity:
         Parameters
         ----------
         u
-            Array or tensor of shape (*batch, dim).
+            Array or tensor of shape ``(*batch, dim)``.
 
         Returns
         -------
         dict
-            Site to array or tensor of shape (*batch, *site shape), in the site's own dtype, or float64 where the model is
-            computed in it.
+            Site to array or tensor of shape ``(*batch, *site shape)``, in the site's own dtype, or float64 where the model
+            is computed in it.
         """
         x = self._points(u)
         with torch.no_grad():

@@ -90,7 +90,7 @@ class History(Record):
         Parameters
         ----------
         gradients
-            By parameter, of the parameter's shape in mode "steps". In mode "particles" of shape (K, *parameter.shape),
+            By parameter, of the parameter's shape in mode "steps". In mode "particles" of shape ``(K, *parameter.shape)``,
             the gradients of K particles whose mean over them is the step's. They are copied, in single precision or
             wider. A parameter may come later, pause, or change its shape, which starts it anew; one that has not come
             for ``2 * gradient_window`` steps is forgotten.
@@ -105,7 +105,7 @@ class History(Record):
         self._require_noise("append_gradients()").append(gradients)
 
     def gradient_snr(self, by: Literal["parameter", "element"] = "parameter") -> pd.DataFrame:
-        """Signal-to-noise ratio of the step's gradient, |E[g]| / sd[g], over the last steps (Rainforth et al. 2018).
+        """Signal-to-noise ratio of the step's gradient, ``|E[g]| / sd[g]``, over the last steps (Rainforth et al. 2018).
 
         In mode "steps" the moments are those of the gradients of the last steps, so that a drift of the gradient counts
         as noise. In mode "particles" the mean is that of the steps' means, and sd the root of the mean over steps of

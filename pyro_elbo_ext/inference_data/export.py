@@ -142,7 +142,7 @@ def from_pyro_svi(
         `pyro_elbo_ext.inference_data.names`; the variable's ``attrs["site"]`` is then the site's name. Groups:
 
         ``posterior``
-            Latent sites in their constrained space, and ``pyro.deterministic`` sites, shape (1, S, *plates, *event). A
+            Latent sites in their constrained space, and ``pyro.deterministic`` sites, shape ``(1, S, *plates, *event)``. A
             site with ``obs_mask`` is there completed, under its own name.
         ``posterior_predictive``
             Observed sites drawn anew at each draw of the posterior, same shape; without ``pyro.factor``.
@@ -150,7 +150,7 @@ def from_pyro_svi(
             The same from the model alone.
         ``log_likelihood``
             Unscaled ``log p(x_i | z)`` of each observation i, an element of the site's batch, in nats, shape
-            (1, S, *plates), so that ``arviz.loo`` counts each observation once, whatever ``poutine.scale`` says.
+            ``(1, S, *plates)``, so that ``arviz.loo`` counts each observation once, whatever ``poutine.scale`` says.
             Observations masked out in all draws are left out: a site that has any has, in place of the plates' dims,
             ``{site}_unmasked`` with coordinates ``{site}_{plate}``. Where the mask differs between draws, an
             observation has 0 in those that mask it, and ``arviz.loo`` has no meaning.

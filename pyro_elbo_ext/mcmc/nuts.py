@@ -67,7 +67,7 @@ def run_nuts(
     chains
         Number of chains.
     seed
-        Same seed, same draws; from 0 to 2**32 - 1.
+        Same seed, same draws; from 0 to ``2**32 - 1``.
     backend
         "nutpie" (needs ``pip install "pyro_elbo_ext[nuts]"``), "pyro", or "auto": nutpie where it is installed and there
         is a warmup.
@@ -91,7 +91,7 @@ def run_nuts(
     -------
     arviz.InferenceData or xarray.DataTree
         Names that files cannot hold are changed as in `from_pyro_svi`. Groups
-        ``posterior`` (continuous latent and deterministic sites, shape (chain, draw, *plates, *event)),
+        ``posterior`` (continuous latent and deterministic sites, shape ``(chain, draw, *plates, *event)``),
         ``sample_stats`` (``diverging``, ``tree_depth``, ``n_steps``, ``energy``, ``acceptance_rate``, ``step_size``,
         ``lp``; all of shape (chain, draw)) and ``observed_data``. ``lp`` is the log density on unconstrained space,
         Jacobian included. ``energy`` is the Hamiltonian of the draw for nutpie; Pyro keeps only the one that its

@@ -85,7 +85,7 @@ class DecomposedELBO(WeightedObjective):
         reason; or sampled everywhere, with values and gradients equal to ``Trace_ELBO``'s.
     kl_weight : float, callable, or mapping from site to either
         Weight of ``kl_prior`` in the objective, or a function of the step (0, 1, ...) that gives it, such as the schedules
-        of :mod:`pyro_elbo_ext.bounds.weighting`, or :class:`~pyro_elbo_ext.Geco`. Sites that a mapping does not name
+        of :mod:`pyro_elbo_ext.bounds`, or :class:`~pyro_elbo_ext.Geco`. Sites that a mapping does not name
         have weight 1; those that it names must be in every run. The history always holds the true ELBO, with weight 1,
         beside the objective; with weights by site its ``kl_weight`` of a step is ``(reconstruction - objective) /
         kl_prior``, and ``to_dataframe()`` has that of each site.
@@ -101,7 +101,7 @@ class DecomposedELBO(WeightedObjective):
     gradient : {"pathwise", "doubly_reparameterized", "score_function", "vargrad"}
         Estimator of the gradient: pathwise, with score-function terms for sites whose draws are not reparameterized;
         sticking the landing; score function with leave-one-out baseline; the same by the name of VarGrad. See
-        :mod:`pyro_elbo_ext.bounds.gradients`. All but the first need every ``kl_prior`` sampled, so with them "auto"
+        :mod:`pyro_elbo_ext.bounds`. All but the first need every ``kl_prior`` sampled, so with them "auto"
         samples.
     history : bool or History
         Whether to record each step; or a :class:`~pyro_elbo_ext.History` to record to.

@@ -20,7 +20,7 @@ _REASON = "a bound of several particles has no closed form: mean over its draws"
 class MultiSampleELBO(Objective):
     r"""A bound on ``log p(x)`` of K particles as a loss for ``pyro.infer.SVI``.
 
-    .. math:: L = \mathrm E\, f(\log w_1, \dots, \log w_K), \qquad \log w_k = \log p(x, z_k) - \log q(z_k), \quad z_k \sim q
+    .. math:: L = \mathrm E\, f(\log w_1, \ldots, \log w_K), \qquad \log w_k = \log p(x, z_k) - \log q(z_k), \quad z_k \sim q
 
     with ``f`` given by ``bound``. Lower bounds are maximized; upper ones are minimized, so their loss is the bound itself.
 
@@ -32,17 +32,18 @@ class MultiSampleELBO(Objective):
     Parameters
     ----------
     bound : Bound
-        See :mod:`pyro_elbo_ext.bounds.bounds`.
+        See :mod:`pyro_elbo_ext.bounds`.
     num_particles : int
         K.
-    max_plate_nesting, max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, retain_graph, \
-    tail_adaptive_beta
+    max_plate_nesting, max_iarange_nesting, strict_enumeration_warning
         As in :class:`~pyro_elbo_ext.DecomposedELBO`.
+    ignore_jit_warnings, jit_options, retain_graph, tail_adaptive_beta
+        As there.
     vectorize_particles : bool or "vmap"
         As in :class:`~pyro_elbo_ext.DecomposedELBO`.
     gradient : str or Gradient
         "pathwise", with leave-one-out score-function terms (VIMCO for IWAE) for sites whose draws are not reparameterized;
-        "doubly_reparameterized" (DReG); or "score_function" at every site. See :mod:`pyro_elbo_ext.bounds.gradients`.
+        "doubly_reparameterized" (DReG); or "score_function" at every site. See :mod:`pyro_elbo_ext.bounds`.
     local_plates : str or sequence of str, optional
         Take the bound inside these plates and the ELBO outside: all particles share one draw of the sites outside,
         ``E_q(w) [log p(w) - log q(w) + sum_i bound_i(w)]``. It is a lower bound whatever the subsample. With few

@@ -153,7 +153,7 @@ class FitResult:
         Returns
         -------
         dict
-            Latent and deterministic site to tensor of shape (num_draws, *plates, *event).
+            Latent and deterministic site to tensor of shape ``(num_draws, *plates, *event)``.
 
         Raises
         ------
