@@ -392,6 +392,34 @@ def test_settings_of_the_loss() -> None:
     assert not made.fits()  # type: ignore[union-attr]
 
 
+def test_nothing_of_this_package_is_taken_for_the_users(caplog: pytest.LogCaptureFixture) -> None:
+    """Its own objects change in every run, and its globals never: watching them costs more than the step."""
+    loss = DecomposedELBO()
+    pyro.clear_param_store()
+    program = Program()
+    svi = by_operator(program, AutoDelta(program), adam(), loss)
+    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
+        for _ in range(3):
+            svi.step()
+    assert not caplog.records
+    (made,) = svi._programs.values()
+    settings = {f"DecomposedELBO.{name}" for name in vars(loss)}
+    names = {name for name in made.guards.names() if name not in settings}  # type: ignore[union-attr]
+    assert any(name.startswith("Program.") for name in names)
+    others = {name for name in names if not name.startswith(("Program.", "Link"))}
+    assert others == {"the global 'Link'", "the global 'observe'", "a default argument of observe"}
+
+
+def test_errors_name_the_users_line_and_not_this_packages() -> None:
+    program = Program()
+    program.act = lambda one: torch.tensor(float(pyro.sample("drawn", dist.Normal(0.0, 1.0)).detach()))
+    pyro.clear_param_store()
+    svi = by_operator(program, AutoDelta(program), adam(), DecomposedELBO())
+    with pytest.raises(CannotCompile, match=r"reads the value of a tensor into Python, at .*test_compile_reads\.py:\d+"):
+        for _ in range(3):
+            svi.step()
+
+
 def test_fit_trains_with_what_is_there_now() -> None:
     found = []
     for compiled in ({"backend": "eager"}, False):

@@ -110,7 +110,7 @@ def command(**options: Any) -> int:
 
 def _in_own_code(error: BaseException | None) -> bool:
     """Whether it, or what caused it, passed through a file of the working directory: then its line is worth knowing."""
-    here, package = Path.cwd(), Path(__file__).parent
+    here, package = Path.cwd(), Path(__file__).parents[1]
     while error is not None:
         for frame in traceback.extract_tb(error.__traceback__):
             file = Path(frame.filename)

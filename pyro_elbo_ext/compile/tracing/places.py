@@ -22,7 +22,8 @@ def _folder(path: str | Path) -> str:
 
 _TORCH = _folder(Path(torch.__file__).parent)
 _PYRO = _folder(Path(pyro.__file__).parent)
-_PACKAGE = _folder(Path(__file__).parents[1])
+PACKAGE = Path(str(sys.modules[__name__.partition(".")[0]].__file__)).parent  # wherever in it this file lies
+_PACKAGE = _folder(PACKAGE)
 _MACHINERY = (
     _folder(f"{_PYRO}poutine"),
     f"{_PYRO}primitives.py",

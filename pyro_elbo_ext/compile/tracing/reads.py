@@ -33,10 +33,11 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-_PACKAGE = Path(__file__).parents[1]
-_FOLDERS = (*[str(Path(str(of.__file__)).parent) for of in (torch, pyro, np)], str(_PACKAGE))
+from pyro_elbo_ext.compile.tracing.places import PACKAGE
+
+_FOLDERS = (*[str(Path(str(of.__file__)).parent) for of in (torch, pyro, np)], str(PACKAGE))
 _STANDARD = sysconfig.get_paths()["stdlib"]
-_LIBRARIES = sys.stdlib_module_names | {"builtins", "torch", "pyro", "numpy", "scipy", "pandas", _PACKAGE.name}
+_LIBRARIES = sys.stdlib_module_names | {"builtins", "torch", "pyro", "numpy", "scipy", "pandas", PACKAGE.name}
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}  # how torch keeps a module
 _OF_GUIDES = ("prototype_trace", "master", "plates", "locs", "scales", "create_plates")  # what Pyro's make once
 _MEMBERS = ("_parameters", "_buffers", "_modules")
@@ -312,6 +313,10 @@ class Guards:
         self._names: list[str] = []
         self._names_of_cells: list[str] = []
         self._others: list[_Read] = []
+
+    def names(self) -> list[str]:
+        """All that is compared."""
+        return [*self._names, *self._names_of_cells, *(of.name for of in (*self._others, *self._inside))]
 
     def settle(self) -> None:
         """Keep what did not change in the runs since; to be called after at least one more."""
