@@ -316,7 +316,8 @@ class Guards:
 
     def names(self) -> list[str]:
         """All that is compared."""
-        return [*self._names, *self._names_of_cells, *(of.name for of in (*self._others, *self._inside))]
+        others, inside = [read.name for read in self._others], [one.name for one in self._inside]
+        return [*self._names, *self._names_of_cells, *others, *inside]
 
     def settle(self) -> None:
         """Keep what did not change in the runs since; to be called after at least one more."""
