@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from pyro_elbo_ext import LogDensity, compiled_log_density
 from pyro_elbo_ext.compile.machine_code import kernel_calls
 from pyro_elbo_ext.density import graph as density_graph
+from pyro_elbo_ext.programs.randomness import isolated
 
 Y = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
 
@@ -99,6 +100,36 @@ def test_batches_equal_single_points(density: LogDensity, points: np.ndarray) ->
             np.testing.assert_allclose(values[name][index], single)
     assert density.value_and_grad(batch[:0])[1].shape == (0, 3, density.dim)
     assert density.constrain(batch[:0])["corr"].shape == (0, 3, 3, 3)
+
+
+def test_batches_of_one_size_are_batched_once(points: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    with isolated(0):
+        density = LogDensity(supports, (Y,), {}, 0)
+    many = torch.tensor(points)
+    expected = density.value_and_grad(many)
+    evaluate = density.for_batches(len(many))
+    monkeypatch.setattr(torch, "vmap", None)  # at each call it would cost more than the arithmetic
+    for shown, found in zip(expected, evaluate(many), strict=True):
+        assert torch.equal(found, shown)
+        assert torch.equal(evaluate(many.flip(0))[0], expected[0].flip(0))
+
+
+def test_batches_of_one_size_where_there_is_no_graph_for_them() -> None:
+    def branching() -> None:
+        x = pyro.sample("x", dist.Normal(Y.new_zeros(()), 1.0))
+        pyro.factor("f", x if x > 0 else 3 * x)
+
+    def singular() -> None:  # at some points
+        rho = pyro.sample("rho", dist.Normal(Y.new_zeros(()), 1.0))
+        covariance = torch.eye(2, dtype=torch.float64) + rho * (1 - torch.eye(2, dtype=torch.float64))
+        pyro.sample("y", dist.MultivariateNormal(Y.new_zeros(2), covariance), obs=Y.new_zeros(2))
+
+    many = torch.tensor([[0.5], [1.5]], dtype=torch.float64)
+    for model in (branching, singular):
+        with isolated(0):
+            density = LogDensity(model, (), {}, 0)
+        for shown, found in zip(density.value_and_grad(many), density.for_batches(2)(many), strict=True):
+            torch.testing.assert_close(found, shown, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(), (6,)])

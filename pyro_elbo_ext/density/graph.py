@@ -48,6 +48,26 @@ def trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -
     return function
 
 
+def trace_batch(graph: torch.fx.GraphModule, points: torch.Tensor, rtol: float) -> Graph | None:
+    """``graph`` over all rows of ``points`` as a graph for so many rows, or None where that would not be the same.
+
+    It computes what ``torch.vmap`` of ``graph`` does, without finding out at each call how.
+    """
+    with handlers_are_heard():
+        try:
+            with _no_collection(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                batched = torch.vmap(graph)
+                found = make_fx(batched)(points)
+                _fold_constants(found)
+                _drop_copies(found)
+                check_equal(found, batched, [points, points.flip(0)], rtol)
+            return found
+        except Exception as error:  # whatever stops the tracer, torch.vmap is used at each call
+            logger.info("a batch is not traced, torch.vmap runs each time: %s", str(error).splitlines()[:1])
+    return None
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Without the garbage collector, which goes through all of torch's objects several times while a graph is traced."""
@@ -176,6 +196,21 @@ def _fold_constants(module: torch.fx.GraphModule) -> None:
     for node in calls:
         if node.target is torch.ops.aten.detach.default and node not in known:
             node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _drop_copies(module: torch.fx.GraphModule) -> None:
+    """Leave out views and expansions to the shape that is there already, of which batching makes many."""
+    graph = module.graph
+    if any(_writes(node) for node in graph.nodes):
+        return
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (torch.ops.aten.view.default, torch.ops.aten.expand.default):
+            continue
+        source = node.args[0]
+        if "val" in source.meta and source.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
     module.recompile()
 

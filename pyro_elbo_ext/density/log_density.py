@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyro_elbo_ext.density.graph import Graph, check_equal, short_vectors_only, to_machine_code, trace
+from pyro_elbo_ext.density.graph import Graph, check_equal, short_vectors_only, to_machine_code, trace, trace_batch
 from pyro_elbo_ext.density.native import NativeDensity, NotNative
 from pyro_elbo_ext.density.unconstrained import UnconstrainedModel
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
@@ -188,6 +188,29 @@ class LogDensity:
         """Numbers that are computed on the way to one density and its gradient; 0 where it is not a graph."""
         return _size(self._graph) if isinstance(self._graph, torch.fx.GraphModule) else 0
 
+    def for_batches(self, count: int) -> Graph:
+        """`value_and_grad` of tensors of shape (count, dim), float64, for many calls with the same ``count``.
+
+        What ``torch.vmap`` does at each call, which takes longer than the arithmetic of a small model, is done once.
+        """
+        if self.compiled or count < 2 or not isinstance(self._graph, torch.fx.GraphModule):
+            return self.value_and_grad
+        if count > _at_once(self._graph):
+            return self.value_and_grad
+        some = torch.stack([self.program.points[i % len(self.program.points)] for i in range(count)])
+        graph = trace_batch(self._graph, some, self._rtol)
+        if graph is None:
+            return self.value_and_grad
+
+        def evaluate(x: Tensor) -> tuple[Tensor, ...]:
+            try:
+                with torch.no_grad():
+                    return graph(x)
+            except torch.linalg.LinAlgError:  # no density at some points
+                return self.value_and_grad(x)
+
+        return evaluate
+
     def log_density(self, u: Any) -> Any:
         """Log density at ``u``.
 
@@ -303,7 +326,7 @@ class LogDensity:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                    return torch.vmap(graph, chunk_size=max(CHUNK, AT_ONCE // max(1, _size(graph))))(x)
+                    return torch.vmap(graph, chunk_size=_at_once(graph))(x)
             except torch.linalg.LinAlgError:  # no density at some points, which halving finds
                 halves = [self._batch(half, graph, one) for half in x.tensor_split(2)]
                 return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
@@ -313,10 +336,17 @@ class LogDensity:
         return tuple(torch.stack(column)[: len(x)] for column in zip(*rows, strict=True))
 
 
+def _at_once(graph: torch.fx.GraphModule) -> int:
+    """Points of a batch that are computed at a time."""
+    return max(CHUNK, AT_ONCE // max(1, _size(graph)))
+
+
 def _size(graph: torch.fx.GraphModule) -> int:
-    """Numbers that a graph computes."""
-    values = tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
-    return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
+    """Numbers that a graph computes, counted once: it is asked for at each batch."""
+    if "size" not in graph.meta:
+        values = tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+        graph.meta["size"] = sum(value.numel() for value in values if isinstance(value, torch.Tensor))
+    return int(graph.meta["size"])
 
 
 class _Differentiable(torch.autograd.Function):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pyro_elbo_ext.density import LogDensity
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
+Evaluation = Callable[[Tensor], tuple[Tensor, ...]]
 
 ACCEPTANCE = 0.8  # mean probability that the step size is adapted to
 WARMUP = (10, 10, 10, 20, 20, 40)  # iterations between changes of the metric
@@ -94,12 +96,13 @@ def run_chains(
     for setting trajectory lengths in Hamiltonian Monte Carlo. Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari,
     Gelman (2024), Nested R-hat: assessing the convergence of Markov chain Monte Carlo when running many short chains.
     """
-    state = _at(density, start)
+    evaluate = _evaluation(density, len(start))
+    state = _at(evaluate, start)
     if not torch.isfinite(state.value).any():
         raise ValueError("the model's log density is not finite at any of the starting points")
     least, most = GRADIENTS
     budget = min(max(NUMBERS // max(density.size * len(start), 1), least), most)
-    walk = _Walk(density, generator, budget)
+    walk = _Walk(density.dim, evaluate, generator, budget)
     with tqdm(total=sum(WARMUP) + THIN * num_draws, desc="chains", disable=not progress) as bar:
         walk.learn(state.x[torch.isfinite(state.value)])
         for number, length in enumerate(WARMUP):
@@ -126,10 +129,10 @@ def run_chains(
 class _Walk:
     """The chains' common metric and step size."""
 
-    def __init__(self, density: LogDensity, generator: torch.Generator, budget: int) -> None:
-        self.density, self.generator, self.budget = density, generator, budget
+    def __init__(self, dim: int, evaluate: Evaluation, generator: torch.Generator, budget: int) -> None:
+        self.evaluate, self.generator, self.budget = evaluate, generator, budget
         self.step, self.stretch = 0.5, 1.0
-        self.factor: Tensor = torch.ones(density.dim, dtype=torch.float64)
+        self.factor: Tensor = torch.ones(dim, dtype=torch.float64)
 
     def learn(self, draws: Tensor) -> None:
         """The metric from draws of shape ``(draw, dim)``: a Cholesky factor, or the sds where these are few."""
@@ -196,7 +199,7 @@ class _Walk:
             momentum = momentum + 0.5 * step * force
             # what has left the domain will not be accepted: no need to follow it
             x = torch.where(lost[:, None], state.x, new.x + step * self._out(momentum))
-            new = _at(self.density, x)
+            new = _at(self.evaluate, x)
             lost = lost | ~torch.isfinite(new.value)
             force = self._back(new.gradient)
             momentum = momentum + 0.5 * step * force
@@ -212,12 +215,20 @@ class _Walk:
         )
 
 
-def _at(density: LogDensity, x: Tensor) -> _State:
-    if density.compiled:  # machine code takes one point at a time
+def _evaluation(density: LogDensity, chains: int) -> Evaluation:
+    """Log density and gradient at a point of each chain."""
+    if not density.compiled:
+        return density.for_batches(chains)
+
+    def one_by_one(x: Tensor) -> tuple[Tensor, ...]:  # machine code takes one point at a time
         pairs = [density.value_and_grad(row) for row in x]
-        value, gradient = (torch.stack(column) for column in zip(*pairs, strict=True))
-    else:
-        value, gradient = density.value_and_grad(x)
+        return tuple(torch.stack(column) for column in zip(*pairs, strict=True))
+
+    return one_by_one
+
+
+def _at(evaluate: Evaluation, x: Tensor) -> _State:
+    value, gradient = evaluate(x)
     value = value.nan_to_num(-math.inf, posinf=-math.inf)
     return _State(x, value, gradient.nan_to_num(0.0, posinf=0.0, neginf=0.0))
 
