@@ -206,7 +206,7 @@ def _drop_copies(module: torch.fx.GraphModule) -> None:
     if any(_writes(node) for node in graph.nodes):
         return
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (torch.ops.aten.view.default, torch.ops.aten.expand.default):
+        if node.target not in (torch.ops.aten.view.default, torch.ops.aten.expand.default):
             continue
         source = node.args[0]
         if "val" in source.meta and source.meta["val"].shape == node.meta["val"].shape:
