@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyro
@@ -15,7 +13,7 @@ import torch
 import xarray as xr
 from scipy import integrate, stats
 
-from pyro_elbo_ext import History, __version__, demo
+from pyro_elbo_ext import History, demo
 from pyro_elbo_ext.__main__ import main
 from pyro_elbo_ext.demo import Demo, load_eight_schools, log_evidence, run_demo, tell
 
@@ -176,23 +174,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "new" / "folder" / "funnel.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["demo", "--num-steps", "0"], "must be at least 1"),
-        (["demo", "--num-steps", "ten"], "invalid"),
-        (["demo", "--seed", "-1"], "from 0 to"),
-        (["fit"], "invalid choice"),
-        ([], "required"),
-    ],
-)
-def test_command_line_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     for output in ("file", "file/below"):
@@ -206,10 +187,3 @@ def test_num_steps_must_be_positive(tmp_path: Path, num_steps: int) -> None:
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         run_demo(tmp_path / "out", num_steps=num_steps)
     assert not (tmp_path / "out").exists()
-
-
-def test_version_by_the_interpreter() -> None:
-    ran: Any = subprocess.run(
-        [sys.executable, "-m", "pyro_elbo_ext", "--version"], capture_output=True, text=True, check=True
-    )
-    assert ran.stdout == f"pyro_elbo_ext {__version__}\n"

@@ -21,14 +21,6 @@ from pyro_elbo_ext.files.untrusted import read_npz, reading
 
 STATUS = {"good": 0, "means only": 1, "do not use": 2}
 FAILED = 3
-HELP = """\
-The arrays of the data file go to model and guide as keyword arguments by name: numbers with a fraction as tensors of
-torch's default dtype, whole numbers and truth values as they are, arrays without axes as Python numbers.
-A guide that is a class or a function whose first parameter is called `model`, as pyro.infer.autoguide:AutoNormal, is
-called with the model first. Parameters and modules are unpickled and run: use your own only.
-
-exit status: 0, the fit is good; 1, only its means can be used; 2, do not use it; 3, there is no verdict, since
-something went wrong."""
 
 
 def run_diagnose(
@@ -49,7 +41,7 @@ def run_diagnose(
     ----------
     model, guide
         ``module:name``, imported with the working directory first on the path. For classes and factories of guides see
-        `HELP`.
+        ``python -m pyro_elbo_ext diagnose --help``.
     data
         ``.npz``, whose arrays are the keyword arguments of both.
     params
