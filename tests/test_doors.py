@@ -216,6 +216,27 @@ BAD = [
         (X, COLUMN),
     ),
     Bad(
+        "a column of means in a plate",
+        regression(lambda mean: normal(mean.unsqueeze(-1))),
+        guide,
+        "at site 'y', a value of shape (4,) does not fit a distribution with batch shape (4, 4)",
+        (X, Y),
+    ),
+    Bad(
+        "columns of means and labels in a plate",
+        regression(lambda mean: normal(mean.unsqueeze(-1))),
+        guide,
+        BROADCAST + "(4, 4)",
+        (X, COLUMN),
+    ),
+    Bad(
+        "labels for a multivariate event",
+        regression(lambda mean: dist.MultivariateNormal(mean.unsqueeze(-1).expand(N, 3), torch.eye(3))),
+        guide,
+        BROADCAST + "(4,) and event shape (3,)",
+        (X, COLUMN),
+    ),
+    Bad(
         "too many labels",
         regression(normal),
         guide,
@@ -324,6 +345,80 @@ BAD = [
         of_guide=True,
     ),
 ]
+
+
+def nested(fn: Callable[[torch.Tensor], Any]) -> Program:
+    """The same in two plates of one size."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", N, dim=-2), pyro.plate("columns", N, dim=-1):
+            pyro.sample("y", fn(w * x), obs=y)
+
+    return model
+
+
+def behind_a_column(handler: Callable[[torch.Tensor], Any]) -> Program:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N), handler(torch.ones(N, 1)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    return model
+
+
+def categories(mean: torch.Tensor) -> Any:
+    return dist.Categorical(logits=torch.stack([mean, -mean, 0 * mean], -1))
+
+
+def mixture(mean: torch.Tensor) -> Any:
+    parts = dist.Categorical(torch.ones(*mean.shape, 2))
+    return dist.MixtureSameFamily(parts, dist.Normal(torch.stack([mean, -mean], -1), 1.0))
+
+
+COUNTS = torch.tensor([0, 1, 2, 1])
+REPEATED: dict[str, tuple[Program, torch.Tensor]] = {
+    "Poisson": (regression(lambda mean: dist.Poisson(mean.exp())), COUNTS.float().unsqueeze(-1)),
+    "Bernoulli": (regression(lambda mean: dist.Bernoulli(logits=mean.unsqueeze(-1))), (Y > 0).float()),
+    "StudentT": (regression(lambda mean: dist.StudentT(3.0, mean.unsqueeze(-1), 1.0)), COLUMN),
+    "Categorical": (regression(lambda mean: categories(mean.unsqueeze(-1))), COUNTS),
+    "Multinomial": (
+        regression(lambda mean: dist.Multinomial(5, logits=categories(mean).logits)),
+        torch.full((N, 1), 5.0),
+    ),
+    "mixture": (regression(lambda mean: mixture(mean.unsqueeze(-1))), Y),
+    "transformed": (
+        regression(
+            lambda mean: dist.TransformedDistribution(normal(mean.unsqueeze(-1)), [dist.transforms.ExpTransform()])
+        ),
+        Y.exp(),
+    ),
+    "masked": (regression(lambda mean: normal(mean).mask(torch.ones(N, 1, dtype=torch.bool))), Y),
+    "no plate": (regression(lambda mean: normal(mean.unsqueeze(-1) * mean), plate=False), Y),
+    "no plate, three of four": (regression(lambda mean: normal(mean.unsqueeze(-1).expand(N, 3)), plate=False), Y[:3]),
+    "a mean for each part of a datum": (regression(lambda mean: normal(mean), plate=False), torch.tensor(0.3)),
+    "one event for all of a plate": (regression(lambda mean: normal(mean.expand(N, N)).to_event(1)), Y),
+    "an event of matrices": (regression(lambda mean: normal(mean.expand(N, N)).to_event(2), plate=False), Y),
+    "nested, more labels": (nested(lambda mean: normal(mean.expand(N, N))), torch.randn(N, N, 1)),
+    "nested, more means": (nested(lambda mean: normal(mean.expand(N, N).unsqueeze(-1))), torch.randn(N, N)),
+    "nested, labels for the rows": (nested(normal), Y),
+    "under a mask": (behind_a_column(lambda of: poutine.mask(mask=of > 0)), Y),
+    "under a scale": (behind_a_column(lambda of: poutine.scale(scale=of)), Y),
+}
+
+
+@pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
+@pytest.mark.parametrize("way", ["DecomposedELBO", "CompiledSVI, Pyro's loss", "psis_khat", "compiled_log_density"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_no_datum_counts_several_times(name: str, way: str, validate: bool) -> None:
+    model, y = REPEATED[name]
+    with (
+        pyro.validation_enabled(validate),
+        pytest.raises(
+            ValueError, match=rf"^at site 'y', a value of shape \({', '.join(map(str, y.shape))}.*does not fit"
+        ),
+    ):
+        enter(way, Bad(name, model, guide, "", (X, y)))
 
 
 def enter(way: str, bad: Bad) -> None:
@@ -476,6 +571,19 @@ def crossed_plates(x: torch.Tensor, y: torch.Tensor) -> None:
         pyro.sample("y", dist.Normal(w * x, 1.0), obs=y.expand(2, N))
 
 
+def restarts(x: torch.Tensor, y: torch.Tensor) -> None:
+    """The same data for each of several models that know nothing of each other."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("restarts", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+
+def one_vector_for_all(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("restarts", 3):
+        pyro.sample("y", dist.Normal(w * x, 1.0).to_event(1), obs=y)
+
+
 def flat(x: torch.Tensor, y: torch.Tensor) -> None:
     w = pyro.sample("w", dist.ImproperUniform(dist.constraints.real, (), ()))
     with pyro.plate("data", len(x)):
@@ -511,6 +619,8 @@ GOOD = [
     Good("float64 data against float32 parameters", mixed_dtypes, observed, (X.double(), Y.double())),
     Good("a plate with its dim", plates_with_dims, observed),
     Good("crossed plates", crossed_plates, lambda w: log_normal(w) + 2 * (observed(w) - log_normal(w))),
+    Good("the same data several times", restarts, lambda w: 3 * observed(w) - 2 * log_normal(w)),
+    Good("the same vector several times", one_vector_for_all, lambda w: 3 * observed(w) - 2 * log_normal(w)),
     Good("a flat prior", flat, lambda w: observed(w) - log_normal(w)),
     Good(
         "soft labels",

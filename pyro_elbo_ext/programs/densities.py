@@ -12,10 +12,16 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_site_shape
 from torch import Tensor
-from torch.distributions import Distribution
 
-from pyro_elbo_ext.programs.faults import REMEDY, data_at_fault, described, draw_outside, shapes_at_fault
-from pyro_elbo_ext.programs.nodes import Node, innermost, is_latent, is_subsample
+from pyro_elbo_ext.programs.faults import (
+    REMEDY,
+    data_at_fault,
+    described,
+    draw_outside,
+    of_event_at_fault,
+    shapes_at_fault,
+)
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_data, is_latent, is_subsample, says_what_it_takes
 
 
 def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> Tensor:
@@ -95,10 +101,12 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
     shape = node["log_prob"].shape
     fn, value, name = node["fn"], node["value"], node["name"]
     batch_shape = getattr(fn, "batch_shape", shape)
-    if shape != batch_shape and shape != value.shape[: value.dim() - fn.event_dim]:
+    of_value = value.shape[: value.dim() - fn.event_dim] if hasattr(fn, "event_dim") else shape
+    if shape != batch_shape and shape != of_value:
         raise ValueError(_broadcast(node))
-    event_shape = getattr(fn, "event_shape", ())
-    if event_shape and value.shape != batch_shape + event_shape and _is_spread(node):
+    if is_data(node) and (of_event_at_fault(node) or (shape != of_value and _is_repeated(of_value, node))):
+        raise ValueError(_broadcast(node))
+    if getattr(fn, "event_shape", ()) and value.shape != batch_shape + fn.event_shape and _is_spread(node):
         raise ValueError(_broadcast(node))
     # A latent site may have no elements, as in Pyro: the weights of a model without covariates.
     if node["is_observed"] and (0 in shape or (0 in value.shape and type(fn).__name__ != "Unit")):
@@ -108,19 +116,39 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
 
 
 def _broadcast(node: Node) -> str:
+    if is_data(node) and of_event_at_fault(node):
+        return str(shapes_at_fault(node))
     mask = node["mask"]
     of_mask = f", under a mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
     return (
         f"at site '{node['name']}', a value of {described(node)}{of_mask}: they were broadcast against each other, into a "
-        f"log density that counts elements several times. {REMEDY}"
+        f"log density that counts elements several times. {REMEDY} If data are to count several times, expand them."
     )
+
+
+def _is_repeated(of_value: torch.Size, node: Node) -> bool:
+    """Whether data count several times where that cannot be meant.
+
+    One datum for all of a plate is what the model says. Not so beside dims that no plate declares: labels of shape (N, 1)
+    in a plate of N whose means are a column. Nor if the data have another dim of the plate's size: N labels for N vectors.
+    """
+    shape = node["log_prob"].shape
+    several = {dim for dim in range(-len(shape), 0) if shape[dim] > 1}
+    repeated = {dim for dim in several if len(of_value) < -dim or of_value[dim] == 1}
+    frames = {frame.dim: frame.name for frame in node["cond_indep_stack"]}
+    if not repeated:
+        return False
+    if not several <= frames.keys():
+        return True
+    sizes = {shape[dim] for dim in repeated if frames[dim] != PARTICLE_PLATE}
+    return not sizes.isdisjoint(node["value"].shape)
 
 
 def _is_spread(node: Node) -> bool:
     """Whether value and distribution broadcast to a shape that is neither's, which a sum over the event would hide."""
     fn, value = node["fn"], node["value"]
-    if type(innermost(fn))._validate_sample is not Distribution._validate_sample:
-        return False  # it says itself what it takes, as a time series of any length
+    if says_what_it_takes(fn):
+        return False
     whole = fn.batch_shape + fn.event_shape
     try:
         return torch.broadcast_shapes(value.shape, whole) not in (value.shape, whole)

@@ -17,7 +17,15 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, base_distribution, is_data, is_latent, is_subsample
+from pyro_elbo_ext.programs.nodes import (
+    PARTICLE_PLATE,
+    Node,
+    base_distribution,
+    is_data,
+    is_latent,
+    is_subsample,
+    says_what_it_takes,
+)
 
 _OF_DTYPES = re.compile(r"dtype|scalar type|Input type", re.IGNORECASE)  # as torch's messages have it
 
@@ -120,7 +128,9 @@ def discrete_latent(node: Node, *, by_hand: bool = False) -> str:
 
 
 def shapes_at_fault(node: Node) -> str | None:
-    """Says that a value does not broadcast against its distribution; None if it does."""
+    """Says that a value does not broadcast against its distribution, or data not have its event shape; else None."""
+    if is_data(node) and of_event_at_fault(node):
+        return f"at site '{node['name']}', a value of {described(node)}. {REMEDY}"
     try:
         value, shape = node["value"].shape, node["fn"].shape()
         torch.broadcast_shapes(value, shape)
@@ -129,6 +139,15 @@ def shapes_at_fault(node: Node) -> str | None:
     except (AttributeError, NotImplementedError):  # a distribution that has no shapes
         return None
     return None
+
+
+def of_event_at_fault(node: Node) -> bool:
+    """Whether a value has not the event shape of its distribution, which its density would broadcast over."""
+    fn, value = node["fn"], node["value"]
+    event_shape = getattr(fn, "event_shape", ())
+    if not len(event_shape) or not isinstance(value, Tensor):
+        return False
+    return value.shape[max(value.dim() - len(event_shape), 0) :] != event_shape and not says_what_it_takes(fn)
 
 
 def _empty_plate(error: BaseException) -> str:

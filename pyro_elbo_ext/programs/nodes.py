@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import Delta, MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
 
 Node = dict[str, Any]  # one site of a Pyro trace
 PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's name for it
@@ -44,6 +44,11 @@ def innermost(fn: Any) -> Any:
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def says_what_it_takes(fn: Any) -> bool:
+    """Whether a distribution has rules of its own for the shapes of values, as a time series of any length."""
+    return type(innermost(fn))._validate_sample is not Distribution._validate_sample
 
 
 def base_distribution(fn: Any) -> str:
