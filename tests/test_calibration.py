@@ -19,9 +19,8 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_elbo_ext import DecomposedELBO
-from pyro_elbo_ext.calibration.calibrate import Calibration, simulate_calibration
+from pyro_elbo_ext.calibration import Calibration, TrainGuide, simulate_calibration
 from pyro_elbo_ext.calibration.rank_tests import holm, symmetric_ks, uniform_chi2, uniform_ks
-from pyro_elbo_ext.calibration.recipes import TrainGuide
 from pyro_elbo_ext.inference_data.arviz_statistics import ecdf_band
 
 PRIOR = torch.eye(2, dtype=torch.float64)

@@ -22,8 +22,7 @@ from scipy.stats import norm
 
 from pyro_elbo_ext import DecomposedELBO, diagnose
 from pyro_elbo_ext.density.log_density import compiled_log_density
-from pyro_elbo_ext.diagnosis import reasons, report
-from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis import Diagnosis, reasons, report
 from pyro_elbo_ext.diagnosis.many_chains import COLUMNS, run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
 from pyro_elbo_ext.evidence.importance import ImportanceSample

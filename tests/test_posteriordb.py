@@ -15,7 +15,7 @@ import torch
 
 from pyro_elbo_ext import diagnose
 from pyro_elbo_ext.density.log_density import LogDensity, compiled_log_density
-from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS
+from pyro_elbo_ext.diagnosis.findings import VERDICTS
 from pyro_elbo_ext.mcmc.nuts import run_nuts
 
 pytestmark = pytest.mark.skipif(not db.FOLDER.is_dir(), reason="reference posteriors are not here")

@@ -21,7 +21,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_elbo_ext import DecomposedELBO, compare_to_mcmc, evidence_bounds
-from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis, Finding
+from pyro_elbo_ext.diagnosis import Diagnosis, Finding
 from pyro_elbo_ext.diagnosis.page import MAX_ROWS
 from pyro_elbo_ext.diagnosis.plots import MAX_SCALARS, plot_elbo, plot_evidence, plot_forest, plot_weights
 from pyro_elbo_ext.diagnosis.report import interval, number, worst_first

@@ -44,19 +44,6 @@ MOST_BOXES = 20  # of a drawing of the package: folders and modules at its top, 
 
 # Arrows that are being mended, (from, to), each with who does it. It is to be empty.
 BEING_MENDED = {
-    # verdict: the version comes from the package's metadata
-    ("diagnosis.command", "__init__"),
-    ("diagnosis.page", "__init__"),
-    ("inference_data.export", "__init__"),
-    # verdict: plots take what they draw, and do not import the type
-    ("amortized.gap", "amortized.plots"),
-    ("amortized.latent_units", "amortized.plots"),
-    ("amortized.surgery", "amortized.plots"),
-    ("calibration.plots", "calibration.calibrate"),
-    ("comparison.plots", "comparison.marginal"),
-    ("diagnosis.page", "diagnosis.diagnosis"),
-    ("diagnosis.plots", "diagnosis.diagnosis"),
-    ("diagnosis.report", "diagnosis.diagnosis"),
     # split: the file of a result says itself how it is read
     ("training.result", "training.automatic_fit"),
 }

@@ -128,7 +128,7 @@ class AmortizationGap:
         """Histogram of the gaps of the data; returns the axes."""
         from pyro_elbo_ext.amortized.plots import plot_amortization_gap
 
-        return plot_amortization_gap(self, ax)
+        return plot_amortization_gap(self.gap, self.approximation_gap, ax)
 
     def _head(self) -> str:
         return (

@@ -108,7 +108,7 @@ class ActiveUnits:
         """Variance of the mean per unit, largest first, with the threshold; returns the axes."""
         from pyro_elbo_ext.amortized.plots import plot_active_units
 
-        return plot_active_units(self, ax)
+        return plot_active_units(self.table, self.threshold, ax)
 
     def _head(self) -> str:
         return f"{self.num_active} of {len(self.table)} units active over plate '{self.plate}': {self.num_data} data"

@@ -110,7 +110,9 @@ class ElboSurgery:
         """``kl_prior`` split into its two parts, beside log N; returns the axes."""
         from pyro_elbo_ext.amortized.plots import plot_surgery
 
-        return plot_surgery(self, ax)
+        parts = {"index_code_mi": self.index_code_mi, "marginal_kl_prior": self.marginal_kl_prior}
+        title = f"kl_prior {self.kl_prior:.2f} of ELBO {self.elbo:.2f} (reconstruction {self.reconstruction:.2f})"
+        return plot_surgery(parts, self.index_code_bound, title, ax)
 
     def _head(self) -> str:
         return (

@@ -146,7 +146,7 @@ class Comparison:
         """Marginals overlaid, then a forest of all parameters; returns the matplotlib figure."""
         from pyro_elbo_ext.comparison.plots import plot_comparison
 
-        return plot_comparison(self)
+        return plot_comparison(self.table, self.approx, self.mcmc)
 
     def displayed(self) -> pd.DataFrame:
         """The table as text: figure ± standard error (noise floor)."""

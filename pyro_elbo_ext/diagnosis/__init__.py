@@ -1,6 +1,7 @@
 """Is the fit good, in what respect not, and what to do about it."""
 
-from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis, Finding
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.findings import Finding
 from pyro_elbo_ext.diagnosis.verdict import diagnose
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]

@@ -60,7 +60,8 @@ def run_diagnose(
     ValueError, TypeError, KeyError, ImportError, OSError
         For what cannot be read or is not what it should be, naming it. Errors of the model and guide come as they are.
     """
-    from pyro_elbo_ext import diagnose, read_draws
+    from pyro_elbo_ext.comparison import read_draws
+    from pyro_elbo_ext.diagnosis.verdict import diagnose
 
     page = Path(output)
     if page.is_dir():

@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from pyro_elbo_ext.comparison import Comparison
-from pyro_elbo_ext.evidence.intervals import EvidenceBounds
+from pyro_elbo_ext.diagnosis.findings import Judgement
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
     from pyro_elbo_ext.history import History
 
-Verdict = Literal["good", "means only", "do not use"]
-VERDICTS: tuple[Verdict, ...] = ("good", "means only", "do not use")
-NOT_KNOWN = "not known"  # of a scalar, where the draws of the posterior are not to be relied on
-
-
-def worst_of(verdicts: Iterable[str]) -> Verdict:
-    """The worst of the verdicts that are known; "good" if none is."""
-    return max((v for v in VERDICTS if v in set(verdicts)), key=VERDICTS.index, default="good")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes
-    ----------
-    subject : str
-        A site or one of its entries, ``theta[3]``, or "" for the fit as a whole.
-    verdict : str
-        What this finding alone allows: "good", "means only" or "do not use".
-    statement : str
-        What is the case, with its figures, in a sentence.
-    remedy : str
-        What to do about it; "" where there is nothing to do.
-    """
-
-    subject: str
-    verdict: Verdict
-    statement: str
-    remedy: str = ""
-
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Diagnosis:
+class Diagnosis(Judgement):
     """How far a guide is from the posterior, and what to do about it.
 
     Attributes
@@ -74,14 +40,6 @@ class Diagnosis:
     history : History or None
         The fit's record, where there is one.
     """
-
-    verdict: Verdict
-    findings: tuple[Finding, ...]
-    scalars: pd.DataFrame
-    evidence: EvidenceBounds
-    mcmc: Comparison | None
-    method: str
-    history: History | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of ``scalars``; the verdict on the whole is ``attrs["verdict"]``."""

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_elbo_ext.diagnosis.diagnosis import NOT_KNOWN, Verdict
+from pyro_elbo_ext.diagnosis.findings import NOT_KNOWN, Verdict
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels, scalar_label

@@ -7,6 +7,7 @@ import html
 import importlib.util
 import io
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pyro_elbo_ext.diagnosis import report
-from pyro_elbo_ext.history.plots import COLOURS
+from pyro_elbo_ext.history.pictures import COLOURS
 
 if TYPE_CHECKING:
-    from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+    from pyro_elbo_ext.diagnosis.findings import Judgement
 
 MAX_ROWS = 1000  # of scalars: more would make the page slow
 WIDTH = 4.6  # inches of a picture, near to a phone's width, so that its letters stay readable there
@@ -91,7 +92,7 @@ $body
 
 
 def write_page(
-    diagnosis: Diagnosis, path: str | Path, *, history: Any = None, title: str = "Did the fit work?"
+    diagnosis: Judgement, path: str | Path, *, history: Any = None, title: str = "Did the fit work?"
 ) -> Path:
     """Write the page to ``path``; its folder must exist. Returns the path."""
     file = Path(path)
@@ -99,10 +100,8 @@ def write_page(
     return file
 
 
-def page(diagnosis: Diagnosis, *, history: Any = None, title: str = "Did the fit work?") -> str:
+def page(diagnosis: Judgement, *, history: Any = None, title: str = "Did the fit work?") -> str:
     """The page's text."""
-    from pyro_elbo_ext import __version__
-
     evidence = diagnosis.evidence
     parts = [_verdict(diagnosis)]
     if diagnosis.findings:
@@ -126,11 +125,11 @@ def page(diagnosis: Diagnosis, *, history: Any = None, title: str = "Did the fit
             )
         )
     return PAGE.substitute(
-        title=html.escape(title), style=STYLE, body="\n".join(parts), version=html.escape(__version__)
+        title=html.escape(title), style=STYLE, body="\n".join(parts), version=version("pyro_elbo_ext")
     )
 
 
-def _verdict(diagnosis: Diagnosis) -> str:
+def _verdict(diagnosis: Judgement) -> str:
     sign = {"good": "✓", "means only": "~", "do not use": "✗"}[diagnosis.verdict]
     meaning = html.escape(report.MEANING[diagnosis.verdict])
     counts = f"Scalars: {report.counted(diagnosis.scalars)}. " if len(diagnosis.scalars) else ""
@@ -140,14 +139,14 @@ def _verdict(diagnosis: Diagnosis) -> str:
     )
 
 
-def _scalars(diagnosis: Diagnosis) -> str:
+def _scalars(diagnosis: Judgement) -> str:
     scalars = report.worst_first(diagnosis.scalars)
     left_out = _note(f"The worst {MAX_ROWS} of {len(scalars)}.") if len(scalars) > MAX_ROWS else ""
     shown = report.table(report.displayed(scalars.iloc[:MAX_ROWS]), "scalar")
     return _section("Scalars, worst first", left_out + shown + _note(report.LEGEND))
 
 
-def _ledger(diagnosis: Diagnosis) -> str:
+def _ledger(diagnosis: Judgement) -> str:
     rows = [
         {
             "side": bound.direction,
@@ -163,7 +162,7 @@ def _ledger(diagnosis: Diagnosis) -> str:
     return report.table(pd.DataFrame(rows, index=[bound.method for bound in diagnosis.evidence.bounds]), "bound")
 
 
-def _figures(diagnosis: Diagnosis, history: Any) -> str:
+def _figures(diagnosis: Judgement, history: Any) -> str:
     if importlib.util.find_spec("matplotlib") is None:
         return _section("Pictures", _note('They need matplotlib: pip install "pyro_elbo_ext[plots]"'))
     from pyro_elbo_ext.diagnosis.plots import panels

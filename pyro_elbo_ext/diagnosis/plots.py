@@ -12,14 +12,15 @@ from pyro_elbo_ext.comparison.marginal import BAD, GOOD
 from pyro_elbo_ext.diagnosis.report import worst_first
 from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.history.plots import COLOURS, OTHER, pyplot, running_mean
+from pyro_elbo_ext.history.pictures import COLOURS, OTHER, pyplot
+from pyro_elbo_ext.history.plots import running_mean
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+    from pyro_elbo_ext.diagnosis.findings import Judgement
     from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample
     from pyro_elbo_ext.evidence.ledger import Bound
 
@@ -195,7 +196,7 @@ def plot_elbo(history: History | ArrayLike, evidence: EvidenceBounds, ax: Axes) 
     return ax
 
 
-def panels(diagnosis: Diagnosis, history: Any = None) -> list[tuple[str, float, Callable[[Any], Any]]]:
+def panels(diagnosis: Judgement, history: Any = None) -> list[tuple[str, float, Callable[[Any], Any]]]:
     """Title, height in inches and painter of each picture there is; a painter draws in a figure or subfigure."""
     rows = min(len(diagnosis.scalars), MAX_SCALARS)
     found: list[tuple[str, float, Callable[[Any], Any]]] = []
@@ -224,7 +225,7 @@ def panels(diagnosis: Diagnosis, history: Any = None) -> list[tuple[str, float, 
     return found
 
 
-def plot_diagnosis(diagnosis: Diagnosis, history: Any = None) -> Figure:
+def plot_diagnosis(diagnosis: Judgement, history: Any = None) -> Figure:
     """All pictures on a new figure, two beside each other.
 
     Raises

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pyro_elbo_ext.diagnosis.diagnosis import NOT_KNOWN, Finding, worst_of
+from pyro_elbo_ext.diagnosis.findings import NOT_KNOWN, Finding, worst_of
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED
 from pyro_elbo_ext.diagnosis.marginals import BAD, GOOD, Scalars, corrected
 from pyro_elbo_ext.diagnosis.posterior_draws import PosteriorDraws

@@ -16,7 +16,7 @@ import pandas as pd
 from pyro_elbo_ext.evidence.ledger import Interval
 
 if TYPE_CHECKING:
-    from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis, Finding
+    from pyro_elbo_ext.diagnosis.findings import Finding, Judgement
     from pyro_elbo_ext.evidence import EvidenceBounds
 
 WIDTH = 100  # columns of the text
@@ -109,7 +109,7 @@ def displayed(scalars: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=scalars.index.rename(None))
 
 
-def ordered(diagnosis: Diagnosis) -> list[Finding]:
+def ordered(diagnosis: Judgement) -> list[Finding]:
     """Findings by verdict, those on the whole or on a site before those on one scalar: these often say the same."""
     single = set(diagnosis.scalars.index)
     return sorted(
@@ -117,7 +117,7 @@ def ordered(diagnosis: Diagnosis) -> list[Finding]:
     )
 
 
-def few(diagnosis: Diagnosis) -> tuple[list[Finding], list[Finding]]:
+def few(diagnosis: Judgement) -> tuple[list[Finding], list[Finding]]:
     """The findings for the short forms, and the rest: those on further scalars that call for what was said already."""
     shown: list[Finding] = []
     rest: list[Finding] = []
@@ -137,7 +137,7 @@ def counted(scalars: pd.DataFrame) -> str:
     return ", ".join(f"{count} {verdict}" for verdict, count in ordered)
 
 
-def text(diagnosis: Diagnosis) -> str:
+def text(diagnosis: Judgement) -> str:
     """The whole in plain text: verdict, reasons with remedies, worst scalars, the ledger's intervals."""
     lines = [f"Verdict: {diagnosis.verdict.upper()}", *_wrapped(f"That is, {MEANING[diagnosis.verdict]}"), ""]
     shown, rest = few(diagnosis)
@@ -164,7 +164,7 @@ LEGEND = (
 )
 
 
-def fragment(diagnosis: Diagnosis) -> str:
+def fragment(diagnosis: Judgement) -> str:
     """The short form as HTML, for notebooks."""
     scalars = worst_first(diagnosis.scalars)
     cut = f", the worst {SHOWN} below" if len(scalars) > SHOWN else ""
@@ -180,7 +180,7 @@ def fragment(diagnosis: Diagnosis) -> str:
     return "".join(parts)
 
 
-def findings(diagnosis: Diagnosis) -> str:
+def findings(diagnosis: Judgement) -> str:
     """Findings as lists, those that repeat what was said folded away."""
     shown, rest = few(diagnosis)
     folded = f"<details><summary>{len(rest)} more on single scalars</summary>{_items(rest)}</details>" if rest else ""

@@ -12,7 +12,8 @@ import torch
 
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.comparison.alignment import aligned, draws_of
-from pyro_elbo_ext.diagnosis.diagnosis import VERDICTS, Diagnosis, Finding
+from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.findings import VERDICTS, Finding
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import (
     GOOD,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -13,26 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-
-# Okabe and Ito (2008): told apart with any common colour blindness. Grey is for "other", black for totals.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-OTHER = "#8F8F8F"
-TOTAL = "#222222"
-
-
-def pyplot() -> Any:
-    """``matplotlib.pyplot``, imported only where there is something to draw.
-
-    Raises
-    ------
-    ImportError
-        Without matplotlib, saying how to install it.
-    """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "pyro_elbo_ext[plots]"') from error
-    return plt
 
 
 def plot_history(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -377,12 +378,10 @@ def _diverging(mcmc: MCMC, chains: int, draws: int) -> dict[str, NDArray[Any]]:
 
 
 def attributes() -> dict[str, Any]:
-    from pyro_elbo_ext import __version__  # the package imports this file
-
     return {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
         "creation_library": "pyro_elbo_ext",
-        "creation_library_version": __version__,
+        "creation_library_version": version("pyro_elbo_ext"),
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,
     }

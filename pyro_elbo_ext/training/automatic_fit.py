@@ -21,7 +21,7 @@ from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, Unconstr
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.history.plots import COLOURS, OTHER, TOTAL, pyplot
+from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.randomness import isolated, seeded, untouched
 from pyro_elbo_ext.programs.running import check_callable
