@@ -7,11 +7,13 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format docs tutorials bench clean
+.PHONY: help demo test test-slow test-all lint format docs tutorials bench clean
 
 help:
 	@echo "make demo       fit eight schools with three guides, compare with NUTS, write plots"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests that take seconds, in some minutes"
+	@echo "make test-slow  run the others"
+	@echo "make test-all   run all of them"
 	@echo "make lint       ruff (rules and format) and mypy"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make docs       build docs/_build/html; any warning fails"
@@ -34,8 +36,17 @@ $(VENV): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m pyro_elbo_ext demo
 
+# A process for each core, each with one thread; more than eight only wait for memory.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

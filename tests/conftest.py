@@ -1,12 +1,40 @@
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyro
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tensors of a few elements: further threads only wait for each other
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+SLOW = Path(__file__).parent / "slow.txt"  # seconds and test, as mark_slow.py measured them
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder of compiled graphs for the run, which its processes share; empty at the start."""
+    if not hasattr(config, "workerinput") and CACHE not in os.environ:
+        folder = os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled_graphs_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that were measured to be slow; a line that no test answers to is an error."""
+    slow = {line.partition("\t")[2] for line in SLOW.read_text().splitlines()}
+    found = set()
+    for item in items:
+        names = {item.nodeid, item.nodeid.partition("[")[0]} & slow
+        found |= names
+        if names:
+            item.add_marker(pytest.mark.slow)
+    if config.args_source == pytest.Config.ArgsSource.TESTPATHS and slow - found:
+        raise pytest.UsageError(f"{SLOW.name} names tests that are gone: {', '.join(sorted(slow - found))}")
 
 
 @pytest.fixture(autouse=True)
