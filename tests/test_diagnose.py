@@ -6,7 +6,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import evidence_oracles as oracles
@@ -18,11 +18,12 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from pyro_elbo_ext import DecomposedELBO, diagnose
 from pyro_elbo_ext.density.log_density import compiled_log_density
-from pyro_elbo_ext.diagnosis import Diagnosis, reasons, report
+from pyro_elbo_ext.diagnosis import Diagnosis, reliability, report
 from pyro_elbo_ext.diagnosis.many_chains import COLUMNS, run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
 from pyro_elbo_ext.evidence.importance import ImportanceSample
@@ -459,13 +460,13 @@ def test_one_thing_is_said_of_the_weights(spread: float, tail: float, upper: flo
     evidence = EvidenceBounds(
         Interval(0.0, upper), Interval(min(0.001, upper), upper), 0.0, 0.01, 1.0, 0.95, (), sample
     )
-    said = [f.statement for f in reasons._on_weights(evidence, sample)]
+    said = [f.statement for f in reliability.on_weights(evidence, sample)]
     about = [s for s in said if "k-hat" in s]
     assert len(about) == 1
     (sentence,) = about
     far, near = "far from the posterior" in sentence, "near the posterior" in sentence
-    assert not (far and (upper < reasons.NEAR or sample.ess > 0.95 * sample.num_draws))
-    assert not (near and upper > reasons.NEAR)
+    assert not (far and (upper < reliability.NEAR or sample.ess > 0.95 * sample.num_draws))
+    assert not (near and upper > reliability.NEAR)
     assert ("can be relied on" in sentence) == (sample.khat < sample.threshold and not sample.even)
     assert ("says nothing" in sentence) == sample.even
     row = next(what for name, _, what in report.summary(evidence) if name == "k-hat")
@@ -502,7 +503,7 @@ def test_nothing_is_good_while_chains_disagree(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     apart = rng.normal(size=(4, 500)) * 1.0 + np.array([[-0.4], [-0.4], [0.4], [0.4]])
     found = diagnose(model, guide, seed=0, mcmc={"z": apart, "other": rng.normal(size=(4, 500))})
-    assert found.verdict == "do not use"
+    assert found.verdict == "means only"
     assert found.scalars.loc["z", "verdict"] == "not known"
     assert found.scalars.loc["other", "verdict"] == "good"
     assert "scalars agree" not in text(found)
@@ -513,6 +514,59 @@ def test_nothing_is_good_while_chains_disagree(tmp_path: Path) -> None:
     assert "scalars agree" not in page
     assert "not known" in found._repr_html_()
     assert found.plot() is not None
+
+
+def with_rhat(draws: np.ndarray, wanted: Mapping[int, float]) -> np.ndarray:
+    """Draws of shape (4, draw, n) whose halves of chains are moved apart until the columns have the wanted R-hat."""
+    places = np.array([-1.0, 1.0, 1.0, -1.0])[:, None]
+    moved = draws.copy()
+    for column, rhat in wanted.items():
+
+        def miss(size: float, column: int = column, rhat: float = rhat) -> float:
+            one = draws[..., column] + size * places
+            return float(split_rhat(one[..., None])[0]) - rhat
+
+        moved[..., column] += brentq(miss, 0.0, 100.0) * places
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("rhats", "verdict"),
+    [
+        ({}, "good"),
+        ({2: 1.06}, "means only"),
+        ({2: 1.06, 4: 1.08}, "means only"),
+        ({2: 1.2}, "do not use"),
+        ({0: 1.2, 2: 1.2, 4: 1.2}, "do not use"),
+        ({0: 1.06, 2: 1.06, 4: 1.06}, "do not use"),
+        ({4: 4.9}, "do not use"),
+    ],
+)
+def test_how_far_chains_disagree_decides_what_is_said(rhats: dict[int, float], verdict: str) -> None:
+    """The guide is the posterior, and the draws are too but for the chains' places, so that all hangs on these."""
+
+    def model() -> None:
+        with pyro.plate("i", 6):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    draws = with_rhat(np.random.default_rng(0).normal(size=(4, 2000, 6)), rhats)
+    found = diagnose(model, model, seed=0, num_draws=4000, mcmc={"z": draws})
+    assert found.verdict == verdict
+    names = [f"z[{i}]" for i in rhats]
+    assert not found.scalars.loc[names, "verdict"].isin(["good", "means only"]).any()
+    others = found.scalars.drop(names)["verdict"]
+    assert (others == "good").all()
+    told = [finding for finding in found.findings if "MCMC chains do not" in finding.statement]
+    assert len(told) == bool(rhats)
+    if verdict == "means only":
+        assert all(name in told[0].statement for name in names)
+        assert told[0].statement.startswith("Not judged")
+
+
+def test_a_single_scalar_that_is_not_judged_leaves_nothing_to_say() -> None:
+    draws = with_rhat(np.random.default_rng(0).normal(size=(4, 500, 1)), {0: 1.06})[..., 0]
+    found = diagnose(normal_guide(0.0, 1.0), normal_guide(0.0, 1.0), seed=0, mcmc={"z": draws})
+    assert found.verdict == "do not use"
 
 
 def test_nothing_is_good_where_many_chains_have_two_modes() -> None:

@@ -1,9 +1,9 @@
-"""Why a fit is not good, and what helps: findings from the figures, the draws of both sides, and the fit's record."""
+"""Why a fit is not good, and what helps: findings from the figures and the draws of both sides."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pyro_elbo_ext.diagnosis.findings import NOT_KNOWN, Finding, worst_of
-from pyro_elbo_ext.diagnosis.many_chains import CONVERGED
-from pyro_elbo_ext.diagnosis.marginals import BAD, GOOD, Scalars, corrected
-from pyro_elbo_ext.diagnosis.posterior_draws import PosteriorDraws
+from pyro_elbo_ext.diagnosis.marginals import GOOD, Scalars
+from pyro_elbo_ext.diagnosis.reliability import on_precision, on_weights
 from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample
-from pyro_elbo_ext.history import History
 
 Array = NDArray[np.float64]
 
@@ -28,8 +26,6 @@ NARROW = 0.2  # sd of the log spread below which there is no funnel
 FUNNEL = 0.5  # correlation of a scale with the log spread of what it scales
 UNEVEN = 100.0  # ratio of the largest to the smallest sd, from which on one step size suits no parameter
 TAILED = 2.0  # excess kurtosis that a Gaussian guide cannot have
-WINDOW = 20  # recorded steps that a trend needs
-NEAR = 0.5  # nats of KL(q || posterior) below which a guide is not called far
 MOST = 400  # scalars whose correlations are looked at
 
 
@@ -58,7 +54,7 @@ def findings_of(
         findings += _on_funnels(scalars, funnels)
         findings += _on_joint(scalars, pairs)
         findings += _on_scales(scalars, posterior, sample)
-    return findings + _on_precision(scalars) + _on_weights(evidence, sample)
+    return findings + on_precision(scalars) + on_weights(evidence, sample)
 
 
 class _Funnel(NamedTuple):
@@ -281,202 +277,3 @@ def _on_scales(scalars: pd.DataFrame, posterior: Scalars, sample: ImportanceSamp
             "Standardize the predictors and outcomes behind them, or reparametrize.",
         )
     ]
-
-
-def _on_precision(scalars: pd.DataFrame) -> list[Finding]:
-    """Figures that are nearer to a threshold than their errors."""
-    close = []
-    for name, row in scalars[scalars["verdict"] != NOT_KNOWN].iterrows():
-        for figure in ("mean_shift", "log_sd_ratio"):
-            value, error = corrected(row[figure], row[f"{figure}_se"]), row[f"{figure}_se"]
-            if any(abs(value - threshold) < 2 * error for threshold in (GOOD, BAD)):
-                close.append((str(name), figure, row[figure], error))
-    if not close:
-        return []
-    name, figure, value, error = max(close, key=lambda entry: abs(entry[2]))
-    return [
-        Finding(
-            name,
-            "good",
-            f"Near a threshold: {figure} {value:+.3f} ± {error:.3f}, one of {len(close)} figures that chance may put on "
-            "the other side.",
-            "More draws, if it matters: num_draws, or longer chains as mcmc.",
-        )
-    ]
-
-
-def _on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Finding]:
-    lower, upper = evidence.kl_posterior
-    gap = (
-        f"between {lower:.3g} and {upper:.3g} nats"
-        if math.isfinite(upper)
-        else "infinite"
-        if math.isinf(lower)
-        else f"at least {lower:.3g} nats"
-    )
-    findings = [
-        Finding("", "good", f"The gap between the ELBO and log p(x), KL(q || posterior), is {gap}."),
-    ]
-    count = sample.num_draws
-    if sample.num_zero:
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"{sample.num_zero} of {count} draws of the guide are outside the model's support: the ELBO is -inf.",
-                "Give the guide the support of the model's sites.",
-            )
-        )
-    if sample.even:
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"The importance weights are nearly equal, and leave {sample.ess:.1f} of {count} draws: k-hat, "
-                f"{sample.khat:.2f}, says nothing of them.",
-            )
-        )
-    elif sample.khat < sample.threshold:
-        reliable = "" if sample.khat < 0.5 else "; above 0.5 their variance is infinite"
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"The importance weights can be relied on: k-hat {sample.khat:.2f}, below {sample.threshold:.2f} for "
-                f"{count} draws{reliable}.",
-            )
-        )
-    elif upper < NEAR:
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"The guide is near the posterior, but its tails are lighter: k-hat {sample.khat:.2f}, not below "
-                f"{sample.threshold:.2f} for {count} draws, which leave {sample.ess:.1f} effective ones.",
-                "Do not reweight its draws. A guide with heavier tails brings k-hat down.",
-            )
-        )
-    else:
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"As a joint distribution the guide is far from the posterior: k-hat {sample.khat:.2f}, not below "
-                f"{sample.threshold:.2f} for {count} draws; the importance weights have no variance, and leave "
-                f"{sample.ess:.1f} effective draws.",
-                "Do not reweight its draws. A richer guide, or one with heavier tails, brings k-hat down.",
-            )
-        )
-    for plate, khats in sample.local_khat.items():
-        bad = np.flatnonzero(~sample.local_reliable[plate])
-        if len(bad):
-            shown = ", ".join(str(i) for i in bad[np.argsort(-khats[bad])][:5])
-            findings.append(
-                Finding(
-                    plate,
-                    "good",
-                    f"{len(bad)} of {len(khats)} indices of the plate have k-hat of {sample.threshold:.2f} or more: {shown} "
-                    "are the worst.",
-                    "A richer guide for these indices.",
-                )
-            )
-    return findings
-
-
-def on_chains(drawn: PosteriorDraws) -> list[Finding]:
-    """Whether the chains that stand for the posterior agree."""
-    if drawn.converged:
-        return [
-            Finding(
-                "",
-                "good",
-                f"The figures rest on {drawn.method}, whose chains agree: largest R-hat {drawn.rhat:.3f}, at "
-                f"{drawn.worst}. Modes that the guide has no draws near are not seen.",
-            )
-        ]
-    site = drawn.worst.split("[", maxsplit=1)[0]
-    return [
-        Finding(
-            site,
-            "do not use",
-            f"Chains started at draws of the guide do not come to agree: R-hat {drawn.rhat:.2f} at {drawn.worst} on "
-            f"unconstrained space, {CONVERGED} at most is wanted. Either the guide is too far off, or the posterior has "
-            "several modes or a funnel; the figures are a rough guess.",
-            "Run NUTS and pass its draws as mcmc. If it has divergences or does not converge either, reparametrize the "
-            "model: non-centre its hierarchical sites, order what is exchangeable.",
-        )
-    ]
-
-
-def on_comparison(scalars: pd.DataFrame, rhat: Mapping[str, float], absent: Sequence[str]) -> list[Finding]:
-    """What limits a comparison with MCMC draws."""
-    findings = []
-    bad = {name: value for name, value in rhat.items() if not value < CONVERGED}
-    if bad:
-        worst = max(bad, key=lambda name: np.nan_to_num(bad[name], nan=np.inf))
-        findings.append(
-            Finding(
-                worst,
-                "do not use",
-                f"The MCMC chains do not agree themselves: R-hat {bad[worst]:.2f}, and not below {CONVERGED} for {len(bad)} "
-                f"of {len(scalars)} scalars. How far the guide is from the posterior they do not show.",
-                "Longer chains, or a reparametrized model.",
-            )
-        )
-    if absent:
-        findings.append(
-            Finding(
-                "", "good", f"mcmc has no draws of {', '.join(absent)}: these are not judged.", "Keep their draws too."
-            )
-        )
-    return findings
-
-
-def on_scalars_left_out(names: Sequence[str]) -> list[Finding]:
-    """Deterministic sites that are not judged."""
-    if not names:
-        return []
-    shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-    return [Finding("", "good", f"Not judged, since too large or not finite in every draw: {shown}.")]
-
-
-def on_history(record: History | None) -> list[Finding]:
-    """Whether the ELBO was still rising over the last quarter of the fit, or had NaN."""
-    if record is None or len(record) == 0:
-        return []
-    elbo, steps = record.elbo, record.steps
-    findings = []
-    broken = ~np.isfinite(elbo)
-    if broken.any():
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"The ELBO was NaN or infinite in {int(broken.sum())} of {len(elbo)} recorded steps, first at step "
-                f"{int(steps[broken][0])}.",
-                "A smaller step size, clipped gradients, or starting values nearer to the mode.",
-            )
-        )
-    last = np.flatnonzero(~broken & (steps > steps[-1] - max(1, (steps[-1] - steps[0]) // 4)))
-    if len(last) < WINDOW:
-        return findings
-    # means of four parts are little correlated, where single steps are
-    parts = [elbo[part] for part in np.array_split(last, 8)]
-    means = np.array([part.mean() for part in parts])
-    line = stats.linregress(np.arange(8), means)
-    rise, error = 7 * line.slope, 7 * line.stderr
-    if line.pvalue < 0.01 and abs(rise) > GOOD:
-        word = "rising" if rise > 0 else "falling"
-        findings.append(
-            Finding(
-                "",
-                "good",
-                f"The ELBO was still {word}: by {rise:+.2f} ± {error:.2f} nats over the last {len(last)} recorded steps.",
-                "Longer run." if rise > 0 else "Smaller steps or more particles: it moves away from the optimum.",
-            )
-        )
-    else:
-        findings.append(
-            Finding("", "good", f"The ELBO was level over the last {len(last)} recorded steps, up to {error:.2f} nats.")
-        )
-    return findings

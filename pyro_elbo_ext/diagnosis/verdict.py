@@ -26,7 +26,8 @@ from pyro_elbo_ext.diagnosis.marginals import (
     varying,
 )
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
-from pyro_elbo_ext.diagnosis.reasons import findings_of, on_chains, on_comparison, on_history, on_scalars_left_out
+from pyro_elbo_ext.diagnosis.reasons import findings_of
+from pyro_elbo_ext.diagnosis.reliability import on_chains, on_comparison, on_history, on_scalars_left_out
 from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample, evidence_bounds, psis_khat
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE, check_count
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS
@@ -79,6 +80,10 @@ def diagnose(
     The posterior is taken from ``mcmc``, if given. If not, and if the guide is a good importance sampler (k-hat below 0.5,
     and standard errors small beside 0.1), from its own draws with Pareto-smoothed importance weights. Otherwise from 128
     chains of Hamiltonian Monte Carlo that start at draws of the guide, if R-hat says that they have come to agree.
+
+    Scalars for which the chains of ``mcmc`` disagree (R-hat of 1.05 or more) are "not known", and the whole is "means only" at
+    best. It is "do not use" where one has an R-hat above 1.12, which is chains half a posterior sd apart, or where half of
+    the scalars disagree.
 
     A mode of the posterior that neither the guide nor ``mcmc`` has draws in is not seen by any of it: the verdict is then on
     the mode that is seen. Where there may be several, pass draws of chains that started in different places.
