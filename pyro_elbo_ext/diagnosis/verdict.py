@@ -81,9 +81,9 @@ def diagnose(
     and standard errors small beside 0.1), from its own draws with Pareto-smoothed importance weights. Otherwise from 128
     chains of Hamiltonian Monte Carlo that start at draws of the guide, if R-hat says that they have come to agree.
 
-    Scalars for which the chains of ``mcmc`` disagree (R-hat of 1.05 or more) are "not known", and the whole is "means only" at
-    best. It is "do not use" where one has an R-hat above 1.12, which is chains half a posterior sd apart, or where half of
-    the scalars disagree.
+    Scalars for which the chains of ``mcmc`` disagree (R-hat of 1.05 or more) are "not known", and the whole is "means only"
+    at best. It is "do not use" where one has an R-hat above 1.12, which is chains half a posterior sd apart, or where half
+    of the scalars disagree.
 
     A mode of the posterior that neither the guide nor ``mcmc`` has draws in is not seen by any of it: the verdict is then on
     the mode that is seen. Where there may be several, pass draws of chains that started in different places.
