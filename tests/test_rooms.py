@@ -43,10 +43,7 @@ ROOMS = [
 MOST_BOXES = 20  # of a drawing of the package: folders and modules at its top, inside the frame that `__init__` is
 
 # Arrows that are being mended, (from, to), each with who does it. It is to be empty.
-BEING_MENDED = {
-    # split: the file of a result says itself how it is read
-    ("training.result", "training.automatic_fit"),
-}
+BEING_MENDED: set[tuple[str, str]] = set()
 
 
 class Import(NamedTuple):

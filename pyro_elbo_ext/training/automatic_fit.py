@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
 from pyro_elbo_ext.objectives import DecomposedELBO
-from pyro_elbo_ext.programs.randomness import isolated, seeded, untouched
+from pyro_elbo_ext.programs.randomness import isolated, seeded
 from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.progress import Progress
@@ -53,11 +52,6 @@ class AutomaticFit(FitResult):
     def path(self) -> pd.DataFrame:
         """One row per step: ELBO of its batch, gradients so far, draws, step size, what a whole step would gain."""
         return pd.DataFrame(self.approximation.path)
-
-    @property
-    def elbo(self) -> float:
-        """ELBO in nats, from draws that had no part in the fit."""
-        return self._elbo
 
     def _mean_elbo(self) -> float:
         return self.approximation.elbo
@@ -94,13 +88,8 @@ class AutomaticFit(FitResult):
         with self.own_parameters():
             return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, **options)
 
-    def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """As :meth:`FitResult.draws`."""
-        if operator.index(num_draws) < 1:
-            raise ValueError(f"the number of draws must be at least 1, not {num_draws!r}")
-        with self.own_parameters(), untouched(seed):
-            posterior = self.approximation.guide.get_posterior()
-            return self.density.constrain(posterior.sample((num_draws,)))
+    def _draws(self, count: int) -> dict[str, Tensor]:
+        return self.density.constrain(self.approximation.guide.get_posterior().sample((count,)))
 
     def plot(self, axes: Any = None) -> NDArray[np.object_]:
         """ELBO and predicted gain by gradient evaluations, and the terms at the fitted guide.
@@ -135,6 +124,38 @@ class AutomaticFit(FitResult):
         fields = {name: value for name, value in vars(self.approximation).items() if name != "guide"}
         return {**super()._content(), "automatic": fields, "history": None}
 
+    @classmethod
+    def _read(
+        cls,
+        content: dict[str, Any],
+        path: str,
+        model: Callable[..., Any] | LogDensity,
+        guide: Callable[..., Any] | str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> FitResult:
+        if not isinstance(guide, str):
+            raise ValueError(f"{path} has a guide that was made by fit: pass guide='auto'")
+        density = _density(model, args, kwargs)
+        saved, dim = {**content["parameters"], **content["buffers"]}, density.dim
+        if saved["loc"].shape != (dim,):
+            raise ValueError(
+                f"{path} is of another model: its guide has {len(saved['loc'])} coordinates, the model's unconstrained "
+                f"space {dim}"
+            )
+        loc, fields = saved["loc"].double(), content["automatic"]
+        made: UnconstrainedGuide
+        eye = torch.eye(dim, dtype=loc.dtype)
+        if fields["family"] == "diagonal":
+            made = DiagonalGuide(density, loc, torch.ones_like(loc))
+        elif fields["family"] == "flow":
+            made = FlowGuide(density, loc, eye, Flow(dim))
+        else:
+            made = GaussianGuide(density, loc, eye)
+        made.load_state_dict(saved)
+        found = Approximation(guide=made, **fields)
+        return _result(density, found, content["account"]["seconds"])
+
     def lines(self) -> list[str]:
         """The account in a few lines."""
         a = self.approximation
@@ -147,31 +168,6 @@ class AutomaticFit(FitResult):
         if a.next_guide:
             found.append(a.next_guide)
         return found + self._about_parameters()
-
-
-def load_automatic(
-    content: Mapping[str, Any], model: Callable[..., Any] | LogDensity, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> AutomaticFit:
-    """The result whose file had this content; see `FitResult.load`."""
-    density = _density(model, args, kwargs)
-    saved, dim = {**content["parameters"], **content["buffers"]}, density.dim
-    if saved["loc"].shape != (dim,):
-        raise ValueError(
-            f"the file is of another model: its guide has {len(saved['loc'])} coordinates, the model's unconstrained space "
-            f"{dim}"
-        )
-    loc, fields = saved["loc"].double(), content["automatic"]
-    guide: UnconstrainedGuide
-    eye = torch.eye(dim, dtype=loc.dtype)
-    if fields["family"] == "diagonal":
-        guide = DiagonalGuide(density, loc, torch.ones_like(loc))
-    elif fields["family"] == "flow":
-        guide = FlowGuide(density, loc, eye, Flow(dim))
-    else:
-        guide = GaussianGuide(density, loc, eye)
-    guide.load_state_dict(saved)
-    found = Approximation(guide=guide, **fields)
-    return _result(density, found, content["account"]["seconds"])
 
 
 def fit_automatically(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from pyro_elbo_ext.bounds import Pathwise
 from pyro_elbo_ext.inference_data.draws import check_full, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.programs.pairs import check_pair
-from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import run_pair
 
 _AT_ONCE = 4096
@@ -27,7 +25,6 @@ def draw_guide(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     count: int,
-    seed: int | None,
 ) -> dict[str, Tensor]:
     """``count`` draws of the guide: latent and deterministic sites of the model, each of shape (count, ...).
 
@@ -36,10 +33,8 @@ def draw_guide(
     Raises
     ------
     ValueError
-        If ``count`` is below 1, a plate subsamples, or a site is not in every draw.
+        If a plate subsamples, or a site is not in every draw.
     """
-    if operator.index(count) < 1:
-        raise ValueError(f"the number of draws must be at least 1, not {count!r}")
 
     def check(model_trace: Trace, guide_trace: Trace) -> None:
         check_pair(model_trace, guide_trace)
@@ -47,29 +42,24 @@ def draw_guide(
         check_full(model_trace)
 
     chunks: list[dict[str, Tensor]] = []
-    with untouched(seed):
-        batch = Batch.start(model, guide, args, kwargs, None, check)
-        shapes = {
-            name: torch.as_tensor(value).shape
-            for name, value in values_of(prune_subsample_sites(batch.reference[0])).items()
-        }
-        done = 0
-        while done < count:
-            size = min(_AT_ONCE, count - done)
-            drawn = batch.draw(model, guide, args, kwargs, size, Pathwise())
-            if drawn is None:
-                size = 1
-                trace = run_pair(model, guide, args, kwargs)[0]
-            else:
-                trace = drawn.draw.model_trace
-            values = values_of(prune_subsample_sites(trace))
-            if values.keys() != shapes.keys():
-                odd = sorted(values.keys() ^ shapes.keys())
-                raise ValueError(
-                    f"site '{odd[0]}' is not in every draw: a model whose sites vary has no array of draws"
-                )
-            chunks.append(
-                {name: torch.as_tensor(v).detach().reshape(size, *shapes[name]) for name, v in values.items()}
-            )
-            done += size
+    batch = Batch.start(model, guide, args, kwargs, None, check)
+    shapes = {
+        name: torch.as_tensor(value).shape
+        for name, value in values_of(prune_subsample_sites(batch.reference[0])).items()
+    }
+    done = 0
+    while done < count:
+        size = min(_AT_ONCE, count - done)
+        drawn = batch.draw(model, guide, args, kwargs, size, Pathwise())
+        if drawn is None:
+            size = 1
+            trace = run_pair(model, guide, args, kwargs)[0]
+        else:
+            trace = drawn.draw.model_trace
+        values = values_of(prune_subsample_sites(trace))
+        if values.keys() != shapes.keys():
+            odd = sorted(values.keys() ^ shapes.keys())
+            raise ValueError(f"site '{odd[0]}' is not in every draw: a model whose sites vary has no array of draws")
+        chunks.append({name: torch.as_tensor(v).detach().reshape(size, *shapes[name]) for name, v in values.items()})
+        done += size
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in shapes}

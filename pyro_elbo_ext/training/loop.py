@@ -27,7 +27,7 @@ from pyro_elbo_ext.training.data.validation import Validation
 from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.fingerprint import Fingerprint, described, differences
 from pyro_elbo_ext.training.progress import Progress
-from pyro_elbo_ext.training.result import Rollback, check_same_parameters
+from pyro_elbo_ext.training.result import Rollback
 from pyro_elbo_ext.training.safety import Watch, explain, is_numerical
 from pyro_elbo_ext.training.state import checkpoints
 from pyro_elbo_ext.training.state.state import (
@@ -510,7 +510,7 @@ class Loop:
         if content.get("kind") != "checkpoint":
             raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
         checkpoints.check_parts(content, (*self._content_parts(), "random"), path)
-        check_same_parameters(self.parameters, content["training"]["parameters"], str(path))
+        checkpoints.check_same_parameters(self.parameters, content["training"]["parameters"], str(path))
         for name, value in content["training"]["parameters"].items():
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,10 +19,13 @@ from torch import Tensor
 from pyro_elbo_ext.diagnosis import Diagnosis, diagnose
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data import from_pyro_svi
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.points import point_estimate
+from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.training.guide_draws import draw_guide
 from pyro_elbo_ext.training.state import checkpoints
 from pyro_elbo_ext.training.state.ownership import Ownership, said
+from pyro_elbo_ext.training.state.state import TrainingState, parameters_of_programs, random_state_kept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,10 +169,15 @@ class FitResult:
         UserWarning
             Where the guide is a point mass at a site: its draws are all the same.
         """
+        if operator.index(num_draws) < 1:
+            raise ValueError(f"the number of draws must be at least 1, not {num_draws!r}")
         if self.point_sites:
             warnings.warn(point_estimate(self.point_sites), stacklevel=2)
-        with self.own_parameters():
-            return draw_guide(self.model, self.guide, self.args, self.kwargs, num_draws, seed)
+        with self.own_parameters(), untouched(seed):
+            return self._draws(num_draws)
+
+    def _draws(self, count: int) -> dict[str, Tensor]:
+        return draw_guide(self.model, self.guide, self.args, self.kwargs, count)
 
     def to_arviz(self, **options: Any) -> Any:
         """The guide's draws as ArviZ data: :func:`pyro_elbo_ext.from_pyro_svi` with the parameters of this result.
@@ -200,6 +209,7 @@ class FitResult:
     def _content(self) -> dict[str, Any]:
         return {
             "kind": "fit",
+            "type": type(self),  # which knows how to read the rest
             "parameters": {name: p.cpu() for name, p in self.parameters.items()},
             "buffers": {name: b.cpu() for name, b in self.buffers.items()},
             "history": self.history,
@@ -239,26 +249,32 @@ class FitResult:
         ValueError
             If it is not one of `save`'s, or has other parameters than the programs: both are named.
         """
-        from pyro_elbo_ext.objectives import DecomposedELBO
-        from pyro_elbo_ext.training.state.state import TrainingState, parameters_of_programs, random_state_kept
-
         content = checkpoints.read(Path(path))
         if content.get("kind") != "fit":
             raise ValueError(
                 f"{path} is a checkpoint, not a saved result: pass it to fit as checkpoint= with resume=True"
             )
-        checkpoints.check_parts(content, ("parameters",), Path(path))
-        if isinstance(guide, str) or "automatic" in content:
-            if not isinstance(guide, str) or "automatic" not in content:
-                what = "made by fit: pass" if "automatic" in content else "given: pass it, not"
-                raise ValueError(f"{path} has a guide that was {what} guide='auto'")
-            from pyro_elbo_ext.training.automatic_fit import load_automatic
+        checkpoints.check_parts(content, ("type", "parameters"), Path(path))
+        of: type[FitResult] = content["type"]
+        return of._read(content, str(path), model, guide, args, kwargs)
 
-            return load_automatic(content, model, args, kwargs)
+    @classmethod
+    def _read(
+        cls,
+        content: dict[str, Any],
+        path: str,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> FitResult:
+        """The result whose file had this content."""
+        if isinstance(guide, str):
+            raise ValueError(f"{path} has a guide that was given: pass it, not guide='auto'")
         loss = DecomposedELBO(history=content["history"] if content["history"] is not None else False)
         with random_state_kept(), torch.no_grad():
             parameters = parameters_of_programs(lambda: loss.loss(model, guide, *args, **kwargs))
-        check_same_parameters(parameters, content["parameters"], str(path))
+        checkpoints.check_same_parameters(parameters, content["parameters"], path)
         buffers = TrainingState.buffers_of(model, guide)
         with torch.no_grad():
             for live, saved in ((parameters, content["parameters"]), (buffers, content["buffers"])):
@@ -315,7 +331,10 @@ class FitResult:
 
     @property
     def elbo(self) -> float:
-        """Mean true ELBO of the last quarter of the recorded steps; minus the mean loss with a loss of Pyro's."""
+        """Mean true ELBO of the last quarter of the recorded steps; minus the mean loss with a loss of Pyro's.
+
+        Of a guide that `fit` has made: from draws that had no part in the fit.
+        """
         return self._elbo
 
     def _mean_elbo(self) -> float:
@@ -374,17 +393,3 @@ class FitResult:
         if self.history is not None and len(self.history):
             table = self.history._repr_html_()
         return f"<p><b>{type(self).__name__}</b></p><ul>{items}</ul>{table}"
-
-
-def check_same_parameters(live: dict[str, Tensor], saved: dict[str, Tensor], path: str) -> None:
-    """Raise a ValueError if a file's parameters are not those of the programs, by name and shape."""
-    missing, unknown = sorted(live.keys() - saved.keys()), sorted(saved.keys() - live.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{path} is of another model or guide: it lacks the parameters {missing} and has {unknown} that they have not"
-        )
-    for name, tensor in live.items():
-        if saved[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: parameter '{name}' has shape {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here"
-            )

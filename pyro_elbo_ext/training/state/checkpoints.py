@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_elbo_ext.files.atomic import replaced
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
@@ -53,3 +54,17 @@ def check_parts(content: dict[str, Any], parts: Iterable[str], path: Path) -> No
     missing = [name for name in parts if name not in content]
     if missing:
         raise ValueError(f"{path} is not a whole file of fit: {', '.join(missing)} missing")
+
+
+def check_same_parameters(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
+    """Raise a ValueError if a file's parameters are not those of the programs, by name and shape."""
+    missing, unknown = sorted(live.keys() - saved.keys()), sorted(saved.keys() - live.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is of another model or guide: it lacks the parameters {missing} and has {unknown} that they have not"
+        )
+    for name, tensor in live.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: parameter '{name}' has shape {tuple(saved[name].shape)} there, {tuple(tensor.shape)} here"
+            )
