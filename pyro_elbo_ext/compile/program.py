@@ -29,8 +29,8 @@ from pyro_elbo_ext.compile.tracing.numbers import NeedsNumber
 from pyro_elbo_ext.compile.tracing.reads import Guards, Recorder
 from pyro_elbo_ext.compile.tracing.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.history.record import VALUES
-from pyro_elbo_ext.objectives.objective import Program as PyroProgram
-from pyro_elbo_ext.objectives.objective import Weight
+from pyro_elbo_ext.objectives.evaluation import Program as PyroProgram
+from pyro_elbo_ext.objectives.evaluation import Weight
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.terms.registration import modules_of
 

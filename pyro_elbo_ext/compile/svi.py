@@ -36,7 +36,9 @@ from pyro_elbo_ext.compile.tracing.first_look import FirstLook
 from pyro_elbo_ext.compile.tracing.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.history.record import VALUES
-from pyro_elbo_ext.objectives.objective import NotFinite, Objective, Weight
+from pyro_elbo_ext.objectives.evaluation import Weight
+from pyro_elbo_ext.objectives.not_finite import NotFinite
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.programs.replay import OwnIndices
 

@@ -10,78 +10,32 @@ from typing import NamedTuple
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound, Gradient, Pathwise
 from pyro_elbo_ext.bounds.gradients import by_particle
 from pyro_elbo_ext.bounds.site_weights import Number, SiteWeights
-from pyro_elbo_ext.history.history import SiteInfo
-from pyro_elbo_ext.objectives.objective import (
+from pyro_elbo_ext.objectives.bound_record import Description, Particles, describe, known_infos, reader, scalars_of
+from pyro_elbo_ext.objectives.evaluation import (
     Args,
     Evaluation,
     Kwargs,
-    NotFinite,
-    Objective,
     Pair,
     Program,
-    Read,
     Signature,
-    Totals,
-    Values,
     signature_of,
 )
-from pyro_elbo_ext.particles.estimate import Ledger, num_observations, scale_of
+from pyro_elbo_ext.objectives.not_finite import NotFinite
+from pyro_elbo_ext.objectives.objective import Objective
+from pyro_elbo_ext.particles.estimate import Ledger
 from pyro_elbo_ext.particles.log_weights import Densities, LogWeights, join, plate_scores, read_densities
 from pyro_elbo_ext.particles.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.particles.placement import Placement, place
 from pyro_elbo_ext.particles.plate_costs import score_shares
-from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_pair
-from pyro_elbo_ext.terms import Term, Terms
-from pyro_elbo_ext.terms.terms import Kind, Method, Site, read_sites, stack_particles
-
-_NAN = float("nan")
-
-
-class _Description(NamedTuple):
-    """What a site is, without its traces and their graphs."""
-
-    site: str
-    kind: Kind
-    stack: tuple[CondIndepStackFrame, ...]
-    scale: float | Tensor
-    mask: bool | Tensor | None
-    history_scale: float | int  # as a number, or its place in the ledger
-    num_elements: float | int  # of an observed site; of a latent one if they are counted
-
-
-@dataclass(slots=True)
-class Particles:
-    """Detached log densities of every particle's sites, from which :class:`Terms` are made when asked for.
-
-    ``looped`` has one entry for each looped particle, or a single one for all vectorized ones.
-    """
-
-    looped: list[tuple[list[_Description], list[tuple[Tensor | None, tuple[Tensor, ...]]]]]
-    num_particles: int
-    reason: str
-    contributions: dict[str, float] | None
-
-    def terms(self) -> Terms:
-        """The terms; log densities are those of the draws, not weighted."""
-        vectorized = self.num_particles if len(self.looped) == 1 else 1
-        each = []
-        for descriptions, full in self.looped:
-            terms = {}
-            for of, (log_p, log_q) in zip(descriptions, full, strict=True):
-                method: Method | None = None if of.kind == "observed" else "sampled"
-                reason = None if of.kind == "observed" else self.reason
-                terms[of.site] = Term(of.site, of.kind, log_p, log_q, None, method, reason, of.stack, of.scale, of.mask)
-            each.append(Terms(terms, vectorized))
-        return Terms(stack_particles(each).by_site, self.num_particles, self.contributions)
+from pyro_elbo_ext.terms.terms import Site, read_sites
 
 
 def estimate_bound(
@@ -141,14 +95,15 @@ def estimate_bound(
     if outer is not None:
         value = value + outer.detach()
     shares = None if bound.linear else bound.gradient(detached) if len(detached) > 1 else torch.ones_like(detached)
-    sites: dict[str, _Description] = {}  # as the first particle that has them has them
+    sites: dict[str, Description] = {}  # as the first particle that has them has them
     for descriptions in read.described:
         for of in descriptions:
             sites.setdefault(of.site, of)
-    scalars = _scalars(value, read.log_weights, shares, read.ledger)
-    read_scalars = _reader(list(sites.values()), read, shares is not None, draws.num_vectorized or 1)
+    scalars = scalars_of(value, read.log_weights, shares, read.ledger)
+    of_sites, vectorized = list(sites.values()), draws.num_vectorized or 1
+    read_scalars = reader(of_sites, read.log_weights, read.ledger, shares is not None, vectorized)
     host, _, rows = objective._transfer(scalars, read_scalars)
-    infos = _infos(pair, read.signature, list(sites.values()), reason)
+    infos = known_infos(pair, read.signature, of_sites, reason)
     if not math.isfinite(host):
         objective._raise_not_finite(infos, rows, traces)
         raise NotFinite(
@@ -234,7 +189,7 @@ class _Read(NamedTuple):
     signature: Signature
     placement: Placement
     densities: list[Densities]
-    described: list[list[_Description]]
+    described: list[list[Description]]
     ledger: Ledger
     log_weights: LogWeights
     sites: list[list[Site]]  # of each draw
@@ -257,7 +212,7 @@ def _read(
     nesting = objective.max_plate_nesting
     placement: Placement | None = None
     densities: list[Densities] = []
-    described: list[list[_Description]] = []
+    described: list[list[Description]] = []
     of_draws: list[list[Site]] = []
     separable = bound.linear and not local_plates
     for drawn in draws.draws:
@@ -272,7 +227,7 @@ def _read(
                         "the particles have different sites, and no longer share the same plates: there is no common "
                         "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
                     )
-            placement, description = here, _describe(sites, drawn, nesting, ledger, counts_latent)
+            placement, description = here, describe(sites, drawn, nesting, ledger, counts_latent)
         densities.append(read_densities(drawn, sites, here, gradient, nesting, draws.particle_dim))
         described.append(description)
     assert placement is not None
@@ -343,89 +298,3 @@ class _Structures:
         if is_new:
             self.objective._check_sites(sites)
         return sites, is_new
-
-
-def _describe(
-    sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledger: Ledger, counts_latent: bool
-) -> list[_Description]:
-    descriptions = []
-    for site in sites:
-        node = site.p or site.q[-1]
-        count: float | int = 0.0
-        if site.kind == "observed" or (counts_latent and site.kind == "latent" and not site.is_point):
-            count = num_observations(node, log_prob(node, drawn.model_trace, max_plate_nesting), ledger)
-        scale = node["scale"]
-        descriptions.append(
-            _Description(
-                site.name,
-                site.kind,
-                node["cond_indep_stack"],
-                scale.detach() if isinstance(scale, Tensor) else scale,
-                node["mask"],
-                scale_of(node, ledger),
-                count,
-            )
-        )
-    return descriptions
-
-
-def _infos(pair: Pair, signature: Signature, sites: Sequence[_Description], reason: str) -> tuple[SiteInfo, ...]:
-    """What the history takes; the same object as at the last step if nothing has changed."""
-    known = pair.infos.get(signature)
-    if known is not None and [info.site for info in known] == [of.site for of in sites]:
-        return known
-    pair.infos[signature] = tuple(
-        [SiteInfo(of.site, of.kind, *((None, None) if of.kind == "observed" else ("sampled", reason))) for of in sites]
-    )
-    return pair.infos[signature]
-
-
-def _scalars(value: Tensor, log_weights: LogWeights, shares: Tensor | None, ledger: Ledger) -> Tensor:
-    """The value, and the numbers that the history is made of, in one tensor.
-
-    ``shares`` is the bound's gradient, which weights the sites' contributions; None for the ELBO, where they are known.
-    """
-    local = log_weights.values.detach()
-    means = local.mean(0) if len(local) > 1 else local[0]
-    parts = [value.reshape(1), means.flatten(1).sum(1) if means.dim() > 1 else means]
-    if log_weights.outer_values is not None:
-        parts.append(log_weights.outer_values.detach())
-    if shares is not None and len(local) > 1:  # one particle has all the weight
-        # a particle without weight contributes nothing, though its log density may be -inf
-        weighted = shares.unsqueeze(1) * local.masked_fill((shares == 0).unsqueeze(1), 0.0)
-        parts.append(weighted.sum(0).flatten(1).sum(1) if local.dim() > 2 else weighted.sum(0))
-        if log_weights.outer_values is not None:
-            parts.append(log_weights.outer_values.detach())
-    if ledger.scalars:
-        parts.append(torch.stack([scalar.to(value.device) for scalar in ledger.scalars]))
-    return torch.cat(parts)
-
-
-def _reader(sites: Sequence[_Description], read: _Read, has_contributions: bool, num_vectorized: int) -> Read:
-    """Makes the scalars into the value, zero, and for each site the history's numbers."""
-    columns = [*read.log_weights.columns, *read.log_weights.outer_columns]
-    num_in_ledger, num_particles = len(read.ledger.scalars), len(read.log_weights.values)
-
-    def read_scalars(host: list[float]) -> Totals:
-        objective, *numbers = host
-        in_ledger = numbers[len(numbers) - num_in_ledger :]
-        log_p, log_q, contribution = ({of.site: 0.0 for of in sites} for _ in range(3))
-        for i, column in enumerate(columns):
-            (log_p if column.sign > 0 else log_q)[column.site] += numbers[i]
-            if has_contributions:
-                at = i if num_particles == 1 else len(columns) + i  # one particle has all the weight
-                contribution[column.site] += column.sign * numbers[at]
-        rows: Values = []
-        for of in sites:
-            name = of.site
-            weighted_term = contribution[name] if has_contributions else _NAN
-            scale = in_ledger[of.history_scale] if type(of.history_scale) is int else of.history_scale
-            if of.kind == "observed":
-                count = in_ledger[of.num_elements] if type(of.num_elements) is int else of.num_elements
-                rows.append((log_p[name], _NAN, _NAN, scale, count / num_vectorized, weighted_term))
-                continue
-            prior = _NAN if of.kind == "auxiliary" else log_p[name]
-            rows.append((prior, log_q[name], log_q[name] - log_p[name], scale, 0.0, weighted_term))
-        return objective, 0.0, rows
-
-    return read_scalars

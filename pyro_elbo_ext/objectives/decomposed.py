@@ -6,9 +6,8 @@ import logging
 import math
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Unpack, get_args
 
-import numpy as np
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
@@ -20,9 +19,11 @@ from pyro_elbo_ext.bounds.gradients import GradientName
 from pyro_elbo_ext.bounds.site_weights import Number
 from pyro_elbo_ext.bounds.weighting import FreeBits, KLWeight
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.history.history import VALUES, SiteInfo
-from pyro_elbo_ext.objectives.bound_estimate import Particles, estimate_bound
-from pyro_elbo_ext.objectives.objective import (
+from pyro_elbo_ext.history.history import SiteInfo
+from pyro_elbo_ext.objectives.arguments import PyrosArguments, with_pyros_arguments
+from pyro_elbo_ext.objectives.bound_estimate import estimate_bound
+from pyro_elbo_ext.objectives.bound_record import Particles
+from pyro_elbo_ext.objectives.evaluation import (
     MAX_STRUCTURES,
     Args,
     Evaluation,
@@ -31,12 +32,11 @@ from pyro_elbo_ext.objectives.objective import (
     Program,
     Signature,
     Totals,
-    Values,
     signature_of,
 )
 from pyro_elbo_ext.objectives.weighted import WeightedObjective
 from pyro_elbo_ext.particles.batched_draws import call_key
-from pyro_elbo_ext.particles.estimate import Ledger, Particle, evaluate, row, sums_by_site
+from pyro_elbo_ext.particles.estimate import Ledger, Particle, average, evaluate, row, sums_by_site
 from pyro_elbo_ext.programs.pairs import check_draws, check_pair
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms import Terms
@@ -47,7 +47,6 @@ from pyro_elbo_ext.terms.terms import Site, outline, read_sites, stack_particles
 logger = logging.getLogger(__name__)
 
 _SAMPLED = KLPrior("sampled", "kl='sampled'")
-_SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
 
 
 # signature, particles, how each one's terms are computed, and each one's traces
@@ -129,42 +128,21 @@ class DecomposedELBO(WeightedObjective):
     Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", section C.8: free bits.
     """
 
+    @with_pyros_arguments
     def __init__(
         self,
-        num_particles: int = 1,
-        max_plate_nesting: float = float("inf"),
-        max_iarange_nesting: int | None = None,
-        vectorize_particles: bool | Literal["vmap"] = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
-        tail_adaptive_beta: float = -1.0,
-        *,
+        *args: Any,
         kl: KLChoice = "auto",
         kl_weight: KLWeight = 1.0,
         free_bits: FreeBits | None = None,
         gradient: GradientName | Gradient = "pathwise",
         history: bool | History = True,
+        **options: Unpack[PyrosArguments],
     ) -> None:
-        super().__init__(
-            num_particles,
-            max_plate_nesting,
-            max_iarange_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
-            tail_adaptive_beta,
-            kl_weight=kl_weight,
-            free_bits=free_bits,
-            gradient=gradient,
-            history=history,
-        )
+        super().__init__(*args, kl_weight=kl_weight, free_bits=free_bits, gradient=gradient, history=history, **options)
         if kl not in get_args(KLChoice):
             raise ValueError(f"kl must be one of {get_args(KLChoice)}, not {kl!r}")
-        self.estimator.check(bounds.ELBO(), num_particles)
+        self.estimator.check(bounds.ELBO(), self.num_particles)
         if kl == "analytic" and not self._by_terms:
             raise ValueError(
                 f"kl='analytic' leaves no log q for gradient='{self.gradient}' to work on. Use kl='sampled', or "
@@ -228,7 +206,7 @@ class DecomposedELBO(WeightedObjective):
             nonlocal info, numbers
             numbers = list(host)
             rows = [row(particle.slots, of, host) for particle, of in zip(particles, infos, strict=True)]
-            info, values = _average(infos, rows, self.num_particles // repeats)
+            info, values = average(infos, rows, self.num_particles // repeats)
             reconstruction = math.fsum(
                 [of[0] for site, of in zip(info, values, strict=True) if site.kind == "observed"]
             )
@@ -410,25 +388,3 @@ class DecomposedELBO(WeightedObjective):
         for site in sites:
             if site.kl_method is not None:
                 logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)
-
-
-def _average(
-    infos: list[tuple[SiteInfo, ...]], rows: list[Values], vectorized: int
-) -> tuple[tuple[SiteInfo, ...], Values]:
-    """Mean over particles, of which ``vectorized`` are summed in each row; a site that some lack counts as zero in them."""
-    if len(rows) == 1 and vectorized == 1:
-        return infos[0], rows[0]
-    if all(info == infos[0] for info in infos):
-        total, sites = np.sum(rows, axis=0).reshape(-1, len(VALUES)), infos[0]
-    else:
-        by_name: dict[str, SiteInfo] = {}
-        for info in infos:
-            for site in info:
-                by_name.setdefault(site.site, site)
-        places = {name: i for i, name in enumerate(by_name)}
-        total, sites = np.zeros((len(places), len(VALUES))), tuple(by_name.values())
-        for info, values in zip(infos, rows, strict=True):
-            total[[places[site.site] for site in info]] += values
-    total = total / len(rows)
-    total[:, _SUMMED] /= vectorized
-    return sites, [tuple(value) for value in total.tolist()]

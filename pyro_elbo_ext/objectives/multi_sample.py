@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from pyro_elbo_ext.bounds import CUBO, IWAE, TVO, Bound, Gradient, Renyi
 from pyro_elbo_ext.bounds.bounds import Side
 from pyro_elbo_ext.bounds.gradients import GradientName
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.objectives.bound_estimate import Particles, estimate_bound
-from pyro_elbo_ext.objectives.objective import Args, Evaluation, Kwargs, Objective, Program
+from pyro_elbo_ext.objectives.arguments import OtherArguments, with_pyros_arguments
+from pyro_elbo_ext.objectives.bound_estimate import estimate_bound
+from pyro_elbo_ext.objectives.bound_record import Particles
+from pyro_elbo_ext.objectives.evaluation import Args, Evaluation, Kwargs, Program
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.terms import Terms
 
 _INFINITY = float("inf")
@@ -68,38 +71,20 @@ class MultiSampleELBO(Objective):
         these sites (saying why, and what to do), or for any of the reasons of :class:`~pyro_elbo_ext.DecomposedELBO`.
     """
 
+    @with_pyros_arguments
     def __init__(
         self,
         bound: Bound,
         num_particles: int = 2,
-        max_plate_nesting: float = _INFINITY,
-        max_iarange_nesting: int | None = None,
-        vectorize_particles: bool | Literal["vmap"] = False,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        retain_graph: bool | None = None,
-        tail_adaptive_beta: float = -1.0,
-        *,
+        *args: Any,
         gradient: GradientName | Gradient = "pathwise",
         local_plates: str | Sequence[str] | None = None,
         history: bool | History = True,
+        **options: Unpack[OtherArguments],
     ) -> None:
         if not isinstance(bound, Bound):
             raise TypeError(f"bound must be a Bound such as pyro_elbo_ext.bounds.bounds.IWAE(), not {bound!r}")
-        super().__init__(
-            num_particles,
-            max_plate_nesting,
-            max_iarange_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
-            tail_adaptive_beta,
-            gradient=gradient,
-            history=history,
-        )
+        super().__init__(num_particles, *args, gradient=gradient, history=history, **options)
         self.estimator.check(bound, num_particles)
         self.bound = bound
         self.maximized = bound.side == "lower"

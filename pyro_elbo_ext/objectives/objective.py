@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import math
-import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import pyro
 import torch
-from numpy.typing import NDArray
 from pyro.infer import ELBO
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from pyro_elbo_ext.bounds import Gradient
 from pyro_elbo_ext.bounds.gradients import as_gradient
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.history import VALUES, SiteInfo
+from pyro_elbo_ext.objectives.arguments import PyrosArguments, checked_arguments
+from pyro_elbo_ext.objectives.evaluation import (
+    MAX_STRUCTURES,
+    Args,
+    Evaluation,
+    Floats,
+    Kwargs,
+    Pair,
+    Program,
+    Read,
+    Signature,
+    Totals,
+    Traced,
+    Values,
+    Weight,
+    signature_of,
+)
 from pyro_elbo_ext.objectives.hooks import PYROS, own_hooks
+from pyro_elbo_ext.objectives.not_finite import NotFinite, check_terms, why
 from pyro_elbo_ext.objectives.per_pair import PerPair
-from pyro_elbo_ext.particles.batched_draws import Batch, CallKey, call_key
-from pyro_elbo_ext.programs.faults import cause
+from pyro_elbo_ext.particles.batched_draws import Batch, call_key
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import run_pair
@@ -35,89 +48,8 @@ from pyro_elbo_ext.terms.kl import Structure, read_structure
 from pyro_elbo_ext.terms.registration import check_registered, collects_parameters, parameters_of
 from pyro_elbo_ext.terms.terms import Site
 
-Program = Callable[..., Any]
-Signature = tuple[object, ...]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-Floats = NDArray[np.float64]
-Values = list[tuple[float, ...]]
-Totals = tuple[float, float, Values]  # reconstruction (or the bound), kl_prior, and each site's numbers
-Read = Callable[[list[float]], Totals]
-Weight = float | list[float]  # of ``kl_prior``: one, or those of the sites that are named
-
-MAX_STRUCTURES = 64  # of a program whose sites vary without end
 _PYROS = frozenset(PYROS)
 _PACKAGE = __name__.partition(".")[0] + "."
-
-
-class NotFinite(ValueError):
-    """A loss, or a term of it, is NaN or infinite: training may go on from an earlier state with smaller steps."""
-
-
-@dataclass(slots=True)
-class Pair:
-    """What has been found out about one (model, guide)."""
-
-    structures: dict[Signature, Structure] = field(default_factory=dict)
-    infos: dict[Signature, tuple[SiteInfo, ...]] = field(default_factory=dict)
-    track_next: bool = True  # the dependencies of the sites last seen are not known
-    tracked: set[CallKey] = field(default_factory=set)  # where weights by site need the dependencies in every run
-    registered: set[Signature] = field(default_factory=set)
-    max_plate_nesting: int | None = None
-    batches: dict[CallKey, Batch] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Traced:
-    """An evaluation that is being traced into a graph; see :mod:`pyro_elbo_ext.compile`.
-
-    ``kl_weight`` is an input of the graph: a scalar, or the weights of the sites that are named, shape ``(sites,)``.
-    ``scalars`` become an output, which ``read``, linear in them, makes into what the history takes. ``penalty`` is what
-    the objective takes off the reconstruction where it is not ``kl_weight`` times ``kl_prior``.
-    """
-
-    kl_weight: Tensor
-    scalars: Tensor | None = None
-    read: Read | None = None
-    penalty: Tensor | None = None
-
-    def transfer(self, scalars: Tensor, read: Read) -> Totals:
-        """Keep both; give the numbers of this one run."""
-        self.scalars, self.read = scalars, read
-        with disable_proxy_modes_tracing():
-            return read(scalars.detach().tolist())
-
-
-@dataclass(slots=True)
-class Evaluation:
-    """One evaluation of an objective.
-
-    Attributes
-    ----------
-    sites, values
-        What the history takes: the sites, and for each its numbers.
-    objective : float
-        The bound, or the weighted ELBO; what the history calls by that name.
-    kl_weight : float or list of float
-        The weight of ``kl_prior``, or those of the sites that are named.
-    surrogate : callable
-        Gives each particle's share of a function whose gradient estimates that of the *loss*, shape ``(K,)``, or their
-        sum, a scalar, where the particles' shares cannot be told apart.
-    model_parameters : callable
-        Gives the names of the parameters that the model has and the guide has not.
-    traces
-        Model's and guide's, of each run.
-    """
-
-    pair: Pair
-    signature: Signature
-    sites: tuple[SiteInfo, ...]
-    values: Values
-    objective: float
-    kl_weight: Weight
-    surrogate: Callable[[], Tensor]
-    model_parameters: Callable[[], list[str]]
-    traces: Sequence[tuple[Trace, Trace]] = ()
 
 
 class Objective(ELBO):
@@ -132,42 +64,16 @@ class Objective(ELBO):
     _tracks_dependencies = False  # what closed forms need
 
     def __init__(
-        self,
-        num_particles: int,
-        max_plate_nesting: float,
-        max_iarange_nesting: int | None,
-        vectorize_particles: bool | Literal["vmap"],
-        strict_enumeration_warning: bool,
-        ignore_jit_warnings: bool,
-        jit_options: dict[str, Any] | None,
-        retain_graph: bool | None,
-        tail_adaptive_beta: float,
-        *,
-        gradient: str | Gradient,
-        history: bool | History,
+        self, *args: Any, gradient: str | Gradient, history: bool | History, **options: Unpack[PyrosArguments]
     ) -> None:
-        if isinstance(num_particles, bool) or operator.index(num_particles) < 1:
-            raise ValueError(f"num_particles must be a positive integer, not {num_particles!r}")
-        if not max_plate_nesting >= 0:
-            raise ValueError(f"max_plate_nesting must be at least 0, not {max_plate_nesting!r}")
-        if not isinstance(vectorize_particles, bool) and vectorize_particles != "vmap":
-            raise ValueError(f"vectorize_particles must be True, False or 'vmap', not {vectorize_particles!r}")
+        given = checked_arguments(self, args, options)
+        vectorize_particles: bool | Literal["vmap"] = given["vectorize_particles"]
         if not isinstance(history, bool | History):
             raise TypeError(f"history must be True, False or a History, not {type(history).__name__}")
         self._check_hooks()
-        super().__init__(
-            num_particles,
-            max_plate_nesting,
-            max_iarange_nesting,
-            vectorize_particles is True,
-            strict_enumeration_warning,
-            ignore_jit_warnings,
-            jit_options,
-            retain_graph,
-            tail_adaptive_beta,
-        )
+        super().__init__(**{**given, "vectorize_particles": vectorize_particles is True})
         self.max_plate_nesting: float
-        self.vectorize_particles: bool | Literal["vmap"] = vectorize_particles
+        self.vectorize_particles = vectorize_particles
         self.estimator = as_gradient(gradient)
         self.history: History | None = (History() if history else None) if isinstance(history, bool) else history
         self.num_steps = 0
@@ -286,7 +192,7 @@ class Objective(ELBO):
             if gradient is None or bool(torch.isfinite(gradient).all()):
                 continue
             raise NotFinite(
-                _reason(evaluation.traces, of_gradient=True)
+                why(evaluation.traces, of_gradient=True)
                 + f"The gradient of parameter '{name}' is not finite at step {self.num_steps}, though the objective is. No "
                 "parameter has been changed. Look for a branch of torch.where or a masked element that is NaN or infinite."
             )
@@ -383,22 +289,8 @@ class Objective(ELBO):
     def _raise_not_finite(
         self, sites: tuple[SiteInfo, ...], values: Values, traces: Sequence[tuple[Trace, Trace]] = ()
     ) -> None:
-        """Raise ValueError for the first site with a term that is not finite, and why, as far as the traces tell."""
-        reason = _reason(traces) if self._traced is None else ""
-        for site, (log_p, log_q, kl, *_) in zip(sites, values, strict=True):
-            if math.isfinite(log_p if site.kind == "observed" else kl):
-                continue
-            terms = {"log_p": log_p, "log_q": log_q, "kl_prior": kl}
-            absent = {"observed": {"log_q", "kl_prior"}, "auxiliary": {"log_p"}}.get(site.kind, set())
-            listed = ", ".join(
-                f"{term} = {value}" for term, value in terms.items() if term not in absent and not math.isfinite(value)
-            )
-            raise NotFinite(
-                reason
-                + f"site '{site.site}' ({site.kind}) has {listed} at step {self.num_steps}. No parameter has been changed. "
-                "Check the data and parameters that reach this site, and that its value lies in the support of its "
-                "distribution; if training has diverged, lower the learning rate."
-            )
+        """Raise NotFinite if a term is not finite, and say why, as far as the traces tell."""
+        check_terms(sites, values, self.num_steps, traces if self._traced is None else ())
 
     def _backward_and_record(self, shares: Tensor, history: History) -> None:
         """Add the gradient to ``grad``, and each parameter's to the history."""
@@ -469,22 +361,3 @@ class Objective(ELBO):
 
     def _num_recorded(self) -> int:
         return 0 if self.history is None else self.history.num_recorded
-
-
-def _reason(traces: Sequence[tuple[Trace, Trace]], *, of_gradient: bool = False) -> str:
-    """A line that says why terms of these runs, or their gradients, are not finite; empty where it is not known."""
-    found = (cause(*pair, of_gradient=of_gradient) for pair in traces)
-    return next((f"{reason}\n" for reason in found if reason is not None), "")
-
-
-def signature_of(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwargs) -> Signature:
-    """What tells one structure of a program from another: its sites, and the flags and names it was called with."""
-    signature: list[object] = []
-    for trace in (model_trace, guide_trace):
-        for name, node in trace.nodes.items():
-            if node["type"] == "sample":
-                signature += (name, node["fn"].__class__, node["is_observed"])
-    for key, value in (*enumerate(args), *kwargs.items()):
-        if value is None or isinstance(value, bool | str):
-            signature += (key, value)
-    return tuple(signature)

@@ -11,7 +11,8 @@ from pyro_elbo_ext.bounds import Geco
 from pyro_elbo_ext.bounds.site_weights import SiteWeights, check_sites, recorded
 from pyro_elbo_ext.bounds.weighting import FreeBits, KLWeight, check_free_bits, check_kl_weight, checked_weight
 from pyro_elbo_ext.history.history import VALUES, SiteInfo
-from pyro_elbo_ext.objectives.objective import Floats, Objective, Weight
+from pyro_elbo_ext.objectives.evaluation import Floats, Weight
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.terms.terms import Site
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import is_identically_zero
@@ -21,7 +22,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_elbo_ext.bounds.site_weights import Number, SiteWeights
-from pyro_elbo_ext.history.history import SiteInfo
+from pyro_elbo_ext.history.history import VALUES, SiteInfo
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.terms import Term
@@ -29,6 +30,7 @@ from pyro_elbo_ext.terms.kl import KLPrior
 from pyro_elbo_ext.terms.terms import Site
 
 _NAN = float("nan")
+_SUMMED = [VALUES.index(name) for name in ("log_p", "log_q", "kl_prior", "num_observations")]  # over a site's batch
 _Scored = tuple[str, Node, Tensor, Tensor | None]  # site, guide node, its log q, its kl_prior if that is analytic
 
 
@@ -295,6 +297,28 @@ def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]
             kl_prior = host[slot.kl_prior]
         values.append((log_p, log_q, kl_prior, scale, 0.0, _NAN))
     return values
+
+
+def average(
+    infos: Sequence[tuple[SiteInfo, ...]], rows: Sequence[list[tuple[float, ...]]], vectorized: int
+) -> tuple[tuple[SiteInfo, ...], list[tuple[float, ...]]]:
+    """Mean over particles, of which ``vectorized`` are summed in each row; a site that some lack counts as zero in them."""
+    if len(rows) == 1 and vectorized == 1:
+        return infos[0], rows[0]
+    if all(info == infos[0] for info in infos):
+        total, sites = np.sum(rows, axis=0).reshape(-1, len(VALUES)), infos[0]
+    else:
+        by_name: dict[str, SiteInfo] = {}
+        for info in infos:
+            for site in info:
+                by_name.setdefault(site.site, site)
+        places = {name: i for i, name in enumerate(by_name)}
+        total, sites = np.zeros((len(places), len(VALUES))), tuple(by_name.values())
+        for info, values in zip(infos, rows, strict=True):
+            total[[places[site.site] for site in info]] += values
+    total = total / len(rows)
+    total[:, _SUMMED] /= vectorized
+    return sites, [tuple(value) for value in total.tolist()]
 
 
 def sums_by_site(

@@ -18,7 +18,8 @@ from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
-from pyro_elbo_ext.objectives.objective import NotFinite, Objective
+from pyro_elbo_ext.objectives.not_finite import NotFinite
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.callbacks import CallbackList

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_elbo_ext.objectives import DecomposedELBO
-from pyro_elbo_ext.objectives.objective import NotFinite, Objective
+from pyro_elbo_ext.objectives.not_finite import NotFinite
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.training.data.batches import Call
 from pyro_elbo_ext.training.state.state import State
 

@@ -15,7 +15,7 @@ from pyro_elbo_ext.compile.machine_code.kernel_calls import LINEAR_ALGEBRA, Call
 from pyro_elbo_ext.compile.machine_code.layouts import SOURCE as LAYOUTS
 from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, comparable_in_c
 from pyro_elbo_ext.history.record import VALUES
-from pyro_elbo_ext.objectives.objective import Weight
+from pyro_elbo_ext.objectives.evaluation import Weight
 
 _SOURCE = """
 static const long places[][3] = {{{places}}};  // of inputs: where their addresses are asked for, which, how far into it

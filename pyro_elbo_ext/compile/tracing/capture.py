@@ -26,7 +26,7 @@ from pyro_elbo_ext.compile.tracing.losses import TracedLoss, Value
 from pyro_elbo_ext.compile.tracing.masks import MaskedAssignment, settle_sizes
 from pyro_elbo_ext.compile.tracing.numbers import Number, NumbersAsTensors
 from pyro_elbo_ext.compile.tracing.places import line_of
-from pyro_elbo_ext.objectives.objective import Program
+from pyro_elbo_ext.objectives.evaluation import Program
 from pyro_elbo_ext.terms.registration import modules_of, replaced, two_of_one_name
 
 

@@ -13,7 +13,7 @@ from pyro.infer.util import zero_grads
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
 from pyro_elbo_ext.objectives import DecomposedELBO
-from pyro_elbo_ext.objectives.objective import Program
+from pyro_elbo_ext.objectives.evaluation import Program
 from pyro_elbo_ext.particles.batched_draws import CallKey, call_key
 from pyro_elbo_ext.programs.running import look_at_pair
 

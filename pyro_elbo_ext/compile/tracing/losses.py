@@ -22,8 +22,9 @@ from pyro_elbo_ext.bounds import Geco
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
 from pyro_elbo_ext.history.record import SiteInfo
+from pyro_elbo_ext.objectives.evaluation import Program, Read, Traced, Weight
 from pyro_elbo_ext.objectives.hooks import PYROS, own_hooks
-from pyro_elbo_ext.objectives.objective import Objective, Program, Read, Traced, Weight
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.objectives.weighted import WeightedObjective
 
 

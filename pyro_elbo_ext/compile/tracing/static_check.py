@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.tracing.capture import Capture, Evaluation, as_traced
-from pyro_elbo_ext.objectives.objective import Program
+from pyro_elbo_ext.objectives.evaluation import Program
 from pyro_elbo_ext.programs.randomness import kept
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms.registration import modules_of

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives import DecomposedELBO
-from pyro_elbo_ext.objectives.objective import Evaluation, NotFinite, Objective
+from pyro_elbo_ext.objectives.evaluation import Evaluation
+from pyro_elbo_ext.objectives.not_finite import NotFinite
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.terms.registration import leaves_of
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed.batch_shares import Report, Survey, check_reports, merge, weights_of

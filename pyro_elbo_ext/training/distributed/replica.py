@@ -13,7 +13,8 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyro_elbo_ext.objectives.objective import Evaluation, Objective
+from pyro_elbo_ext.objectives.evaluation import Evaluation
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.terms.registration import modules_of
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed.batch_shares import check_shapes

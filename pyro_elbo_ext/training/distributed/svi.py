@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_elbo_ext.compile.binding import WholeOptimizer
-from pyro_elbo_ext.objectives.objective import NotFinite, Objective
+from pyro_elbo_ext.objectives.not_finite import NotFinite
+from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.terms.registration import check_registered
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed.joint_loss import JointLoss, Run
