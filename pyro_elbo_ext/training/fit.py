@@ -13,13 +13,10 @@ from typing import Any, Literal
 import pandas as pd
 import pyro
 import torch
-from pyro.infer import SVI
 from pyro.optim import Adam, PyroOptim
 from torch.utils.data import DataLoader
 
 from pyro_elbo_ext.bounds.weighting import check_reaches_one
-from pyro_elbo_ext.compile import CompiledSVI
-from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.compile.machine_code.compiler import import_dynamo
 from pyro_elbo_ext.compile.threads import OneThread
 from pyro_elbo_ext.compile.tracing.first_look import look
@@ -34,15 +31,15 @@ from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.data.scaling import ScaleCheck, check_dataset_size, check_whole
 from pyro_elbo_ext.training.data.validation import Validation, true_objective
-from pyro_elbo_ext.training.distributed import DistributedSVI
 from pyro_elbo_ext.training.distributed.replica import start_alike
 from pyro_elbo_ext.training.fingerprint import fingerprint
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
-from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop, uncompiled
+from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
 from pyro_elbo_ext.training.settings import describe_run
 from pyro_elbo_ext.training.state.state import parameters_of_programs, random_state_kept
+from pyro_elbo_ext.training.steps import uncompiled, what_steps
 from pyro_elbo_ext.training.stopping import AdaptiveStopping, Patience, StoppingRule
 
 logger = logging.getLogger(__name__)
@@ -236,7 +233,7 @@ def fit(
     if isinstance(loss, Objective):
         check_reaches_one(weight, most, first_step=loss.num_steps)
     loop = Loop(
-        _stepper(model, guide, optim, loss, compiled, distributed),
+        what_steps(model, guide, optim, loss, compiled, distributed),
         loss,
         parameters,
         data,
@@ -375,25 +372,6 @@ def _evaluated(objective: Any, model: Any, guide: Any, call: Call) -> float:
 def _point_sites(model: Any, guide: Any, call: Call) -> tuple[str, ...]:
     with nothing_changed((model, guide)), torch.no_grad():
         return point_sites(*trace_pair(model, guide, *call), model, guide, *call)
-
-
-def _stepper(
-    model: Any,
-    guide: Any,
-    optim: Any,
-    loss: Any,
-    compiled: bool | Mapping[str, Any],
-    distributed: bool | Mapping[str, Any] | None,
-) -> SVI:
-    if processes.world_size() > 1 if distributed is None else distributed is not False:
-        return DistributedSVI(model, guide, optim, loss, **(distributed if isinstance(distributed, Mapping) else {}))
-    if compiled is not False:
-        # one step in a graph: how many could depend on timing, and a resumed run must not
-        options = {"steps_per_call": 1, "fallback": True, **({} if compiled is True else compiled)}
-        return CompiledSVI(model, guide, optim, loss, **options)
-    if isinstance(optim, torch.optim.Optimizer):
-        optim = WholeOptimizer(optim)
-    return SVI(model, guide, optim, loss)
 
 
 def _warm_up(kl_weight: Any) -> int:

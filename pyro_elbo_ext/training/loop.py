@@ -5,49 +5,38 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pyro.infer import SVI
-from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
-from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.objectives.not_finite import NotFinite
-from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.programs.interrupts import interrupts_wait
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.callbacks import CallbackList
-from pyro_elbo_ext.training.data.batches import Batches, Call, Whole, named_arguments
+from pyro_elbo_ext.training.checkpoint import Checkpoint
+from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.data.validation import Validation
-from pyro_elbo_ext.training.distributed import DistributedSVI
-from pyro_elbo_ext.training.fingerprint import Fingerprint, described, differences
+from pyro_elbo_ext.training.fingerprint import Fingerprint
 from pyro_elbo_ext.training.progress import Progress
+from pyro_elbo_ext.training.reports import Reports
 from pyro_elbo_ext.training.result import Rollback
-from pyro_elbo_ext.training.safety import Watch, explain, is_numerical
-from pyro_elbo_ext.training.state import checkpoints
-from pyro_elbo_ext.training.state.state import (
-    State,
-    TrainingState,
-    load_objective,
-    objective_state,
-    random_state,
-    set_random_state,
-)
+from pyro_elbo_ext.training.safety import Watch, explain, is_numerical, nan_arguments
+from pyro_elbo_ext.training.state.state import State, TrainingState, random_state
+from pyro_elbo_ext.training.steps import Steps
 from pyro_elbo_ext.training.stopping import Decision, Patience, StoppingRule
 
 logger = logging.getLogger(__name__)
 
-_PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
 LOOK_EVERY = 100  # steps between two looks, where no stopping rule asks for others
+_OWN = ("step", "seconds", "reason", "converged", "rollbacks", "validated", "looks")  # in a checkpoint
+_OF_STEPS = ("_factor", "_captured_factor", "_epoch", "_since_look", "_unchecked")
 _LOOK_IN_C = 10  # times that, where steps are repeated without Python
-_PIECE = 0.2  # seconds of compiled steps between two chances to interrupt
-_CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass
@@ -105,11 +94,12 @@ class Loop:
         self._factor = 1.0
         self._epoch = 0
         self._watch = Watch(objective=self.objective)
+        self._steps = Steps(self.svi, self.objective, self.state, self.data)
+        self._file = None if self.checkpoint is None else self._checkpoint(self.checkpoint)
         self._good: tuple[int, State] | None = None
         self._since_look: list[float] = []  # losses
         self._unchecked: list[float] = []  # the last of them, not yet known to be good
-        self._checkpointed = -math.inf  # the first comes at the first look
-        self._logged_step, self._logged_at = 0, time.monotonic()
+        self._reports = Reports(self.objective, self.state, self.callbacks, self.log_every)
 
     # The run
 
@@ -128,7 +118,7 @@ class Loop:
             self._start_rule()
         if self.validation is not None and self.step == 0:
             self._validate()
-        bar = self._bar = Progress(self._total(), self.step, self.progress)
+        bar = self._bar = Progress(self.max_steps if self.rule is None else None, self.step, self.progress)
         try:
             self.callbacks.start(self.settings)
             while not self.reason:
@@ -148,11 +138,11 @@ class Loop:
             raise
         finally:
             if self.looks:
-                bar.show(self._metrics(), "")
+                bar.show(self._reports.metrics(self.step, self.looks, self.validated), "")
             bar.close()
         self.seconds += time.monotonic() - began
-        if self.checkpoint is not None and processes.is_main() and not self._torn:
-            self.write_checkpoint()  # before the average takes the place of the parameters, to go on from
+        if self._file is not None and processes.is_main() and not self._torn:
+            self._file.write(self._own(), self._good)  # to go on from: before the average takes the parameters' place
         self._conclude()
         status = "interrupted" if self.reason == "interrupted" else "finished"
         self.callbacks.finish(self._summary(status, self.reason, 0.0))
@@ -184,7 +174,7 @@ class Loop:
             with self._whole():
                 call = self._call = self.data.next()
                 try:
-                    self._take(call, until - self.step)
+                    self._count(self._steps.take(call, self.step, until - self.step, self._bar))
                     if self.step == until:
                         self._check()
                 except (ValueError, RuntimeError) as error:
@@ -196,8 +186,9 @@ class Loop:
                 if self.step == until:
                     self._look()
                     self._torn = False
-                    if self._bar.is_due or (self.callbacks and self.step % self.log_every == 0):
-                        self._report()
+                    if self._reports.is_due(self.step, self._bar):
+                        status = getattr(self.rule, "status", "")
+                        self._reports.give(self.step, self.looks, self.validated, self._bar, status)
         self._save_if_due(began)
 
     _torn = False
@@ -225,80 +216,12 @@ class Loop:
 
     @property
     def _look_every(self) -> int:
-        in_one_go = isinstance(self.data, Whole) and isinstance(self.svi, CompiledSVI) and self.svi.eager_reason is None
-        return LOOK_EVERY * (_LOOK_IN_C if in_one_go else 1)
-
-    # Steps
-
-    def _take(self, call: Call, most: int) -> None:
-        """Take one step, or up to ``most`` compiled ones."""
-        args, kwargs = call
-        svi = self.svi
-        compiled = isinstance(svi, CompiledSVI) and svi.eager_reason is None
-        if compiled and self.step > 0 and not svi.is_traced(*args, **kwargs):
-            self._bar.describe("compiling")
-            self._prime(call)
-            compiled = svi.eager_reason is None
-        together = compiled and self.step > 0 and isinstance(self.data, Whole) and not self._schedules_by_step
-        if together and svi.optimizer_reason is None:
-            self._run(min(most, self._piece), call)
-        else:
-            self._count([float(svi.step(*args, **kwargs))])
-            self._step_schedule()
-        self._bar.describe(None)
-        if not self._said:
-            self._said = True
-            reason = uncompiled(svi)
-            self._bar.say(f"fit: {'compiled steps' if reason is None else f'steps by Pyro, uncompiled: {reason}'}")
+        return LOOK_EVERY * (_LOOK_IN_C if self._steps.in_one_go else 1)
 
     def _count(self, losses: list[float]) -> None:
         self.step += len(losses)
         self._unchecked += losses
         self._bar.advance(len(losses))
-
-    def _run(self, steps: int, call: Call) -> None:
-        began = time.perf_counter()
-        self._count(self.svi.run(steps, *call[0], progress=False, **call[1]).tolist())
-        seconds = time.perf_counter() - began
-        if steps == self._piece and not _PIECE / 4 < seconds < _PIECE:
-            self._piece = max(1, min(int(steps * _PIECE / (2 * max(seconds, 1e-6))), 8 * steps))
-
-    _said = False  # whether the steps are compiled
-    _piece = 16  # steps that take about _PIECE seconds
-
-    def _prime(self, call: Call) -> None:
-        """Have the graph for new arguments made, which takes a step of Pyro's, and take that back.
-
-        So a step is a compiled one whether or not the run was resumed before it.
-        """
-        captured, random = self.state.capture(), random_state()
-        objective = self.objective
-        history = getattr(objective, "history", None)
-        remembered = objective_state(objective)
-        try:
-            if isinstance(objective, Objective):
-                objective.history = None
-            self.svi.step(*call[0], **call[1])
-        finally:
-            if isinstance(objective, Objective):
-                objective.history = None
-                load_objective(objective, remembered)
-                objective.history = history
-            self.state.restore(captured)
-            set_random_state(random)
-
-    @property
-    def _schedules_by_step(self) -> bool:
-        return isinstance(self.svi.optim, PyroLRScheduler) and isinstance(self.data, Whole)
-
-    def _step_schedule(self) -> None:
-        """Learning-rate schedulers go on once an epoch; where there are no epochs, with every step."""
-        optim = self.svi.optim
-        if not isinstance(optim, PyroLRScheduler) or optim.pt_scheduler_constructor is _PLATEAU:
-            return
-        epoch_ends = isinstance(self.data, Whole) or self.data.index == self.data.per_epoch
-        if epoch_ends:
-            optim.step()
 
     # Safety
 
@@ -321,11 +244,7 @@ class Loop:
 
     def _roll_back(self, error: Exception) -> None:
         """Return to the last good state with half the step size; raise where that has been tried often enough."""
-        bad = [
-            name
-            for name, value in named_arguments(self._call)
-            if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
-        ]
+        bad = nan_arguments(self._call)
         bad = sorted({name for of_process in processes.gather_objects(bad) for name in of_process})
         assert self._good is not None
         to_step, captured = self._good
@@ -400,42 +319,9 @@ class Loop:
         if not math.isfinite(elbo):
             raise ValueError(f"the held-out ELBO is {elbo} at step {self.step}: look for NaN in the held-out data")
         self.validated.append((self.step, elbo))
-        optim = self.svi.optim
-        if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is _PLATEAU:
-            optim.step(-elbo)
+        self._steps.validated(elbo)
         if isinstance(self.rule, Patience) and self.step > self.not_before:
             self._follow(self.rule.observe_validation(self.step, elbo))
-
-    def _metrics(self) -> dict[str, float]:
-        step, seconds = self._logged_step, time.monotonic() - self._logged_at
-        history = getattr(self.objective, "history", None)
-        recent = self.looks[-1][1]
-        metrics = {"elbo": -recent, "objective": -recent}
-        if history is not None and len(history):
-            metrics = history.recent(max(1, min(self.step - step, len(history) // 4, 1000)))
-        rates = self.state.learning_rates()
-        if rates:
-            metrics["learning_rate"] = max(rates)
-        metrics["steps_per_second"] = (self.step - step) / max(seconds, 1e-9)
-        if self.validated and self.validated[-1][0] > step:
-            metrics["validation_elbo"] = self.validated[-1][1]
-        return metrics
-
-    def _report(self) -> None:
-        metrics = self._metrics()
-        if self.callbacks and self.step % self.log_every == 0:
-            self._logged_step, self._logged_at = self.step, time.monotonic()
-            self.callbacks.log(self.step, metrics)
-        if self._bar.is_due:
-            shown = {**metrics}
-            if self.validated:
-                shown["validation_elbo"] = self.validated[-1][1]
-            self._bar.show(shown, getattr(self.rule, "status", ""))
-            if not self.callbacks:
-                self._logged_step, self._logged_at = self.step, time.monotonic()
-
-    def _total(self) -> int | None:
-        return self.max_steps if self.rule is None else None
 
     def _conclude(self) -> None:
         """The parameters that a rule gives in the end, such as an average of the last iterates."""
@@ -461,40 +347,27 @@ class Loop:
 
     # Checkpoints
 
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        return Checkpoint(
+            path,
+            self.checkpoint_every,
+            self.state,
+            self.svi,
+            self.objective,
+            self.data,
+            self.rule,
+            self.callbacks,
+            self._watch,
+            self.fingerprint,
+        )
+
+    def _own(self) -> State:
+        return {**{name: getattr(self, name) for name in (*_OWN, *_OF_STEPS)}, "reported": self._reports.since}
+
     def _save_if_due(self, began: float) -> None:
-        if self.checkpoint is None or not processes.is_main():
-            return
-        if self.checkpoint_every is not None:
-            due = self.step % self.checkpoint_every == 0
-        else:
-            due = time.monotonic() - self._checkpointed > _CHECKPOINT_SECONDS
-        if due:
-            before = self.seconds
-            self.seconds += time.monotonic() - began
-            self.write_checkpoint()
-            self.seconds = before
-
-    def write_checkpoint(self) -> None:
-        """Write all that the rest of the run depends on."""
-        assert self.checkpoint is not None
-        with interrupts_wait():
-            checkpoints.write(self.checkpoint, {"kind": "checkpoint", **self._content()})
-        self._checkpointed = time.monotonic()
-
-    def _content(self) -> State:
-        return {
-            "training": self.state.capture(),
-            "objective": objective_state(self.objective),
-            "data": self.data.state_dict(),
-            "rule": self.rule.state_dict() if self.rule is not None else None,
-            "callbacks": self.callbacks.state_dict(),
-            "loop": {name: getattr(self, name) for name in _OWN},
-            "good": self._good,
-            "watch": self._watch.state_dict(),
-            "svi": self.svi.state_dict() if isinstance(self.svi, DistributedSVI) else None,
-            "random": random_state(),
-            "fingerprint": self.fingerprint,
-        }
+        if self._file is not None and processes.is_main() and self._file.is_due(self.step):
+            seconds = self.seconds + time.monotonic() - began
+            self._file.write({**self._own(), "seconds": seconds}, self._good)
 
     def resume(self, anyway: bool = False) -> None:
         """Go on from the checkpoint; ``anyway``, even if it is of a run that was given something else.
@@ -505,110 +378,21 @@ class Loop:
             If it is of other programs, or of another kind of loss, stopping rule or callbacks, or has parameters that are
             not finite. Nothing has changed then.
         """
-        assert self.checkpoint is not None
-        path = self.checkpoint
-        content = processes.on_main(lambda: checkpoints.read(path))
-        if content.get("kind") != "checkpoint":
-            raise ValueError(f"{self.checkpoint} is not a checkpoint of fit")
-        checkpoints.check_parts(content, (*self._content_parts(), "random"), path)
-        checkpoints.check_same_parameters(self.parameters, content["training"]["parameters"], str(path))
-        for name, value in content["training"]["parameters"].items():
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"parameter '{name}' is NaN or infinite in {path}: begin anew, with another checkpoint"
-                )
-        seeded = random_state()
-        changed = processes.on_main(lambda: self._changed(content, path, anyway))
-        if processes.is_main():  # the others have none
-            self.callbacks.load_state_dict(content["callbacks"])
-        training = content["training"]
-        if "optim" in changed:
-            self.state.make_optimizers()
-            training = {**training, "optimizers": self.state.capture()["optimizers"]}
-        self.state.restore(training)
-        load_objective(self.objective, content["objective"], same="loss" not in changed)
-        if "data" not in changed:
-            self.data.load_state_dict(content["data"])
+        assert self._file is not None
+        saved, seeded = self._file.read(self.max_steps, anyway), random_state()
+        self._file.restore(saved)
         if self.rule is not None:
             self._start_rule()
-            if "stopping" not in changed:
-                self.rule.load_state_dict(content["rule"])
-        for name, value in content["loop"].items():
-            setattr(self, name, value)
-        self._good = None if changed else content["good"]
-        if not changed:
-            self._watch.load_state_dict(content["watch"])
-        else:  # what has been said of its end, and what was known of steps under other settings, no longer holds
+            if "stopping" not in saved.changed:
+                self.rule.load_state_dict(saved.content["rule"])
+        for name in (*_OWN, *_OF_STEPS):
+            setattr(self, name, saved.content["loop"][name])
+        self._reports.since = saved.content["loop"]["reported"]
+        self._good = None if saved.changed else saved.content["good"]
+        if saved.changed:  # what was said of its end, and what was known of steps under other settings, no longer holds
             self.reason, self.converged = "", None
             self._factor = self._captured_factor = 1.0
             self._since_look, self._unchecked = [], []
-        if isinstance(self.svi, DistributedSVI):
-            if content["svi"] is None:
-                raise ValueError(f"{self.checkpoint} was written by a single process: resume in one")
-            self.svi.load_state_dict(content["svi"])
         if self.reason == "interrupted" or "steps were taken" in self.reason:
             self.reason = ""  # there may be more steps to take now
-        set_random_state(seeded if "seed" in changed else content["random"])
-
-    @staticmethod
-    def _content_parts() -> tuple[str, ...]:
-        return "training", "objective", "data", "rule", "callbacks", "loop", "good", "watch", "svi"
-
-    def _changed(self, content: State, path: Path, anyway: bool) -> dict[str, list[str]]:
-        """What was given now and is not what the checkpoint's run was given; an error unless that is asked for."""
-        taken = content["loop"]["step"]
-        if taken > self.max_steps:
-            raise ValueError(
-                f"{path} has taken {taken:,} steps, more than the {self.max_steps:,} that are asked for: ask for more, or "
-                "begin anew with another checkpoint"
-            )
-        then = content.get("fingerprint")
-        if then is None:
-            logger.warning("%s does not tell what its run was given: it goes on with what is given now", path)
-            if (content["rule"] is None) != (self.rule is None):
-                raise ValueError(f"{path} was written with another stopping rule: resume with the same arguments")
-            return {}
-        changed = differences(then, self.fingerprint)
-        if "optim" in changed and _live_rates(content["training"]["optimizers"], self.fingerprint["optim"]):
-            del changed["optim"]
-        said = [sentence for of_one in changed.values() for sentence in of_one]
-        if said and not anyway:
-            raise ValueError(
-                f"{path} is of a run that was given something else: {'; '.join(said)}. Give the same, begin anew with "
-                "another checkpoint, or pass resume='anyway' to go on with what is given now."
-            )
-        for sentence in said:
-            logger.warning("going on from %s, though %s", path, sentence)
-        return changed
-
-
-def _live_rates(saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    """Whether an optimizer of torch is the very one of the checkpoint, with the learning rates that it had by then."""
-    if "optimizer" not in saved or not isinstance(given["settings"], list):
-        return False
-    groups = [{k: v for k, v in group.items() if k != "initial_lr"} for group in saved["optimizer"]["groups"]]
-    return bool(described(groups) == given["settings"])
-
-
-def uncompiled(svi: SVI) -> str | None:
-    """Why Pyro takes the steps; None if they are compiled."""
-    if isinstance(svi, DistributedSVI):
-        return "several processes"
-    return svi.eager_reason if isinstance(svi, CompiledSVI) else "compiled=False"
-
-
-_OWN = (
-    "step",
-    "seconds",
-    "reason",
-    "converged",
-    "rollbacks",
-    "validated",
-    "looks",
-    "_factor",
-    "_captured_factor",
-    "_epoch",
-    "_since_look",
-    "_unchecked",
-    "_logged_step",
-)
+        self._file.restore_random(saved, seeded)

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.not_finite import NotFinite
 from pyro_elbo_ext.objectives.objective import Objective
-from pyro_elbo_ext.training.data.batches import Call
+from pyro_elbo_ext.training.data.batches import Call, named_arguments
 from pyro_elbo_ext.training.state.state import State
 
 _FEWEST = 20  # losses before anything is said about their level
@@ -104,3 +104,12 @@ def explain(model: Any, guide: Any, objective: Any, call: Call, loss: float, ste
         except ValueError as error:
             return NotFinite(f"{error}\nThe loss is {loss} at step {step}.")
     return NotFinite(f"the loss is {loss} at step {step}")
+
+
+def nan_arguments(call: Call) -> list[str]:
+    """Names of the arguments of a step that have NaN."""
+    return [
+        name
+        for name, value in named_arguments(call)
+        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
+    ]
