@@ -13,8 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Gradient
-from pyro_elbo_ext.bounds.gradients import Path
+from pyro_elbo_ext.bounds import Gradient, Path
 from pyro_elbo_ext.particles.batch_check import check_batched, particle_frame
 from pyro_elbo_ext.particles.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.particles.particles import Draw, detached_copies

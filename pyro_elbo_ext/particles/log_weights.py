@@ -15,8 +15,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Gradient
-from pyro_elbo_ext.bounds.gradients import Path, Weights
+from pyro_elbo_ext.bounds import Gradient, Path, Weights
 from pyro_elbo_ext.bounds.site_weights import Number, SiteWeights
 from pyro_elbo_ext.particles.estimate import check_path, stack, weights_like
 from pyro_elbo_ext.particles.particles import Draw

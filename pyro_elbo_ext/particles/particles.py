@@ -19,8 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Gradient
-from pyro_elbo_ext.bounds.gradients import Path
+from pyro_elbo_ext.bounds import Gradient, Path
 from pyro_elbo_ext.particles.supply import Supply
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.replay import replayed
