@@ -11,6 +11,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from tests.models import SIGMA, Y
+
 RNG = np.random.default_rng(20)
 
 
@@ -60,8 +62,7 @@ def horseshoe() -> None:
 def centred() -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    y = _tensor([28, 8, -3, 7, -1, 1, 18, 12])
-    sd = _tensor([15, 10, 16, 11, 9, 11, 10, 18])
+    y, sd = Y.double(), SIGMA.double()
     with pyro.plate("school", 8):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
         pyro.sample("y", dist.Normal(theta, sd), obs=y)

@@ -34,18 +34,9 @@ from pyro_elbo_ext import AdaptiveStopping, Callback, CSVTracker, DecomposedELBO
 from pyro_elbo_ext.bounds.weighting import LinearWarmup
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.state import checkpoints
+from tests.models import SIGMA, Y, schools
 
-Y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
-SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
 TIMES = {"seconds"}  # the only values of a checkpoint that may differ
-
-
-def schools(y: Tensor, sigma: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
 class Autoencoder(nn.Module):

@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_elbo_ext import Callback, CSVTracker, DecomposedELBO
 from pyro_elbo_ext.training.fit import fit
-from tests.killed_runs import SIGMA, Y, schools
+from tests.models import SIGMA, Y, schools
 
 
 class Memory(Callback):

@@ -25,8 +25,8 @@ from torch import Tensor
 from pyro_elbo_ext import ChiUpperBound, DecomposedELBO, ImportanceWeightedELBO, MultiSampleELBO
 from pyro_elbo_ext.bounds.bounds import IWAE
 from tests.bound_oracles import PROBLEMS
+from tests.models import eight_schools
 from tests.test_gradients import check_unbiased
-from tests.test_parity import eight_schools
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).float()

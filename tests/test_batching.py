@@ -14,7 +14,6 @@ from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.distributions.util import is_identically_zero
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
-from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -29,8 +28,9 @@ from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms.kl import KLPrior
 from pyro_elbo_ext.terms.terms import read_sites
+from tests.models import Regression, autoencoder, eight_schools, vectors
 from tests.oracles import PROBLEMS, Problem
-from tests.test_parity import AUTOGUIDES, Encoder, eight_schools, vectors
+from tests.test_parity import AUTOGUIDES
 
 K = 5
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
@@ -427,18 +427,7 @@ def test_plate_in_a_loop() -> None:
 
 
 def test_amortized_guide_with_modules() -> None:
-    encoder, decoder = Encoder(), nn.Linear(2, 6)
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
+    model, guide = autoencoder()
 
     _, reference = batch(model, guide, torch.ones(7, 6))
     smaller = torch.ones(3, 6)  # the last minibatch, after a reference with a full one
@@ -449,17 +438,6 @@ def test_amortized_guide_with_modules() -> None:
 
 @pytest.mark.parametrize("local", [False, True])
 def test_pyro_module_with_samples(local: bool) -> None:
-    class Regression(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = PyroModule[nn.Linear](3, 1)
-            self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
-            self.log_scale = PyroParam(torch.tensor(0.0))
-
-        def forward(self, x: Tensor, y: Tensor) -> None:
-            mean = self.linear(x).squeeze(-1)
-            with pyro.plate("data", len(x)):
-                pyro.sample("y", dist.Normal(mean, self.log_scale.exp()), obs=y)
 
     with pyro.settings.context(module_local_params=local):
         model = Regression()

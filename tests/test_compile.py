@@ -30,7 +30,7 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 from pyro.infer.reparam import StableReparam
-from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.nn import PyroModule
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
@@ -45,13 +45,11 @@ from pyro_elbo_ext import (
     fit,
 )
 from pyro_elbo_ext.compile import CannotCompile
+from tests.models import SIGMA, Regression, Y, nested_plates, vectors
 from tests.oracles import PROBLEMS, Problem
 
 Program = Callable[..., Any]
 STEPS = 5
-
-Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 def eight_schools(y: Tensor, sigma: Tensor) -> None:
@@ -147,15 +145,6 @@ def compare(model: Program, guide: Callable[[], Program], args: tuple[Any, ...],
 # Programs
 
 
-def vectors() -> None:
-    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    s = pyro.sample("s", dist.Gamma(2.0, 2.0))
-    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
-    c = pyro.sample("c", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
-    with pyro.plate("data", 5):
-        pyro.sample("x", dist.Normal((w * p).sum() + c.sum(), s), obs=torch.arange(5.0))
-
-
 def lkj(x: Tensor) -> None:
     corr = pyro.sample("corr", dist.LKJCholesky(2, torch.tensor(1.0)))
     scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
@@ -181,15 +170,6 @@ def subsampled(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     with pyro.plate("data", len(y), subsample_size=3) as index:
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
-
-
-def nested_plates() -> None:
-    with pyro.plate("rows", 3, dim=-2):
-        a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        with pyro.plate("columns", 4, dim=-1), poutine.scale(scale=2.0):
-            b = pyro.sample("b", dist.Normal(a, 1.0).expand([3, 4]).mask(torch.rand(3, 4) < 0.7))
-            pyro.sample("x", dist.Normal(b, 1.0), obs=torch.ones(3, 4), obs_mask=torch.arange(12).reshape(3, 4) % 3 > 0)
-    pyro.factor("penalty", -a.square().sum())
 
 
 def state_space(y: Tensor) -> None:
@@ -276,19 +256,6 @@ def test_modules_are_trained(loss: Any) -> None:
         assert not torch.equal(decoder.net[0].weight, before)  # type: ignore[union-attr,arg-type]
         assert torch.equal(decoder.net[0].weight, fits[-1].parameters["decoder$$$net.0.weight"])  # type: ignore[union-attr,arg-type]
     assert_equal(fits[1], fits[0])
-
-
-class Regression(PyroModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = PyroModule[nn.Linear](3, 1)
-        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
-        self.log_scale = PyroParam(torch.tensor(0.0))
-
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        mean = self.linear(x).squeeze(-1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(mean, self.log_scale.exp()), obs=y)
 
 
 def test_pyro_modules() -> None:

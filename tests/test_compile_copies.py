@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, ImportanceWeightedELBO, fit
+from tests.models import through_origin as line
 
 X = torch.linspace(-1.0, 1.0, 20)
 HOW: dict[str, Callable[[Any], Any]] = {
@@ -25,12 +26,6 @@ HOW: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "cloudpickle": lambda of: pickle.loads(cloudpickle.dumps(of)),
 }
-
-
-def line(x: Tensor) -> None:
-    slope = pyro.sample("slope", dist.Normal(x.new_tensor(0.0), 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=2 * x)
 
 
 def free_guide(x: Tensor) -> None:

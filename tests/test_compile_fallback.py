@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -25,14 +24,9 @@ from pyro_elbo_ext import CompiledSVI, DecomposedELBO, compiled_log_density
 from pyro_elbo_ext.compile import CannotCompile, program
 from pyro_elbo_ext.compile.machine_code import compiler, step_graph
 from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative
+from tests.models import through_origin as line
 
 X = torch.linspace(-1.0, 1.0, 20)
-
-
-def line(x: Tensor) -> None:
-    slope = pyro.sample("slope", dist.Normal(x.new_tensor(0.0), 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=2 * x)
 
 
 def adam() -> Any:

@@ -26,7 +26,8 @@ from pyro_elbo_ext.history import record as history_room
 from pyro_elbo_ext.history.history import History
 from pyro_elbo_ext.objectives import objective
 from tests.interruptions import stopped_everywhere
-from tests.test_compile import SIGMA, Fit, Y, assert_equal, eight_schools, train
+from tests.models import SIGMA, Y
+from tests.test_compile import Fit, assert_equal, eight_schools, train
 
 ROWS = torch.linspace(-1, 1, 24).reshape(12, 2)
 

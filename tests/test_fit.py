@@ -25,18 +25,7 @@ from pyro_elbo_ext.bounds.weighting import Geco, LinearWarmup
 from pyro_elbo_ext.training.data.batches import Batches
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.result import FitResult
-
-Y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
-SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
-
-
-def schools(y: Tensor, sigma: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
+from tests.models import SIGMA, Y, schools
 
 X = torch.linspace(-1, 1, 40)
 Z = 0.5 + 2 * X + 0.3 * torch.sin(40 * X)

@@ -39,9 +39,10 @@ from pyro_elbo_ext import (
     ThermodynamicELBO,
 )
 from pyro_elbo_ext.bounds.bounds import CUBO, ELBO, IWAE, TVO, Bound, Renyi
+from tests.models import eight_schools, vectors
 from tests.oracles import DATA, PROBLEMS, _exact_plated
 from tests.test_gradients import BOUNDS
-from tests.test_parity import AUTOGUIDES, eight_schools, evaluate, vectors
+from tests.test_parity import AUTOGUIDES, evaluate
 
 ALPHAS = [0, 0.5, 2, -1]
 NONLINEAR = [bound for bound in BOUNDS if not bound.linear]

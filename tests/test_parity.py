@@ -26,43 +26,11 @@ from pyro.infer.autoguide import (
     AutoRegressiveMessenger,
     AutoStructured,
 )
-from pyro.nn import PyroModule, PyroParam, PyroSample
-from torch import nn
 
 from pyro_elbo_ext import DecomposedELBO
 from pyro_elbo_ext.terms.kl import KLChoice
+from tests.models import Regression, autoencoder, eight_schools, nested_plates, vectors
 from tests.oracles import PROBLEMS, Problem
-
-Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-
-
-def eight_schools() -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
-    with pyro.plate("schools", 8):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * z)
-        pyro.sample("y", dist.Normal(theta, SIGMA), obs=Y)
-
-
-def nested_plates() -> None:
-    with pyro.plate("rows", 3, dim=-2):
-        a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        with pyro.plate("columns", 4, dim=-1), poutine.scale(scale=2.0):
-            b = pyro.sample("b", dist.Normal(a, 1.0).expand([3, 4]).mask(torch.rand(3, 4) < 0.7))
-            pyro.sample("x", dist.Normal(b, 1.0), obs=torch.ones(3, 4), obs_mask=torch.arange(12).reshape(3, 4) % 3 > 0)
-    pyro.factor("penalty", -a.square().sum())
-
-
-def vectors() -> None:
-    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    s = pyro.sample("s", dist.Gamma(2.0, 2.0))
-    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
-    c = pyro.sample("c", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
-    with pyro.plate("data", 5):
-        pyro.sample("x", dist.Normal((w * p).sum() + c.sum(), s), obs=torch.arange(5.0))
-
 
 AUTOGUIDES = [
     AutoDelta,
@@ -150,29 +118,8 @@ def test_vectorized_particles_in_plates_with_autoguide() -> None:
     assert elbo.last.log_weights.shape == (5,)
 
 
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loc, log_scale = self.net(x).chunk(2, -1)
-        return loc, log_scale.exp()
-
-
 def test_amortized_guide_with_modules() -> None:
-    encoder, decoder = Encoder(), nn.Linear(2, 6)
-
-    def model(x: torch.Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
-
-    def guide(x: torch.Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
+    model, guide = autoencoder()
 
     elbo = assert_same(model, guide, torch.ones(7, 6))
     assert elbo.history is not None
@@ -181,17 +128,6 @@ def test_amortized_guide_with_modules() -> None:
 
 
 def test_pyro_module_with_samples() -> None:
-    class Regression(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = PyroModule[nn.Linear](3, 1)
-            self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
-            self.log_scale = PyroParam(torch.tensor(0.0))
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> None:
-            mean = self.linear(x).squeeze(-1)
-            with pyro.plate("data", len(x)):
-                pyro.sample("y", dist.Normal(mean, self.log_scale.exp()), obs=y)
 
     model = Regression()
     assert_same(model, AutoNormal(model), torch.randn(5, 3), torch.randn(5))

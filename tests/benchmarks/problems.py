@@ -11,6 +11,8 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
+from tests.models import SIGMA, Y
+
 
 class Problem(NamedTuple):
     """A model with its guide and data, built for each objective; ``steps`` is the default length of a block."""
@@ -21,8 +23,6 @@ class Problem(NamedTuple):
 
 def eight_schools() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
     """Eight schools (Rubin, 1981), non-centered, with AutoNormal."""
-    effect = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-    error = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
     def model(effect: Tensor, error: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -31,7 +31,7 @@ def eight_schools() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tenso
             theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(mu + tau * theta, error), obs=effect)
 
-    return model, AutoNormal(model), (effect, error)
+    return model, AutoNormal(model), (Y, SIGMA)
 
 
 def logistic_regression() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]:
