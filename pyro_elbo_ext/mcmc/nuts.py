@@ -16,7 +16,7 @@ import numpy as np
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
-from pyro_elbo_ext.mcmc.samplers import sample_nutpie, sample_pyro
+from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
 from pyro_elbo_ext.programs.nodes import base_distribution
 from pyro_elbo_ext.programs.randomness import isolated
 
@@ -167,9 +167,8 @@ def run_nuts(
         labels.check({name: site for name, site in sites.items() if name in density.names or site["is_observed"]})
         began = time.perf_counter()
         sample = sample_nutpie if library == "nutpie" else sample_pyro
-        drawn = sample(
-            density, num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores
-        )
+        asked = Asked(num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores)
+        drawn = sample(density, asked)
         elapsed = time.perf_counter() - began
         kept, points, stats = drawn.rectangle()
         values = density.constrain(points)

@@ -23,6 +23,20 @@ logger = logging.getLogger(__name__)
 INIT_TRIES = 100  # starting points tried per chain, as in Stan
 
 
+class Asked(NamedTuple):
+    """What a sampler is to do, as `run_nuts` was asked."""
+
+    num_samples: int
+    warmup: int
+    chains: int
+    seed: int
+    progress: bool
+    target_accept: float
+    max_tree_depth: int
+    init: float | Mapping[str, Any]
+    cores: int
+
+
 class Draws(NamedTuple):
     """What a sampler drew: for each chain unconstrained points (draws, dim) and statistics (draws,)."""
 
@@ -85,18 +99,7 @@ def culprit(density: LogDensity, x: np.ndarray) -> str:
     return "the log Jacobian of the map to unconstrained space is not finite"
 
 
-def sample_nutpie(
-    density: LogDensity,
-    num_samples: int,
-    warmup: int,
-    chains: int,
-    seed: int,
-    progress: bool,
-    target_accept: float,
-    max_tree_depth: int,
-    init: float | Mapping[str, Any],
-    cores: int,
-) -> Draws:
+def sample_nutpie(density: LogDensity, asked: Asked) -> Draws:
     """Draw with nutpie: chains of compiled kernels at the same time, others one after the other."""
     import_arviz()  # nutpie does, and would pass on its notice
     import nutpie
@@ -110,10 +113,10 @@ def sample_nutpie(
 
     def start(chain_seed: int) -> np.ndarray:
         with lock:
-            return starting_point(density, np.random.default_rng(chain_seed), init)
+            return starting_point(density, np.random.default_rng(chain_seed), asked.init)
 
-    start(seed)  # errors come out here as they are, not through nutpie's threads
-    compiled = without_python(density, start)
+    start(asked.seed)  # errors come out here as they are, not through nutpie's threads
+    cores, compiled = asked.cores, without_python(density, start)
     if compiled is None:
         cores = 1  # Python's lock is held between operations, and Pyro's handlers are global to the process
         compiled = from_pyfunc(
@@ -129,16 +132,16 @@ def sample_nutpie(
     try:
         sampler = nutpie.sample(
             compiled,
-            draws=num_samples,
-            tune=warmup,
-            chains=chains,
-            cores=min(cores, chains),
-            seed=seed,
-            progress_bar=progress,
+            draws=asked.num_samples,
+            tune=asked.warmup,
+            chains=asked.chains,
+            cores=min(cores, asked.chains),
+            seed=asked.seed,
+            progress_bar=asked.progress,
             return_raw_trace=True,
             blocking=False,
-            target_accept=target_accept,
-            maxdepth=max_tree_depth,
+            target_accept=asked.target_accept,
+            maxdepth=asked.max_tree_depth,
         )
         try:
             trace = sampler.wait()
@@ -156,7 +159,8 @@ def sample_nutpie(
             f"nutpie has failed, {error}; see its message above. Pass backend='pyro', or other numbers of draws."
         ) from error
     draws = [
-        pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.dim)[warmup:] for batch in batches
+        pyarrow.array(batch.column("x")).flatten().to_numpy().reshape(-1, density.dim)[asked.warmup :]
+        for batch in batches
     ]
     names = {
         "diverging": "diverging",
@@ -169,7 +173,7 @@ def sample_nutpie(
     }
     stats = [
         {
-            ours: pyarrow.array(r.column(theirs)).to_numpy(zero_copy_only=False)[warmup:]
+            ours: pyarrow.array(r.column(theirs)).to_numpy(zero_copy_only=False)[asked.warmup :]
             for ours, theirs in names.items()
         }
         for r in records
@@ -227,22 +231,11 @@ class RecordingNUTS(NUTS):
         return tree
 
 
-def sample_pyro(
-    density: LogDensity,
-    num_samples: int,
-    warmup: int,
-    chains: int,
-    seed: int,
-    progress: bool,
-    target_accept: float,
-    max_tree_depth: int,
-    init: float | Mapping[str, Any],
-    cores: int,
-) -> Draws:
+def sample_pyro(density: LogDensity, asked: Asked) -> Draws:
     """Draw with Pyro, one chain after the other."""
     draws, stats, interrupted = [], [], False
-    for chain_seed in np.random.SeedSequence(seed).generate_state(chains):
-        start = torch.from_numpy(starting_point(density, np.random.default_rng(chain_seed), init))
+    for chain_seed in np.random.SeedSequence(asked.seed).generate_state(asked.chains):
+        start = torch.from_numpy(starting_point(density, np.random.default_rng(chain_seed), asked.init))
         pyro.set_rng_seed(int(chain_seed))
         rows: list[tuple[Any, ...]] = []
         points: list[np.ndarray] = []
@@ -266,17 +259,17 @@ def sample_pyro(
 
         kernel = RecordingNUTS(
             potential_fn=lambda z: -density.log_density(z["x"]),
-            target_accept_prob=target_accept,
-            max_tree_depth=max_tree_depth,
+            target_accept_prob=asked.target_accept,
+            max_tree_depth=asked.max_tree_depth,
         )
         with torch.device("cpu"):  # the sampler's own state; the model runs where its tensors are
             mcmc = MCMC(
                 kernel,
-                num_samples=num_samples,
-                warmup_steps=warmup,
+                num_samples=asked.num_samples,
+                warmup_steps=asked.warmup,
                 initial_params={"x": start},
                 hook_fn=record,
-                disable_progbar=not progress,
+                disable_progbar=not asked.progress,
             )
             try:
                 mcmc.run()

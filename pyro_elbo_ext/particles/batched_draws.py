@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,43 +98,33 @@ class Batch:
         """All particles' draws; None if they have to be looped over, once the reason is known."""
         if self.reason is not None or count == 1:
             return None
-        if not self.checked:  # a time-out by a signal is no reason to draw one by one
-            with handlers_are_heard() as raised:
-                return self._draw(model, guide, args, kwargs, count, gradient, derive, raised)
-        return self._draw(model, guide, args, kwargs, count, gradient, derive, [])
-
-    def _draw(
-        self,
-        model: Program,
-        guide: Program,
-        args: Args,
-        kwargs: Kwargs,
-        count: int,
-        gradient: Gradient,
-        derive: Derive | None,
-        raised: list[BaseException],
-    ) -> BatchedDraw | None:
-        try:
-            batched = run_batched(
-                model, guide, args, kwargs, count, self.reference, derive=derive, detach=gradient.detach_draws
-            )
-            if not self.checked:
-                check_batched(batched, model, guide, args, kwargs, self.reference)
-            paths: list[Path] = []
-            scored = batched
-            if gradient.separate_paths:
-                draws, paths = _copies(batched)
-                if paths:
-                    scored = run_batched(model, guide, args, kwargs, count, self.reference, draws=draws, derive=derive)
-        except CannotBatch as error:
-            self._give_up(str(error))
-            return None
-        except Exception as error:
-            if self.checked or raised:
-                raise
-            # an error of the program itself will be raised by the loop too; any other has to do with the batching
-            self._give_up(f"{type(error).__name__}: {error}")
-            return None
+        # a time-out by a signal is no reason to draw one by one
+        listening: AbstractContextManager[list[BaseException]]
+        listening = nullcontext([]) if self.checked else handlers_are_heard()
+        with listening as raised:
+            try:
+                batched = run_batched(
+                    model, guide, args, kwargs, count, self.reference, derive=derive, detach=gradient.detach_draws
+                )
+                if not self.checked:
+                    check_batched(batched, model, guide, args, kwargs, self.reference)
+                paths: list[Path] = []
+                scored = batched
+                if gradient.separate_paths:
+                    draws, paths = _copies(batched)
+                    if paths:
+                        scored = run_batched(
+                            model, guide, args, kwargs, count, self.reference, draws=draws, derive=derive
+                        )
+            except CannotBatch as error:
+                self._give_up(str(error))
+                return None
+            except Exception as error:
+                if self.checked or raised:
+                    raise
+                # an error of the program itself will be raised by the loop too; any other has to do with the batching
+                self._give_up(f"{type(error).__name__}: {error}")
+                return None
         self.checked = True
         frame = particle_frame(scored)
         if frame is None or frame.dim is None:

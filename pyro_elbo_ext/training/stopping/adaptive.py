@@ -17,7 +17,7 @@ from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.training.stopping.guide_moments import GuideMoments, symmetrized_kl
 from pyro_elbo_ext.training.stopping.iterates import LONGEST, Iterates, Window, best_window, largest_r_hat, smallest_ess
 from pyro_elbo_ext.training.stopping.power_law import fit_power_law, predicted_steps
-from pyro_elbo_ext.training.stopping.rules import CONTINUE, Decision, check_count, check_iterate
+from pyro_elbo_ext.training.stopping.rules import CONTINUE, Decision, Rule, check_count, check_iterate
 
 _BETWEEN_LOOKS = 1.15  # a look costs as much as all steps of a phase in a fixed proportion, so looks grow rarer
 _BLOCKS = 8  # of a window, whose averages' scatter gives the Monte Carlo standard error of the whole average
@@ -63,7 +63,7 @@ class _Prediction(NamedTuple):
     reason: str
 
 
-class AdaptiveStopping:
+class AdaptiveStopping(Rule):
     r"""Averages of stationary iterates at lower and lower learning rates, until the next would be much the same.
 
     At one learning rate, the iterates of a stochastic optimizer come to scatter around a point that is a little off the
@@ -155,20 +155,18 @@ class AdaptiveStopping:
 
     # What the loop calls
 
-    def start(
+    def _begin(
         self,
-        parameters: Mapping[str, Tensor],
-        *,
-        guide: Callable[..., Any] | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        learning_rate: float | None = None,
+        guide: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        learning_rate: float | None,
     ) -> None:
-        """See `StoppingRule`."""
-        if not parameters:
+        if not self._parameters:
             raise ValueError("there are no parameters to look at")
-        self._parameters, self._learning_rate = dict(parameters), learning_rate
-        width = sum(parameter.numel() for parameter in parameters.values())
+        self._learning_rate = learning_rate
+        tensors = list(self._parameters.values())
+        width = sum(parameter.numel() for parameter in tensors)
         self._moments = None
         if not Iterates.fit(width + 1):
             self.measure = f"ELBO, for there are {width} parameters"
@@ -176,7 +174,7 @@ class AdaptiveStopping:
             self.measure = "ELBO, for the guide is not known"
         else:
             try:
-                self._moments = GuideMoments(guide, list(parameters.values()), args, kwargs)
+                self._moments = GuideMoments(guide, tensors, args, kwargs)
                 self.measure = f"symmetrized KL of the guide's marginals, by {self._moments.method}"
             except NotImplementedError as error:
                 self.measure = f"ELBO, for {error}"

@@ -124,8 +124,8 @@ def check_count(value: int, name: str) -> int:
     return number
 
 
-class _OfParameters:
-    """What rules that look at the parameters alone have in common."""
+class Rule:
+    """What the rules here have in common: how they begin. A rule of your own needs no base, see `StoppingRule`."""
 
     _parameters: dict[str, Tensor]
 
@@ -140,9 +140,19 @@ class _OfParameters:
     ) -> None:
         """See `StoppingRule`."""
         self._parameters = dict(parameters)
+        self._begin(guide, args, kwargs or {}, learning_rate)
+
+    def _begin(
+        self,
+        guide: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        learning_rate: float | None,
+    ) -> None:
+        """For rules that look at more than the parameters."""
 
 
-class FixedSteps(_OfParameters):
+class FixedSteps(Rule):
     """Stop after a number of steps, with or without the average of the last half of the iterates.
 
     The average of the iterates has less noise than the last one. It takes two vectors of the parameters' size, and the
@@ -204,7 +214,7 @@ class FixedSteps(_OfParameters):
         self._count = state["count"]
 
 
-class Patience(_OfParameters):
+class Patience(Rule):
     """Stop once the ELBO of held-out data has not improved in so many validations, and give back the best parameters.
 
     For amortized guides and learned models, which begin to fit the noise of their data. It is what Keras and Lightning
