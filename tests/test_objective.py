@@ -69,6 +69,10 @@ def test_arguments_are_those_of_elbo_in_the_same_order() -> None:
     elbo = DecomposedELBO(3, 2, None, True)
     assert (elbo.num_particles, elbo.vectorize_particles, elbo.max_plate_nesting) == (3, True, 3)
     assert DecomposedELBO(1, 2, None, True).max_plate_nesting == 2
+    with pytest.raises(TypeError, match="num_particle'"):
+        DecomposedELBO(num_particle=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="num_particles"):
+        DecomposedELBO(1, num_particles=3)
 
 
 def test_losses_are_plain_numbers() -> None:
