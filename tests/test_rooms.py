@@ -42,9 +42,6 @@ ROOMS = [
 ]
 MOST_BOXES = 20  # of a drawing of the package: folders and modules at its top, inside the frame that `__init__` is
 
-# Arrows that are being mended, (from, to), each with who does it. It is to be empty.
-BEING_MENDED: set[tuple[str, str]] = set()
-
 
 class Import(NamedTuple):
     """One imported name: ``importer`` and ``module`` without the package's own name, ``name`` None for a module."""
@@ -99,10 +96,6 @@ def imports_of(importer: str) -> list[Import]:
 IMPORTS = [one for name in MODULES for one in imports_of(name)]
 
 
-def is_counted(one: Import) -> bool:
-    return (one.importer, one.module) not in BEING_MENDED
-
-
 def child_of(folder: str, module: str) -> str | None:
     """The folder or file right inside ``folder`` that a module is in; None if it is elsewhere."""
     inside = module if not folder else module.removeprefix(f"{folder}.")
@@ -112,7 +105,7 @@ def child_of(folder: str, module: str) -> str | None:
 def arrows(folder: str) -> dict[str, dict[str, Import]]:
     """From each child of a folder to the others it imports, with one import that says so."""
     found: dict[str, dict[str, Import]] = defaultdict(dict)
-    for one in filter(is_counted, IMPORTS):
+    for one in IMPORTS:
         a, b = child_of(folder, one.importer), child_of(folder, one.module)
         if a is not None and b is not None and a != b:
             found[a].setdefault(b, one)
@@ -157,7 +150,7 @@ def test_imports_name_their_module_in_full() -> None:
 def test_a_room_uses_only_rooms_below_it() -> None:
     upward = [
         str(one)
-        for one in filter(is_counted, IMPORTS)
+        for one in IMPORTS
         if ROOMS.index(one.importer.partition(".")[0]) > ROOMS.index(one.module.partition(".")[0])
     ]
     assert not upward, "imports that run up:\n" + "\n".join(upward)
@@ -243,7 +236,6 @@ def test_every_way_of_importing_is_seen(
 def test_a_circle_is_found_at_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     way = [("training.data.batches", "training.state.state"), ("training.state.checkpoints", "training.data.scaling")]
     added = [Import(a, 1, b, None) for a, b in way]
-    monkeypatch.setitem(globals(), "BEING_MENDED", set())
     monkeypatch.setitem(globals(), "IMPORTS", added)
     assert sorted(circle("training")) == sorted(map(str, added))
     assert not circle("")
