@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_elbo_ext import DecomposedELBO
 from pyro_elbo_ext.calibration import Calibration, TrainGuide, simulate_calibration
+from pyro_elbo_ext.calibration.plots import plot_rank_ecdf
 from pyro_elbo_ext.calibration.rank_tests import holm, symmetric_ks, uniform_chi2, uniform_ks
 from pyro_elbo_ext.inference_data.arviz_statistics import ecdf_band
 
@@ -28,6 +29,7 @@ NOISE = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
 POSTERIOR = (PRIOR.inverse() + NOISE.inverse()).inverse()
 X = torch.tensor([0.3, -0.2], dtype=torch.float64)
 NUM_DRAWS = 99
+LEVEL = 0.001  # of a test that what is calibrated passes: by chance it fails once in a thousand seeds, not in twenty
 
 
 def correlated(x: Tensor) -> None:
@@ -67,7 +69,7 @@ def assert_same(a: Calibration, b: Calibration) -> None:
 
 def test_exact_posterior_passes() -> None:
     found = calibrate(exact)
-    assert found.passes()
+    assert found.passes(LEVEL)
     table = found.to_dataframe()
     assert list(table.index) == found.parameters == ["z[0]", "z[1]"]
     # z = (mean - truth) / sd is N(0, 1) up to the error of an sd from 99 draws
@@ -84,7 +86,7 @@ def test_exact_posterior_passes() -> None:
 def test_mean_field_fails_sbc_and_passes_vsbc() -> None:
     found = calibrate(mean_field)
     assert not found.passes(0.001, "sbc")
-    assert found.passes(test="vsbc")
+    assert found.passes(LEVEL, "vsbc")
     assert not found.passes()
     assert "z[0] (too narrow)" in found.verdict
 
@@ -96,7 +98,7 @@ def test_biased_guide_fails_vsbc() -> None:
     # P_q(theta > truth) = Phi(u + 0.4) with u ~ N(0, 1): its mean is Phi(0.4 / sqrt 2)
     bias = stats.norm.cdf(0.4 / 2**0.5) - 0.5
     assert abs(table.loc["z[0]", "bias"] - bias) < 4.5 * table.loc["z[0]", "bias_error"]
-    assert table.loc["z[1]", "symmetry_adjusted"] > 0.05
+    assert table.loc["z[1]", "symmetry_adjusted"] > LEVEL
     assert "not calibrated in z[0] (too high)" in found.verdict
     assert "biased in z[0] (too high)" in found.verdict
 
@@ -149,7 +151,7 @@ def test_ties_are_broken_evenly() -> None:
     found = simulate_calibration(
         coin, prior, torch.tensor(0.0), num_draws=NUM_DRAWS, num_simulations=300, progress=False
     )
-    assert found.passes()
+    assert found.passes(LEVEL)
     assert np.unique(found.of("k", "ranks")).size > 80
 
 
@@ -437,12 +439,25 @@ def test_labels_and_arviz() -> None:
 def test_plots() -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    good, bad = calibrate(exact, 100), calibrate(mean_field, 300)
-    for found, color in ((good, "C0"), (bad, "C3")):
-        figure = found.plot()
-        assert [ax.get_title() for ax in figure.axes[:2]] == ["z[0]", "z[1]"]
-        assert figure.axes[0].lines[0].get_color() == color
-        matplotlib.pyplot.close(figure)
-    figure = good.plot(max_parameters=1)
+    found = calibrate(exact, 20)
+    figure = found.plot()
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["z[0]", "z[1]"]
+    assert "symmetry p = " in figure.axes[2].get_title()
+    matplotlib.pyplot.close(figure)
+    figure = found.plot(max_parameters=1)
     assert figure.get_suptitle().startswith("the 1 of 2 parameters")
     matplotlib.pyplot.close(figure)
+
+
+@pytest.mark.parametrize(("errors", "color"), [(0.0, "C0"), (1.0, "C0"), (6.0, "C3")])
+def test_ranks_outside_the_band_are_red(errors: float, color: str) -> None:
+    """Ranks whose distribution function is off by so many standard errors at 1/2; the band is at 2 to 4."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    ranks = np.repeat(np.arange(NUM_DRAWS + 1), 4)  # uniform
+    upper = np.flatnonzero(ranks >= (NUM_DRAWS + 1) // 2)
+    count = round(errors * 0.5 * ranks.size**0.5)  # a standard error of the count below 1/2 is sqrt(N) / 2
+    ranks[upper[np.linspace(0, upper.size - 1, count).astype(int)]] -= (NUM_DRAWS + 1) // 2
+    ax = plot_rank_ecdf(ranks, NUM_DRAWS, "z", figure.subplots())
+    curve = np.asarray(ax.lines[0].get_ydata(), float)
+    assert curve.max() == pytest.approx(errors * 0.5 / ranks.size**0.5, abs=1e-12)
+    assert ax.lines[0].get_color() == color

@@ -41,6 +41,7 @@ from pyro_elbo_ext.objectives.per_pair import PerPair
 from pyro_elbo_ext.particles.batched_draws import Batch, call_key
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
 from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import run_pair
 from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
@@ -222,9 +223,8 @@ class Objective(ELBO):
     def _guess_in_private(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
         """The same guess; but nothing is stored, and the random state is left as it was."""
         stored = self.max_plate_nesting
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch_kept():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
             return int(self.max_plate_nesting)
         finally:

@@ -16,6 +16,7 @@ from pyro_elbo_ext.particles.batching import Batched
 from pyro_elbo_ext.particles.supply import CannotBatch, Supply
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import Node, is_point_mass
+from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import trace_pair
 
 Program = Callable[..., Any]
@@ -57,8 +58,7 @@ def check_batched(
         for name, node in trace.nodes.items()
         if site_is_subsample(node)
     }
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), pyro.validation_enabled(False):
+    with torch_kept(), torch.no_grad(), pyro.validation_enabled(False):
         for k in sorted({0, frame.size // 2, frame.size - 1}):
             draws = {
                 name: node["value"][k].reshape(node["value"].shape[-rank:] if rank else ())

@@ -19,6 +19,7 @@ from pyro_elbo_ext.particles.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.particles.particles import Draw, detached_copies
 from pyro_elbo_ext.particles.supply import CannotBatch
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
+from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 
@@ -79,8 +80,7 @@ class Batch:
 
         ``read`` is called with the traces while the ``tracker`` of their dependencies, if there is one, is still active.
         """
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker or nullcontext():
+        with torch_kept(), torch.no_grad(), tracker or nullcontext():
             reference = trace_pair(model, guide, args, kwargs, tracker and tracker.enter_model)
             read(*reference)
         return cls(reference)

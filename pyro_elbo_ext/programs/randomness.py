@@ -12,12 +12,19 @@ import torch
 
 
 @contextmanager
+def torch_kept() -> Iterator[None]:
+    """The generators of torch, on all devices in use, are put back after."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
 def kept() -> Iterator[None]:
     """The generators of torch, numpy and random are put back after."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (Pyro seeds the global one)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch_kept():
             yield
     finally:
         random.setstate(state)
