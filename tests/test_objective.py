@@ -217,30 +217,39 @@ def test_guess_that_a_caller_asks_for_is_stored(kind: Any, vectorize: Any, expec
     assert math.isfinite(elbo.loss_and_grads(deep_model, deep_guide))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_particles": 2}, {"warm_start": True}, {"dct_gradients": True}], ids=str)
+class Trend(forecaster.ForecastingModel):  # type: ignore[misc]
+    def model(self, zero_data: torch.Tensor, covariates: torch.Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([1]).to_event(1))
+        self.predict(dist.Normal(0.0, scale.unsqueeze(-2)), weight.unsqueeze(-2) * covariates)
+
+
+TIME = torch.linspace(0.0, 1.0, 8).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"warm_start": True}, {"dct_gradients": True}], ids=str)
 def test_forecaster(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Pyro's Forecaster asks for the guess and reads it; under the same seed the losses are those with Pyro's ELBO."""
-
-    class Trend(forecaster.ForecastingModel):  # type: ignore[misc]
-        def model(self, zero_data: torch.Tensor, covariates: torch.Tensor) -> None:
-            weight = pyro.sample("weight", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
-            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([1]).to_event(1))
-            self.predict(dist.Normal(0.0, scale.unsqueeze(-2)), weight.unsqueeze(-2) * covariates)
-
-    time = torch.linspace(0.0, 1.0, 8).unsqueeze(-1)
 
     def losses(elbo: Any) -> list[float]:
         monkeypatch.setattr(forecaster, "Trace_ELBO", elbo)
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        trained = forecaster.Forecaster(Trend(), time[:6] ** 2, time[:6], num_steps=3, log_every=0, **options)
+        trained = forecaster.Forecaster(Trend(), TIME[:6] ** 2, TIME[:6], num_steps=3, log_every=0, **options)
         assert trained.max_plate_nesting == 1
-        assert len(trained(time[:6] ** 2, time, num_samples=2)) == 2
+        assert len(trained(TIME[:6] ** 2, TIME, num_samples=2)) == 2
         return list(trained.losses)
 
     expected = losses(Trace_ELBO)
     assert losses(partial(DecomposedELBO, kl="sampled")) == pytest.approx(expected, rel=1e-6)
     assert all(map(math.isfinite, losses(DecomposedELBO)))
+
+
+def test_forecaster_whose_particles_share_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its particles lie along a dim of their own, and this model's data beside it: Pyro counts each particle's data twice."""
+    monkeypatch.setattr(forecaster, "Trace_ELBO", DecomposedELBO)
+    with pytest.raises(ValueError, match=r"at site 'residual', (.|\n)* counts elements several times"):
+        forecaster.Forecaster(Trend(), TIME[:6] ** 2, TIME[:6], num_steps=3, log_every=0, num_particles=2)
 
 
 def test_elbo_module_trains_with_local_parameters() -> None:
