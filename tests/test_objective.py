@@ -246,7 +246,7 @@ def test_forecaster(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_forecaster_whose_particles_share_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its particles lie along a dim of their own, and this model's data beside it: Pyro counts each particle's data twice."""
+    """Its particles lie along a dim of their own, and the data beside it: Pyro counts them twice."""
     monkeypatch.setattr(forecaster, "Trace_ELBO", DecomposedELBO)
     with pytest.raises(ValueError, match=r"at site 'residual', (.|\n)* counts elements several times"):
         forecaster.Forecaster(Trend(), TIME[:6] ** 2, TIME[:6], num_steps=3, log_every=0, num_particles=2)
