@@ -129,7 +129,8 @@ def test_batches_of_one_size_where_there_is_no_graph_for_them() -> None:
         with isolated(0):
             density = LogDensity(model, (), {}, 0)
         for shown, found in zip(density.value_and_grad(many), density.for_batches(2)(many), strict=True):
-            torch.testing.assert_close(found, shown, rtol=1e-12, atol=1e-12)
+            # torch 2.9 has NaN where later ones raise, which makes it -inf
+            torch.testing.assert_close(found, shown, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(), (6,)])
