@@ -1,4 +1,4 @@
-"""Which pairs of guide and prior have a closed form: the README's tables, and each value and gradient by quadrature."""
+"""Which pairs of guide and prior have a closed form: the tables in docs/guides/closed_forms.md, and each value and gradient by quadrature."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def term(q: Any, p: Any) -> Term:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tables in the README
+# The tables in the docs
 
 UNIT = torch.tensor([0.2, 0.3, 0.5])
 VECTOR = dist.MultivariateNormal(torch.tensor([0.3, -0.2]), scale_tril=torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
@@ -110,8 +110,8 @@ OTHERS = {"Kumaraswamy": dist.Kumaraswamy(3.0, 2.0)}  # the same one on both sid
 
 def rows() -> Iterator[tuple[str, str, str]]:
     """Guide, prior and method of every pair that the section tables."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    section = text.split("### Which pairs have a closed form")[1].split("\n### ")[0]
+    text = (Path(__file__).parents[1] / "docs/guides/closed_forms.md").read_text("utf-8")
+    section = text.split("## Which pairs have a closed form")[1]
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.M):
         head, _, *body = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
         for guides, *cells in body:
