@@ -59,6 +59,7 @@ format: $(STAMP)
 
 # -E: read every page anew, so that a warning is not forgotten by the next build
 docs: $(STAMP)
+	@rm -rf docs/reference/generated
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 

@@ -3,7 +3,6 @@
 import inspect
 import re
 import shutil
-import tomllib
 from pathlib import Path
 
 from docutils import nodes
@@ -16,20 +15,20 @@ import pyro_elbo_ext
 
 ROOT = Path(__file__).parents[1]
 
-# What users subclass or implement to add something of their own; it is not all in pyro_elbo_ext.__all__.
+# What users subclass or follow to add something of their own, and what that is handed.
 EXTENSION_POINTS = (
+    "pyro_elbo_ext.Bound",
     "pyro_elbo_ext.Callback",
-    "pyro_elbo_ext.bounds.Bound",
-    "pyro_elbo_ext.bounds.Gradient",
+    "pyro_elbo_ext.Decision",
+    "pyro_elbo_ext.Gradient",
+    "pyro_elbo_ext.StoppingRule",
     "pyro_elbo_ext.bounds.Path",
     "pyro_elbo_ext.bounds.Weights",
-    "pyro_elbo_ext.training.stopping.Decision",
-    "pyro_elbo_ext.training.stopping.StoppingRule",
 )
 
 project = "pyro_elbo_ext"
 author = copyright = "the authors of pyro_elbo_ext"
-release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+release = version = pyro_elbo_ext.__version__
 
 extensions = [
     "sphinx.ext.autodoc",

@@ -59,7 +59,7 @@ def pages_with_code() -> Iterator[object]:
             yield pytest.param(page, marks=marks, id=page.relative_to(ROOT).with_suffix("").as_posix())
 
 
-@pytest.mark.parametrize("page", pages_with_code())
+@pytest.mark.parametrize("page", list(pages_with_code()))
 def test_code_blocks_run_and_print_what_is_said(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
