@@ -1,4 +1,4 @@
-"""Which pairs of guide and prior have a closed form: the tables in docs/guides/closed_forms.md, and each value and gradient by quadrature."""
+"""Which pairs of guide and prior have a closed form: the docs' tables, and each value and gradient by quadrature."""
 
 from __future__ import annotations
 

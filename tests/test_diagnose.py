@@ -15,8 +15,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -139,7 +141,13 @@ def test_funnel_is_to_be_non_centred() -> None:
     found = diagnose(funnel, guide, seed=0)
     assert found.verdict == "do not use"
     by_site = [finding for finding in found.findings if finding.subject == "x"]
-    assert any("scale" in finding.statement and "Non-centre" in finding.remedy for finding in by_site)
+    (remedy,) = {
+        finding.remedy for finding in by_site if "scale" in finding.statement and "Non-centre" in finding.remedy
+    }
+    code = re.search(r"poutine\.reparam\(.*\)", remedy)
+    assert code is not None
+    noncentered = eval(code[0], {"poutine": poutine, "model": funnel, "LocScaleReparam": LocScaleReparam})
+    assert "x_decentered" in poutine.trace(noncentered).get_trace()
 
 
 def test_correlated_gaussian_in_fifty_dimensions() -> None:

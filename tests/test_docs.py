@@ -22,7 +22,16 @@ import pyro_elbo_ext
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
-SLOW = {"getting_started", "train", "did_it_work", "against_nuts", "compile", "discrete_latents", "vaes", "move_from_pyro"}
+SLOW = {
+    "getting_started",
+    "train",
+    "did_it_work",
+    "against_nuts",
+    "compile",
+    "discrete_latents",
+    "vaes",
+    "move_from_pyro",
+}
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -79,7 +88,13 @@ def test_example_of_the_readme_can_be_pasted_line_by_line(tmp_path: Path) -> Non
     """Into Python's plain prompt, where a blank line ends a function."""
     source, output = re.findall(r"```(?:python|output)\n(.*?)```", README.read_text("utf-8"), flags=re.S)[:2]
     done = subprocess.run(
-        [sys.executable, "-i", "-q"], input=source, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=True
+        [sys.executable, "-i", "-q"],
+        input=source,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        check=True,
     )
     assert "Error" not in done.stderr, done.stderr
     assert same(done.stdout, output), done.stdout
@@ -128,7 +143,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     """The build fails too, `check_reference` in docs/conf.py; this says so sooner."""
     text = "".join(path.read_text("utf-8") for path in ROOT.glob("docs/reference/*.md"))
     named = set(re.findall(r"^   (\w+)$", text, flags=re.M))
-    extension_points = set(re.findall(r'^    "pyro_elbo_ext\.[\w.]*?(\w+)",$', (ROOT / "docs/conf.py").read_text("utf-8"), re.M))
+    extension_points = set(
+        re.findall(r'^    "pyro_elbo_ext\.[\w.]*?(\w+)",$', (ROOT / "docs/conf.py").read_text("utf-8"), re.M)
+    )
     assert len(extension_points) >= 7
     assert named >= set(pyro_elbo_ext.__all__) | extension_points
 

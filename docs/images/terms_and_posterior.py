@@ -1,6 +1,6 @@
 """Draw the README's picture: the terms of a fit by site, and what the same fit missed.
 
-    python docs/images/terms_and_posterior.py
+python docs/images/terms_and_posterior.py
 """
 
 import io
@@ -34,7 +34,9 @@ svi = SVI(centered, guide, pyro.optim.ClippedAdam({"lr": 0.02}), elbo)
 for _ in range(2000):
     svi.step(sigma, y)
 approximation = from_pyro_svi(centered, guide, sigma, y, num_samples=4000, log_likelihood=False, prior=False, seed=0)
-nuts = run_nuts(noncentered, sigma, y, num_samples=2000, seed=0, progress=False)  # without the funnel, so NUTS can be trusted
+nuts = run_nuts(
+    noncentered, sigma, y, num_samples=2000, seed=0, progress=False
+)  # without the funnel, so NUTS can be trusted
 
 table = elbo.history.to_dataframe().pivot(index="step", columns="site", values=["kl_prior", "reconstruction"])
 figure = plt.figure(figsize=(10, 4), layout="constrained")
@@ -53,7 +55,9 @@ lower.legend(loc="upper right", ncols=3, frameon=False, fontsize="small")
 
 panels = right.subplots(1, 3)
 right.suptitle("The posterior: guide (line), NUTS (filled)", fontsize="large")
-for ax, (site, index, limits) in zip(panels, (("mu", (), (-10, 20)), ("tau", (), (0, 15)), ("theta", (0,), (-10, 30))), strict=True):
+for ax, (site, index, limits) in zip(
+    panels, (("mu", (), (-10, 20)), ("tau", (), (0, 15)), ("theta", (0,), (-10, 30))), strict=True
+):
     bins = np.linspace(*limits, 40)
     reference, drawn = (data["posterior"][site].values[(..., *index)].ravel() for data in (nuts, approximation))
     ax.hist(reference, bins, density=True, color=COLOURS[site], alpha=0.4)

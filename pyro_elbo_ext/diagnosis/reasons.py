@@ -234,7 +234,7 @@ def _on_funnels(scalars: pd.DataFrame, funnels: Mapping[str, _Funnel]) -> list[F
 
 def _non_centre(child: str) -> str:
     return (
-        f"Non-centre '{child}': poutine.reparam(model, config={{'{child}': LocScaleReparam(0)}}), then train a guide of "
+        f"Non-centre '{child}': poutine.reparam(model, config={{'{child}': LocScaleReparam(0.0)}}), then train a guide of "
         "the reparametrized model."
     )
 
