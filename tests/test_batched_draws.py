@@ -24,6 +24,9 @@ from torch import Tensor
 
 from pyro_elbo_ext import ChiUpperBound, DecomposedELBO, ImportanceWeightedELBO, MultiSampleELBO
 from pyro_elbo_ext.bounds.bounds import IWAE
+from pyro_elbo_ext.particles import batched_draws
+from pyro_elbo_ext.particles.batched_draws import Batch
+from pyro_elbo_ext.training.guide_draws import draw_guide
 from tests.bound_oracles import PROBLEMS
 from tests.models import eight_schools
 from tests.test_gradients import check_unbiased
@@ -208,3 +211,21 @@ def test_a_parameter_of_the_model_under_an_upper_bound() -> None:
         svi.step()
     hidden = poutine.block(model, hide_types=["param"])
     SVI(hidden, guide, pyro.optim.Adam({"lr": 0.05}), ChiUpperBound(2, 4, vectorize_particles="vmap")).step()
+
+
+def test_many_draws_come_in_chunks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = AutoNormal(logistic)
+    guide(X, Y)
+    batch = Batch.start(logistic, guide, (X, Y), {}, None, lambda *_: None)
+    numbers = (
+        4 + 30 + 4 * 4
+    )  # w and y of the model; loc, scale, auxiliary and w of the guide; not the indices of the plate
+    monkeypatch.setattr(batched_draws, "NUMBERS_AT_ONCE", 4 * numbers)
+    sizes = [size for _, _, size in batch.chunks(logistic, guide, (X, Y), {}, 10, 1000)]
+    assert sizes == [4, 4, 2]
+    assert [size for _, _, size in batch.chunks(logistic, guide, (X, Y), {}, 10, 3)] == [3, 3, 3, None]
+    drawn = draw_guide(logistic, guide, (X, Y), {}, 10)
+    assert drawn["w"].shape == (10, 4)
+    assert len(drawn["w"].unique(dim=0)) == 10
+    batch.reason = "it is tried"
+    assert [size for _, _, size in batch.chunks(logistic, guide, (X, Y), {}, 3, 1000)] == [None] * 3

@@ -19,7 +19,8 @@ from torch.distributions import Transform
 from torch.distributions.constraints import Constraint, independent
 from tqdm import tqdm
 
-from pyro_elbo_ext.evidence.scoring import Array, Scorer
+from pyro_elbo_ext.evidence.scores import Array
+from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.particles.supply import CannotBatch
 from pyro_elbo_ext.programs.densities import log_prob, score_parts

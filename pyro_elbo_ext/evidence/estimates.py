@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
-from pyro_elbo_ext.evidence.scoring import Array
+from pyro_elbo_ext.evidence.scores import Array
 
 OVERLAP = 50  # effective draws that the bridge needs on each side, for its standard error to be one
 PAIRS = 10**6  # of a posterior draw and a block computed at a time

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_elbo_ext.evidence.scoring import Array, Scorer, Scores
+from pyro_elbo_ext.evidence.scores import Array, Scores
+from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.inference_data.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.inference_data.draws import imputation, to_numpy
 from pyro_elbo_ext.inference_data.export import attributes, to_arviz
@@ -273,7 +274,8 @@ def psis_khat(
     num_draws
         Number of draws S; some thousands where the answer is near the threshold.
     seed
-        Same seed, same draws, and the caller's random number generators are left as they were. None: draw from these.
+        Same seed and ``batch_size``, same draws, and the caller's random number generators are left as they were. None: draw
+        from these.
     batch_size
         Draws run at once, by ``torch.vmap``; fewer need less memory. Where model or guide cannot be run so, they are run
         draw by draw; ``looped`` of the result says why.

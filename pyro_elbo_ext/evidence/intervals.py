@@ -21,7 +21,8 @@ from pyro_elbo_ext.evidence.annealing import CannotAnneal, annealed
 from pyro_elbo_ext.evidence.estimates import Estimate
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, importance_sample
 from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds, Interval
-from pyro_elbo_ext.evidence.scoring import Array, Scorer
+from pyro_elbo_ext.evidence.scores import Array
+from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.inference_data.names import by_site, found_in
@@ -101,7 +102,8 @@ def evidence_bounds(
         weights may have no variance (k-hat not below 0.5 or its threshold), so that they give no upper bound; "ais",
         always, and in reverse from posterior draws too; None, never.
     seed
-        Same seed, same draws, and the caller's random number generators are left as they were. None: draw from these.
+        Same seed and ``batch_size``, same draws, and the caller's random number generators are left as they were. None: draw
+        from these.
     batch_size
         Draws run at once; fewer need less memory.
     progress

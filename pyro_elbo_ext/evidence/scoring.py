@@ -7,57 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pyro.distributions import Delta
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import biject_to
 from tqdm import tqdm
 
 from pyro_elbo_ext.bounds import Pathwise
+from pyro_elbo_ext.evidence.scores import NO_ARRAY, Array, Joined, Scores
+from pyro_elbo_ext.evidence.structure import check_density, factors
 from pyro_elbo_ext.inference_data.draws import check_full, to_numpy, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.particles.batching import run_batched
 from pyro_elbo_ext.particles.supply import CannotBatch, Supply
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause
-from pyro_elbo_ext.programs.nodes import Node, is_point_mass, is_random
+from pyro_elbo_ext.programs.nodes import is_random
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.terms.folding import transform_of, unpack
-from pyro_elbo_ext.terms.terms import Site, outline, read_sites
-
-Array = NDArray[np.float64]
-NUMBERS_AT_ONCE = 8_000_000  # values of sites, of all draws that are run at once
-_NO_ARRAY = "site '{}' is not in every draw, or varies in shape: there is no array of draws"
-
-
-class Scores(NamedTuple):
-    """Draws and their log densities, in nats.
-
-    Attributes
-    ----------
-    values : dict of str to Tensor
-        Latent and deterministic sites of the model, shape ``(S, *plates, *event)``.
-    log_p, log_q : ndarray
-        ``log p(x, z)`` and ``log q(z)``, shape ``(S,)``, summed over sites in float64.
-    log_prior : ndarray
-        The latent sites' share of ``log_p``, shape ``(S,)``.
-    local : dict of str to ndarray
-        Plate to the log weights of each of its indices, shape ``(S, size)``; see `Scorer.not_local`.
-    """
-
-    values: dict[str, Tensor]
-    log_p: Array
-    log_q: Array
-    log_prior: Array
-    local: dict[str, Array]
+from pyro_elbo_ext.terms.terms import outline, read_sites
 
 
 @dataclass(slots=True)
@@ -103,21 +77,15 @@ class Scorer:
             self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
         model_trace, guide_trace = self._batch.reference
         self.reference = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        numbers = sum(
-            node["value"].numel()
-            for of in self.reference
-            for node in of.nodes.values()
-            if "value" in node and isinstance(node["value"], Tensor)
-        )
-        self.batch_size = min(self.batch_size, max(2, NUMBERS_AT_ONCE // max(numbers, 1)))
+        self.batch_size = self._batch.at_once(self.batch_size)
         self.latents = tuple(name for name, node in self.reference[0].nodes.items() if is_random(node))
         if not self.latents:
             raise ValueError(NO_LATENT)
         points = point_sites(*self.reference, self.model, self.guide, self.args, self.kwargs)
         if points:
             raise ValueError(point_estimate(points))
-        _check_density(*self.reference)
-        self._plates, self.not_local = _factors(read_sites(*self.reference))
+        check_density(*self.reference)
+        self._plates, self.not_local = factors(read_sites(*self.reference))
 
     @property
     def looped(self) -> str | None:
@@ -133,18 +101,12 @@ class Scorer:
         ValueError
             If a draw, or a log density, is NaN or the density of the guide is not finite; the site is named.
         """
-        joined = _Joined(count)
+        joined = Joined(count)
         with tqdm(total=count, desc="draws", disable=not self.progress) as bar:
-            while (done := joined.done) < count:
-                size = min(self.batch_size, count - done)
-                drawn = self._batch.draw(self.model, self.guide, self.args, self.kwargs, size, Pathwise())
-                if drawn is None:
-                    traces = trace_pair(self.model, self.guide, self.args, self.kwargs)
-                    joined.add(self._read(*traces, None, done, own=True))
-                else:
-                    traces = drawn.draw.model_trace, drawn.draw.guide_trace
-                    joined.add(self._read(*traces, size, done, own=True))
-                bar.update(joined.done - done)
+            programs = self.model, self.guide, self.args, self.kwargs
+            for model_trace, guide_trace, size in self._batch.chunks(*programs, count, self.batch_size):
+                joined.add(self._read(model_trace, guide_trace, size, joined.done, own=True))
+                bar.update(size or 1)
         return joined.scores()
 
     @torch.no_grad()
@@ -164,7 +126,7 @@ class Scorer:
         draws = self._checked(draws)
         given = self.guide_values(draws)
         count = len(next(iter(draws.values())))
-        joined = _Joined(count)
+        joined = Joined(count)
         with tqdm(total=count, desc="posterior draws", disable=not self.progress) as bar:
             while (done := joined.done) < count:
                 size = min(self.batch_size, count - done)
@@ -309,7 +271,7 @@ class Scorer:
                 or value.shape[value.dim() - len(shape) :] != shape
                 or value.numel() != count * shape.numel()
             ):
-                raise ValueError(_NO_ARRAY.format(name))
+                raise ValueError(NO_ARRAY.format(name))
             values[name] = value.detach().reshape(count, *shape)
         for name in self.latents:  # imputed elements too, which are no values to report
             value = guide_trace.nodes[name]["value"]
@@ -328,74 +290,6 @@ class Scorer:
 
 def _in_order(deltas: list[str], guide_trace: Trace) -> list[str]:
     return [name for name in guide_trace.nodes if name in deltas]
-
-
-def _dims(node: Node) -> int:
-    """Number of a site's free dimensions: those of its unconstrained space, or of its values where it is discrete."""
-    shape = node["value"].shape
-    if not node["fn"].support.is_discrete:
-        shape = biject_to(node["fn"].support).inverse_shape(shape)
-    return int(np.prod(shape, dtype=int))
-
-
-def _check_density(model_trace: Trace, guide_trace: Trace) -> None:
-    """Raise a ValueError unless the guide has a density on the model's latent sites and on nothing else."""
-    latents = {name: node for name, node in model_trace.nodes.items() if is_random(node)}
-    drawn = {name: node for name, node in guide_trace.nodes.items() if is_random(node)}
-    for name, node in drawn.items():
-        scale = torch.as_tensor(node["scale"])
-        if bool((scale != 1).any()):
-            raise ValueError(
-                f"guide site '{name}' has scale {node['scale']}: what is scaled is no density, so there is no importance "
-                "weight. Scale the model instead."
-            )
-    wanted, there = sum(map(_dims, latents.values())), sum(map(_dims, drawn.values()))
-    if wanted > there:
-        points = [repr(name) for name in latents if is_point_mass(guide_trace.nodes[name]["fn"])]
-        raise ValueError(
-            f"the guide draws {there} of the {wanted} dimensions of the latent sites: at {', '.join(points)} it is a "
-            "point mass, computed from other draws, which has no density and so no importance weight. Use a guide that "
-            "draws each site, such as AutoNormal."
-        )
-    if there > wanted:
-        extra = [repr(name) for name in drawn if name not in latents]
-        raise ValueError(
-            f"the guide draws {there} dimensions for the {wanted} of the model: {', '.join(extra)} is an auxiliary draw "
-            "that the model has no density for, so that log p - log q is no importance weight. Integrate it out, or give "
-            "the model a site of that name."
-        )
-
-
-def _factors(sites: list[Site]) -> tuple[dict[str, tuple[int, int, frozenset[str]]], dict[str, str]]:
-    """Plates that all draws are in: dim, size and sites; and why others do not do."""
-    frames = {
-        frame.name: frame
-        for site in sites
-        for node in ((site.p, *site.q) if site.p is not None else site.q)
-        for frame in node["cond_indep_stack"]
-    }
-    found: dict[str, tuple[int, int, frozenset[str]]] = {}
-    reasons: dict[str, str] = {}
-    for name, frame in frames.items():
-        if not frame.vectorized:
-            reasons[name] = "it is sequential (for i in pyro.plate(...))"
-            continue
-        inside = frozenset(
-            site.name
-            for site in sites
-            if all(
-                any(f.name == name for f in node["cond_indep_stack"])
-                for node in ((site.p, *site.q) if site.p is not None else site.q)
-            )
-        )
-        outside = [repr(site.name) for site in sites if site.kind != "observed" and site.name not in inside]
-        if outside:
-            reasons[name] = f"latent site {', '.join(outside)} of model or guide is outside it"
-        elif not any(site.kind != "observed" for site in sites):
-            reasons[name] = "there is no latent site"
-        else:
-            found[name] = (frame.dim, frame.size, inside)
-    return found, reasons
 
 
 def _along(density: Tensor, dim: int, width: int) -> Array:
@@ -422,41 +316,3 @@ def _check_finite(total: Array, site: str, where: str, start: int, own: bool, tr
             f"in {int(bad.sum())} of {len(total)}. Look for parameters of the guide or model, or data, that are "
             "NaN or infinite."
         )
-
-
-class _Joined:
-    """Scores of chunks of draws, one after the other, copied into their places as they come.
-
-    Small tensors kept of every chunk would lie among the large ones that are freed, and hold the process's memory.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count, self.done = count, 0
-        self._values: dict[str, Tensor] = {}
-        self._sums = np.empty((3, count))
-        self._local: dict[str, Array] = {}
-
-    def add(self, chunk: Scores) -> None:
-        there = slice(self.done, self.done + len(chunk.log_p))
-        if self.done == 0:
-            self._values = {
-                name: value.new_empty((self.count, *value.shape[1:])) for name, value in chunk.values.items()
-            }
-            self._local = {plate: np.empty((self.count, local.shape[1])) for plate, local in chunk.local.items()}
-        for name, whole in self._values.items():
-            value = chunk.values.get(name)
-            if value is None or value.shape[1:] != whole.shape[1:]:
-                raise ValueError(_NO_ARRAY.format(name))
-            if value.dtype != whole.dtype:
-                self._values[name] = whole = whole.to(torch.promote_types(value.dtype, whole.dtype))
-            whole[there] = value
-        for row, sums in zip(self._sums, (chunk.log_p, chunk.log_q, chunk.log_prior), strict=True):
-            row[there] = sums
-        self._local = {plate: local for plate, local in self._local.items() if plate in chunk.local}
-        for plate, local in self._local.items():
-            local[there] = chunk.local[plate]
-        self.done = there.stop
-
-    def scores(self) -> Scores:
-        log_p, log_q, log_prior = self._sums
-        return Scores(self._values, log_p, log_q, log_prior, self._local)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Gradient, Path
+from pyro_elbo_ext.bounds import Gradient, Path, Pathwise
 from pyro_elbo_ext.particles.batch_check import check_batched, particle_frame
 from pyro_elbo_ext.particles.batching import Batched, Derive, run_batched
 from pyro_elbo_ext.particles.particles import Draw, detached_copies
@@ -24,6 +24,8 @@ from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 
 logger = logging.getLogger(__name__)
+
+NUMBERS_AT_ONCE = 8_000_000  # values of sites, of all draws that are run at once
 
 Program = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -132,6 +134,35 @@ class Batch:
             return None
         drawn = Draw(scored.model_trace, scored.guide_trace, batched.guide_trace, paths)
         return BatchedDraw(drawn, frame.dim, scored.derived)
+
+    def at_once(self, most: int) -> int:
+        """Draws that are run together, at most: as many as keep the values of all their sites to `NUMBERS_AT_ONCE`."""
+        numbers = sum(
+            node["value"].numel()
+            for trace in self.reference
+            for node in trace.nodes.values()
+            if isinstance(node.get("value"), Tensor) and not site_is_subsample(node)
+        )
+        return min(most, max(2, NUMBERS_AT_ONCE // max(numbers, 1)))
+
+    def chunks(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs, count: int, most: int
+    ) -> Iterator[tuple[Trace, Trace, int | None]]:
+        """``count`` draws of the guide, as many at a time as `at_once` allows, or one by one where they cannot be batched.
+
+        Yields the model's and the guide's trace, and the number of draws in them; None for an ordinary run, whose values
+        have no dimension for the draws.
+        """
+        done, size = 0, self.at_once(most)
+        while done < count:
+            drawn = self.draw(model, guide, args, kwargs, min(size, count - done), Pathwise())
+            if drawn is None:
+                yield *trace_pair(model, guide, args, kwargs), None
+                done += 1
+            else:
+                there = min(size, count - done)
+                yield drawn.draw.model_trace, drawn.draw.guide_trace, there
+                done += there
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason

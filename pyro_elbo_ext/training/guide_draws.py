@@ -10,11 +10,9 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Pathwise
 from pyro_elbo_ext.inference_data.draws import check_full, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.programs.pairs import check_pair
-from pyro_elbo_ext.programs.running import run_pair
 
 _AT_ONCE = 4096
 
@@ -47,19 +45,14 @@ def draw_guide(
         name: torch.as_tensor(value).shape
         for name, value in values_of(prune_subsample_sites(batch.reference[0])).items()
     }
-    done = 0
-    while done < count:
-        size = min(_AT_ONCE, count - done)
-        drawn = batch.draw(model, guide, args, kwargs, size, Pathwise())
-        if drawn is None:
-            size = 1
-            trace = run_pair(model, guide, args, kwargs)[0]
-        else:
-            trace = drawn.draw.model_trace
-        values = values_of(prune_subsample_sites(trace))
+    for model_trace, guide_trace, size in batch.chunks(model, guide, args, kwargs, count, _AT_ONCE):
+        if size is None:
+            check_pair(model_trace, guide_trace)
+        values = values_of(prune_subsample_sites(model_trace))
         if values.keys() != shapes.keys():
             odd = sorted(values.keys() ^ shapes.keys())
             raise ValueError(f"site '{odd[0]}' is not in every draw: a model whose sites vary has no array of draws")
-        chunks.append({name: torch.as_tensor(v).detach().reshape(size, *shapes[name]) for name, v in values.items()})
-        done += size
+        chunks.append(
+            {name: torch.as_tensor(v).detach().reshape(size or 1, *shapes[name]) for name, v in values.items()}
+        )
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in shapes}
