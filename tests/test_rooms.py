@@ -133,7 +133,7 @@ def circle(folder: str) -> list[str]:
 def test_the_root_has_only_its_doors_and_rooms() -> None:
     here = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
     files = {name for name in here if (ROOT / name).is_file()}
-    assert files == {"__init__.py", "__main__.py", "demo.py", "py.typed"}
+    assert files == {"__init__.py", "__main__.py", "py.typed"}
     assert not list((ROOT / "data").rglob("*.py"))  # files of data, not a room
     rooms = (here - files - {"data"}) | {name.removesuffix(".py") for name in files if name.endswith(".py")}
     assert rooms == set(ROOMS)

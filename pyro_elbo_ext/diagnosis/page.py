@@ -7,6 +7,7 @@ import html
 import importlib.util
 import io
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
@@ -167,18 +168,19 @@ def _figures(diagnosis: Judgement, history: Any) -> str:
         return _section("Pictures", _note('They need matplotlib: pip install "pyro_elbo_ext[plots]"'))
     from pyro_elbo_ext.diagnosis.plots import panels
 
-    cards = []
-    for title, height, paint in panels(diagnosis, history):
-        light, dark = (_svg(paint, height, *theme) for theme in THEMES.values())
-        cards.append(
-            _section(
-                title,
-                f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-                f'<img src="{light}" alt="{html.escape(title)}; the figures are in the tables"></picture></figure>',
-            )
-        )
+    cards = [card(title, height, paint) for title, height, paint in panels(diagnosis, history)]
     layout = "figures even" if len(cards) % 2 == 0 else "figures"
     return f'<div class="{layout}">{"".join(cards)}</div>'
+
+
+def card(title: str, height: float, paint: Callable[[Any], Any]) -> str:
+    """A section with a picture, drawn for light and for dark by ``paint`` on a figure of ``height`` inches."""
+    light, dark = (_svg(paint, height, *theme) for theme in THEMES.values())
+    return _section(
+        title,
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{html.escape(title)}; the figures are in the tables"></picture></figure>',
+    )
 
 
 def _svg(paint: Any, height: float, ink: str, instead: dict[str, str]) -> str:
