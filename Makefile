@@ -7,10 +7,10 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all lint format docs tutorials bench clean
+.PHONY: help demo test test-slow test-all lint format docs tutorials dist bench clean
 
 help:
-	@echo "make demo       fit eight schools with three guides, compare with NUTS, write plots"
+	@echo "make demo       eight schools: the terms, the verdict, NUTS, and compiled steps, in a minute"
 	@echo "make test       run the tests that take seconds, in some minutes"
 	@echo "make test-slow  run the others"
 	@echo "make test-all   run all of them"
@@ -18,6 +18,7 @@ help:
 	@echo "make format     let ruff rewrite the code"
 	@echo "make docs       build docs/_build/html; any warning fails"
 	@echo "make tutorials  execute tutorials/*.ipynb; any error in a cell fails"
+	@echo "make dist       build wheel and sdist, check them, and run README's example from the wheel"
 	@echo "make bench      step times beside Pyro's"
 	@echo "make clean      remove environments and caches"
 
@@ -65,6 +66,9 @@ docs: $(STAMP)
 
 tutorials: $(STAMP)
 	$(BIN)/python tests/run_tutorials.py tutorials
+
+dist: $(STAMP)
+	$(BIN)/python tests/check_distributions.py dist
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.run

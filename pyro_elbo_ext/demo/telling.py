@@ -106,7 +106,7 @@ class Lines:
 
     def sampled(self, chains: int, draws: int, seconds: float, library: str, divergences: int) -> None:
         self._say(
-            f"   run_nuts(model, sigma, y): {chains} x {draws:,} draws in {seconds:.1f} s by {library}, "
+            f"   run_nuts(model, sigma, y): {chains} x {draws:,} draws, {seconds:.0f} s by {library}, "
             f"{divergences} divergences"
         )
 
