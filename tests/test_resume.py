@@ -334,6 +334,17 @@ def test_what_is_no_checkpoint_is_named(kind: str, tmp_path: Path) -> None:
         FitResult.load(path, model, AutoNormal(model), DATA)
 
 
+def test_several_processes_refuse_the_file_of_one_before_anything_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "fit.pt"
+    begun(path)
+    loss = DecomposedELBO()
+    with pytest.raises(ValueError, match=r"fit\.pt was written by a single process: resume in one"):
+        begun(path, loss=loss, num_steps=60, resume=True, distributed=True)
+    assert loss.num_steps == 0
+    assert len(loss.history) == 0  # type: ignore[arg-type]
+    assert float(pyro.param("AutoNormal.scales.mu")) == pytest.approx(0.1)  # as it begins
+
+
 def test_what_a_killed_run_left_is_removed_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
     """Files of that name only."""
     path = tmp_path / "run[1].pt"
