@@ -16,8 +16,10 @@ from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
 
-CHUNKS = 15  # of the timed steps, of which the quickest counts: another process may be in the way of one
-BY_PYRO, BY_STEP, BY_RUN = 10, 100, 1000  # steps in a chunk
+# Of so many chunks the quickest counts. All last about as long, a millisecond or two, so that on a busy machine other
+# processes get into the way of one kind no more than of another.
+CHUNKS = 40
+BY_PYRO, BY_STEP, BY_RUN = 1, 100, 1000  # steps in a chunk
 CHECKED = 20  # steps whose losses are compared
 
 
