@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -248,6 +249,27 @@ BAD = [
     Bad("NaN behind a mask", masked_nan, guide, NANS, (X, WITH_NAN), legal=SCORERS),
     Bad("NaN behind a mask of the distribution", masked_by_fn, guide, NANS, (X, WITH_NAN), legal=SCORERS),
     Bad(
+        "infinite data",
+        regression(normal),
+        guide,
+        "observed site 'y' has infinite values in 1 of 4 observations",
+        (X, Y.clone().index_fill_(0, torch.tensor(1), float("inf"))),
+    ),
+    Bad(
+        "NaN in what the means are made of",
+        regression(normal),
+        guide,
+        "site 'y' has no finite log density, and argument 1 has NaN in 1 of 4 elements",
+        (WITH_NAN, Y),
+    ),
+    Bad(
+        "bits of another dtype",
+        regression(lambda mean: dist.Bernoulli(logits=mean)),
+        guide,
+        "at site 'y', a value of dtype int64 does not fit its Bernoulli of float32",
+        (X, torch.tensor([1, 0, 0, 1])),
+    ),
+    Bad(
         "data outside the support",
         regression(lambda mean: dist.LogNormal(mean, 1.0)),
         guide,
@@ -419,6 +441,54 @@ def test_no_datum_counts_several_times(name: str, way: str, validate: bool) -> N
         ),
     ):
         enter(way, Bad(name, model, guide, "", (X, y)))
+
+
+OUTSIDE: dict[str, tuple[Callable[[torch.Tensor], Any], torch.Tensor, str]] = {
+    "Poisson": (lambda mean: dist.Poisson(mean.exp()), torch.tensor([1.0, 0.5, 0.0, 2.0]), "Poisson, IntegerGr.*: 0.5"),
+    "Bernoulli": (lambda mean: dist.Bernoulli(logits=mean), torch.tensor([1.0, 2.0, 0.0, 0.0]), "Bernoulli, Bool.*: 2"),
+    "Dirichlet": (
+        lambda mean: dist.Dirichlet(mean.exp().unsqueeze(-1).expand(N, 2)),
+        torch.full((N, 2), 0.4),
+        "Dirichlet",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["DecomposedELBO", "CompiledSVI", "psis_khat", "from_pyro_svi", "compiled_log_density"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_data_that_have_a_density_outside_the_support(name: str, way: str) -> None:
+    """Where values are validated; without validation they are soft labels, and whatever else one may want."""
+    fn, y, said = OUTSIDE[name]
+    with pytest.raises(ValueError, match=f"^observed site 'y' has data outside the support of its {said}"):
+        enter(way, Bad(name, regression(fn), guide, "", (X, y)))
+    with pyro.validation_enabled(False):
+        enter(way, Bad(name, regression(fn), guide, "", (X, y)))
+
+
+@pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
+def test_a_draw_may_leave_data_outside_its_support(validate: bool) -> None:
+    """Its weight is zero; with seeds at which the first draw, of reference, is such a one."""
+
+    def model(y: torch.Tensor) -> None:
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, top), obs=y)
+
+    def guide_of_top(y: torch.Tensor) -> None:
+        pyro.sample("top", dist.LogNormal(loc(), 0.3))
+
+    with pyro.validation_enabled(validate):
+        for seed in range(4):
+            pyro.set_rng_seed(seed)
+            sample = psis_khat(model, guide_of_top, torch.tensor([0.2, 1.3]), num_draws=200, seed=seed)
+            assert 20 < sample.num_zero < 180
+
+
+@pytest.mark.parametrize("value", [[0.1, 0.2, 0.3, 0.4], np.zeros(4), 0.5], ids=["list", "array", "number"])
+def test_data_that_are_no_tensor(value: Any) -> None:
+    for way in ("DecomposedELBO", "psis_khat", "from_pyro_svi", "compiled_log_density"):
+        with pytest.raises(TypeError, match=f"^at site 'y', the value is a {type(value).__name__} and no tensor"):
+            enter(way, Bad("", regression(normal), guide, "", (X, value)))
 
 
 def enter(way: str, bad: Bad) -> None:

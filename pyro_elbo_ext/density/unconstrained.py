@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch.distributions import biject_to
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from pyro_elbo_ext.programs.densities import check_densities
-from pyro_elbo_ext.programs.faults import NO_LATENT, cause, discrete_latent, nan_parameter
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data, discrete_latent, nan_parameter
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import tensor_options
 from pyro_elbo_ext.programs.running import trace_program
@@ -161,6 +162,8 @@ class UnconstrainedModel:
         self.sites = self._prototype()
         self.dim = max((latent.stop for latent in self.layout.values()), default=0)
         self._check_sites()
+        if is_validation_enabled():
+            self._check_data()
         tried = [torch.from_numpy(self._rng.uniform(-2, 2, self.dim)) for _ in range(points)]
         values = self._check_precision(tried)
         self._check_repeats(tried, values)
@@ -177,22 +180,24 @@ class UnconstrainedModel:
             logger.info("deterministic sites %s are left out: the model has enumerated sites", skipped)
 
     @contextmanager
-    def precision(self) -> Iterator[None]:
+    def precision(self, validate: bool = False) -> Iterator[None]:
         """Compute in the dtype that was chosen for the model, and without Pyro's checks of values."""
-        with pyro.validation_enabled(False), _float64(self.float64):
+        with pyro.validation_enabled(validate), _float64(self.float64):
             yield
 
-    def run(self, supply: Callable[[Any, Any], torch.Tensor]) -> tuple[poutine.Trace, list[torch.Tensor]]:
+    def run(
+        self, supply: Callable[[Any, Any], torch.Tensor], validate: bool = False
+    ) -> tuple[poutine.Trace, list[torch.Tensor]]:
         """Trace of the model with unconstrained values ``supply(site, bijection)``, and its log Jacobians."""
         model = self.model
         if self._evaluator is not None:
             model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
         unconstrain = _Unconstrain(supply)
-        with poutine.block(), self.precision(), unconstrain:
+        with poutine.block(), self.precision(validate), unconstrain:
             trace = trace_program(model, self.args, self.kwargs)
             return trace, unconstrain.terms
 
-    def run_at(self, x: torch.Tensor) -> tuple[poutine.Trace, list[torch.Tensor]]:
+    def run_at(self, x: torch.Tensor, validate: bool = False) -> tuple[poutine.Trace, list[torch.Tensor]]:
         """The same at one point of the flat space."""
         sizes = [latent.stop - latent.start for latent in self.layout.values()]
         pieces = dict(zip(self.layout, x.split(sizes), strict=True))
@@ -206,7 +211,7 @@ class UnconstrainedModel:
             u = pieces[msg["name"]].reshape(latent.shape).to(latent.device)
             return u if self.float64 else u.to(latent.dtype)
 
-        return self.run(supply)
+        return self.run(supply, validate)
 
     def place(self, x: torch.Tensor, values: Mapping[str, Any], what: str) -> None:
         """Write the unconstrained counterparts of the given sites' values into ``x``; errors call the values ``what``."""
@@ -312,6 +317,16 @@ class UnconstrainedModel:
     def _check_sites(self) -> None:
         if not self.layout:
             raise ValueError(NO_LATENT)
+
+    def _check_data(self) -> None:
+        """Raise ValueError for data outside the support of a site that validates, as its density may not."""
+        x = torch.from_numpy(np.random.default_rng(0).uniform(-2, 2, self.dim))
+        with torch.no_grad():
+            try:
+                trace, _ = self.run_at(x, validate=True)
+            except (ValueError, RuntimeError):  # of parameters that a distribution refuses at this point
+                return
+            check_data(trace)
 
     def _check_precision(self, points: list[torch.Tensor]) -> list[float]:
         """Choose the dtype; the log density at the points in it."""

@@ -24,7 +24,7 @@ from pyro_elbo_ext.inference_data.draws import check_full, to_numpy, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.particles.batching import run_batched
 from pyro_elbo_ext.particles.supply import CannotBatch, Supply
-from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.densities import check_observed, log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause
 from pyro_elbo_ext.programs.nodes import is_random
 from pyro_elbo_ext.programs.pairs import check_pair
@@ -85,6 +85,8 @@ class Scorer:
         if points:
             raise ValueError(point_estimate(points))
         check_density(*self.reference)
+        with torch.no_grad():
+            check_observed(self.reference[0])
         self._plates, self.not_local = factors(read_sites(*self.reference))
 
     @property

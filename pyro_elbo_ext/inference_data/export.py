@@ -23,7 +23,7 @@ from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.model_runs import ModelRuns
 from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
-from pyro_elbo_ext.programs.faults import NO_LATENT, cause
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data
 from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.randomness import untouched
@@ -200,6 +200,7 @@ def from_pyro_svi(
                 check_full(guide_trace)
                 check_full(model_trace)
                 first = model_trace
+                check_data(model_trace)
                 points = point_sites(model_trace, guide_trace, model, guide, args, kwargs)
                 if not any(is_latent(node) for node in model_trace.nodes.values()):
                     raise ValueError(NO_LATENT)

@@ -22,8 +22,7 @@ from torch import Tensor
 from pyro_elbo_ext.bounds import Gradient, Path
 from pyro_elbo_ext.particles.supply import Supply
 from pyro_elbo_ext.programs.nodes import Node
-from pyro_elbo_ext.programs.replay import replayed
-from pyro_elbo_ext.programs.running import trace_guide, trace_pair, trace_program
+from pyro_elbo_ext.programs.running import trace_guide, trace_pair, trace_replayed
 
 Program = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -94,7 +93,7 @@ def draw(model: Program, guide: Program, args: Args, kwargs: Kwargs, gradient: G
             with Supply(values, indices):
                 model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
     if model_trace is None:
-        model_trace = trace_program(replayed(model, guide_trace), args, kwargs)
+        model_trace = trace_replayed(model, guide, guide_trace, args, kwargs)
     return Draw(model_trace, guide_trace, drawn, paths)
 
 

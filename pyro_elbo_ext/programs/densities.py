@@ -15,19 +15,33 @@ from torch import Tensor
 
 from pyro_elbo_ext.programs.faults import (
     REMEDY,
+    check_data,
     data_at_fault,
     described,
     draw_outside,
+    dtype_at_fault,
+    no_tensor,
     of_event_at_fault,
     shapes_at_fault,
+    support_is_drawn,
 )
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_data, is_latent, is_subsample, says_what_it_takes
+from pyro_elbo_ext.programs.nodes import (
+    PARTICLE_PLATE,
+    Node,
+    is_data,
+    is_latent,
+    is_masked,
+    is_subsample,
+    says_what_it_takes,
+)
 
 
 def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> Tensor:
     """Scaled and masked log density of a site, shape ``batch_shape``.  Computed once per trace."""
     if "log_prob" not in node:
         fn = node["fn"]
+        if not isinstance(node["value"], Tensor):
+            raise TypeError(no_tensor(node))
         try:
             unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
         except (ValueError, RuntimeError) as error:
@@ -80,6 +94,23 @@ def check_densities(trace: Trace, *, finite: bool = True) -> None:
                 raise ValueError(sentence)
 
 
+def check_observed(trace: Trace) -> None:
+    """Compute the log densities of all data of a model's trace, but where some are masked, and look at them.
+
+    Raises
+    ------
+    ValueError
+        As :func:`~pyro_elbo_ext.programs.faults.check_data`; and for values that do not fit their distributions.
+    """
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or is_subsample(node) or not is_data(node) or is_masked(node):
+            continue
+        if isinstance(node["value"], Tensor) and support_is_drawn(node):
+            continue
+        log_prob(node, trace)
+    check_data(trace)
+
+
 def _at_site(error: Exception, node: Node, trace: Trace, of_model: bool) -> Exception:
     """What is wrong at the site; if that is not known, the same error with its name and the shapes, in Pyro's words."""
     name = node["name"]
@@ -87,6 +118,8 @@ def _at_site(error: Exception, node: Node, trace: Trace, of_model: bool) -> Exce
         sentence = shapes_at_fault(node) or data_at_fault(node)
         if sentence is None and of_model and is_latent(node):
             sentence = draw_outside(node)
+        if sentence is None and isinstance(error, RuntimeError) and not isinstance(error, torch.linalg.LinAlgError):
+            sentence = dtype_at_fault(node)
     except RuntimeError:  # under torch.vmap values cannot be looked at; the program is then run draw by draw
         sentence = None
     if sentence is not None:

@@ -21,10 +21,13 @@ from pyro_elbo_ext.programs.nodes import (
     PARTICLE_PLATE,
     Node,
     base_distribution,
+    innermost,
     is_data,
     is_latent,
+    is_masked,
     is_subsample,
     says_what_it_takes,
+    tensor_options,
 )
 
 _OF_DTYPES = re.compile(r"dtype|scalar type|Input type", re.IGNORECASE)  # as torch's messages have it
@@ -64,9 +67,47 @@ def cause(model_trace: Trace, guide_trace: Trace | None = None, *, of_gradient: 
         for node in trace.nodes.values() if trace is not None else ():
             if node["type"] != "sample" or is_subsample(node) or _is_finite(node, of_gradient):
                 continue
-            if sentence := data_at_fault(node):
+            if sentence := data_at_fault(node) or _argument_at_fault(node, trace):
                 return sentence
     return None
+
+
+def check_data(trace: Trace) -> None:
+    """Look at the data of a model's trace whose log densities of observed sites are computed; waits for the device.
+
+    Raises
+    ------
+    ValueError
+        For data without a finite density, if it is the data, or an argument, that is not finite; and for data outside the
+        support where values are validated, which not every density says.
+    """
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or is_subsample(node) or not is_data(node) or support_is_drawn(node):
+            continue
+        sentence = None
+        if not _is_finite(node, behind_masks=False):
+            sentence = data_at_fault(node) or _argument_at_fault(node, trace)
+        elif _validates(node) and not (node["value"].is_floating_point() and bool(node["value"].isnan().any())):
+            sentence = _data_outside(node)
+        if sentence is not None:
+            raise ValueError(sentence)
+
+
+def support_is_drawn(node: Node) -> bool:
+    """Whether finite data may be outside the support at some draws and inside at others: its bounds are tensors."""
+    try:
+        support = node["fn"].support
+    except NotImplementedError:
+        return False
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    value = node["value"]
+    return any(isinstance(bound, Tensor) for bound in vars(support).values()) and bool(value.isfinite().all())
+
+
+def _validates(node: Node) -> bool:
+    """Whether all values of a site count, and its distribution looks at them."""
+    return not is_masked(node) and bool(getattr(innermost(node["fn"]), "_validate_args", False))
 
 
 def data_at_fault(node: Node) -> str | None:
@@ -87,13 +128,52 @@ def data_at_fault(node: Node) -> str | None:
                     "numbers and mask them (poutine.mask, or obs_mask=), or use a distribution that leaves them out, such "
                     "as dist.NanMaskedNormal or dist.NanMaskedMultivariateNormal."
                 )
+    return _data_outside(node)
+
+
+def _data_outside(node: Node) -> str | None:
     outside = _outside(node)
     if outside is None:
         return None
     return (
-        f"observed site '{name}' has data outside the support of its {kind}, {fn.support}: {outside}. Look for wrong "
-        "units or codes in the data, or use another distribution."
+        f"observed site '{node['name']}' has data outside the support of its {base_distribution(node['fn'])}, "
+        f"{_support(node)}: {outside}. Look for wrong units or codes in the data, or use another distribution."
     )
+
+
+def dtype_at_fault(node: Node) -> str | None:
+    """Says that a value is of another dtype than the parameters of its distribution; None if it is not."""
+    wanted, _ = tensor_options(innermost(node["fn"]))
+    if node["value"].dtype == wanted:
+        return None
+    return (
+        f"at site '{node['name']}', a value of dtype {_dtype(node['value'])} does not fit its "
+        f"{base_distribution(node['fn'])} of {str(wanted).removeprefix('torch.')}. Convert it, as y.float() does."
+    )
+
+
+def no_tensor(node: Node) -> str:
+    """Says that a value is none of torch's tensors."""
+    return (
+        f"at site '{node['name']}', the value is a {type(node['value']).__name__} and no tensor. Convert it, by "
+        "torch.as_tensor."
+    )
+
+
+def _argument_at_fault(node: Node, trace: Trace) -> str | None:
+    """Says which argument is not finite, where the density of a site is not; None where there is none."""
+    given = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
+    for key, value in (*enumerate(given["args"]), *given["kwargs"].items()):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        for what, elements in (("NaN", value.isnan()), ("infinite values", value.isinf())):
+            if bool(elements.any()):
+                name = f"'{key}'" if isinstance(key, str) else key + 1
+                return (
+                    f"site '{node['name']}' has no finite log density, and argument {name} has {what} in "
+                    f"{int(elements.sum())} of {elements.numel()} elements. Drop the rows, or replace them by numbers."
+                )
+    return None
 
 
 def draw_outside(node: Node) -> str | None:
@@ -105,7 +185,7 @@ def draw_outside(node: Node) -> str | None:
         return None
     return (
         f"the guide draws site '{node['name']}' outside the support of the model's {base_distribution(node['fn'])}, "
-        f"{node['fn'].support}: {outside}. Give the guide's site that support, by another distribution or by a transform."
+        f"{_support(node)}: {outside}. Give the guide's site that support, by another distribution or by a transform."
     )
 
 
@@ -223,6 +303,12 @@ def _draw_at_fault(trace: Trace, where: str) -> str | None:
         if where == "model" and node["value"].is_floating_point() and (sentence := draw_outside(node)):
             return sentence
     return None
+
+
+def _support(node: Node) -> str:
+    """The support in words: bounds that are an array are left out."""
+    text = str(node["fn"].support)
+    return type(node["fn"].support).__name__.removeprefix("_") if "tensor([" in text else text
 
 
 @torch.no_grad()

@@ -46,6 +46,14 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
+def is_masked(node: Node) -> bool:
+    """Whether some values of a site may not count."""
+    fn, masked = node["fn"], node["mask"] is not None
+    while not masked and hasattr(fn, "base_dist"):
+        masked, fn = isinstance(fn, MaskedDistribution), fn.base_dist
+    return masked
+
+
 def says_what_it_takes(fn: Any) -> bool:
     """Whether a distribution has rules of its own for the shapes of values, as a time series of any length."""
     return type(innermost(fn))._validate_sample is not Distribution._validate_sample

@@ -64,8 +64,19 @@ def trace_pair(
     guide_trace = trace_guide(guide, model, args, kwargs)
     if between is not None:
         between()
+    return trace_replayed(model, guide, guide_trace, args, kwargs), guide_trace
+
+
+def trace_replayed(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    guide_trace: Trace,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Trace:
+    """Trace of the model at the draws of a trace of the guide."""
     try:
-        return trace_program(replayed(model, guide_trace), args, kwargs), guide_trace
+        return trace_program(replayed(model, guide_trace), args, kwargs)
     except ValueError as error:
         _raise_known_fault(error, model, guide, args, kwargs)
         raise
@@ -165,7 +176,9 @@ def _raise_known_fault(
         except Exception:  # the first error is the one to report, and what has been traced is looked at
             pass
         try:
-            sentence = cause(of_model.trace, of_guide.trace) or _nan_density(of_model.trace)
+            sentence = cause(of_model.trace, of_guide.trace)
+            if sentence is None and (sentence := _nan_density(of_model.trace)):
+                sentence = cause(of_model.trace, of_guide.trace) or sentence
         except (ValueError, RuntimeError):  # what has been traced has no log density: the first error says why
             return
     if sentence is not None and not str(error).startswith(sentence):
