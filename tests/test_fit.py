@@ -851,3 +851,37 @@ def test_rates_are_halved_from_the_very_start(make: Any, rate: float, compiled: 
     (group,) = next(iter(optim.optim_objs.values())).param_groups
     assert group["lr"] == pytest.approx(rate * 0.5 ** len(result.rollbacks))
     assert math.isfinite(result.elbo)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("num_epochs", float("nan")),
+        ("max_steps", 0),
+        ("max_steps", float("nan")),
+        ("log_every", "2"),
+        ("checkpoint_every", 0.5),
+        ("validate_every", True),
+        ("max_rollbacks", float("nan")),
+        ("seed", "a"),
+        ("seed", 1.5),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("optim", "adam"),
+        ("optim", torch.optim.Adam),
+        ("loss", "elbo"),
+        ("loss", DecomposedELBO),
+        ("stopping", "auto"),
+        ("stopping", Patience),
+        ("callbacks", 3),
+        ("checkpoint", 3),
+        ("compiled", "yes"),
+        ("distributed", "yes"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(argument: str, value: Any) -> None:
+    def program(*args: Any) -> None:
+        raise AssertionError("must not be run")
+
+    with pytest.raises((TypeError, ValueError), match=f"^{argument} must be"):
+        fit(program, program, torch.zeros(3), **{argument: value})

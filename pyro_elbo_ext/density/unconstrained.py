@@ -321,7 +321,7 @@ class UnconstrainedModel:
     def _check_data(self) -> None:
         """Raise ValueError for data outside the support of a site that validates, as its density may not."""
         x = torch.from_numpy(np.random.default_rng(0).uniform(-2, 2, self.dim))
-        with torch.no_grad():
+        with torch.no_grad(), handlers_are_heard():
             try:
                 trace, _ = self.run_at(x, validate=True)
             except (ValueError, RuntimeError):  # of parameters that a distribution refuses at this point

@@ -26,6 +26,7 @@ from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.programs.points import point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.training import processes
+from pyro_elbo_ext.training.arguments import check_counts, check_kinds, check_seed
 from pyro_elbo_ext.training.automatic_fit import fit_automatically
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
@@ -182,9 +183,19 @@ def fit(
     if resume not in (True, False, "anyway"):
         raise ValueError(f"resume must be True, False or 'anyway', not {resume!r}")
     import_dynamo()  # torch does, on the way to what it need not compile, but not where it cannot make its folder
-    _check_counts(log_every=log_every, checkpoint_every=checkpoint_every, validate_every=validate_every)
-    if operator.index(max_rollbacks) < 0:
-        raise ValueError(f"max_rollbacks must be at least 0, not {max_rollbacks!r}")
+    check_counts(log_every=log_every, max_steps=max_steps, num_epochs=num_epochs)
+    check_counts(checkpoint_every=checkpoint_every, validate_every=validate_every)
+    check_counts(0, max_rollbacks=max_rollbacks)
+    check_seed(seed)
+    check_kinds(
+        loss=loss,
+        optim=optim,
+        stopping=stopping,
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+        compiled=compiled,
+        distributed=distributed,
+    )
     check_dataset_size(dataset_size)
     listeners = CallbackList(callbacks)
     if isinstance(guide, str):
@@ -307,18 +318,10 @@ def _refuse(guide: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or operator.index(count) < 1):
-            raise ValueError(f"{name} must be at least 1, not {count!r}")
-
-
 def _steps(num_steps: int | str, num_epochs: int | None, max_steps: int, data: Whole | Batches) -> int:
     if num_epochs is not None:
         if num_steps != "auto":
             raise ValueError("give num_steps or num_epochs, not both")
-        if operator.index(num_epochs) < 1:
-            raise ValueError(f"num_epochs must be at least 1, not {num_epochs!r}")
         if data.per_epoch is None:
             raise ValueError("num_epochs needs batches with a length: give num_steps instead")
         return num_epochs * data.per_epoch

@@ -1,0 +1,63 @@
+"""Whether the arguments of `fit` are what they may be: looked at before anything else, each error naming its argument."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise TypeError unless ``value`` is an integer, ValueError if it is below ``least``."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """The same for several, each of which may be None."""
+    for name, value in counts.items():
+        if value is not None:
+            check_count(name, value, least)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise unless ``seed`` is None or an integer that ``pyro.set_rng_seed`` takes."""
+    if seed is None:
+        return
+    check_count("seed", seed, 0)
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, not {seed!r}")
+
+
+def check_kinds(
+    *, loss: Any, optim: Any, stopping: Any, callbacks: Any, checkpoint: Any, compiled: Any, distributed: Any
+) -> None:
+    """Raise TypeError for an argument of another kind than its own."""
+    if not (loss is None or isinstance(loss, ELBO) or (callable(loss) and not isinstance(loss, type))):
+        raise TypeError(f"loss must be an objective, such as DecomposedELBO(), not {_said(loss)}")
+    if not (optim is None or isinstance(optim, PyroOptim | torch.optim.Optimizer)):
+        raise TypeError(f"optim must be an optimizer of pyro.optim or torch, not {_said(optim)}")
+    if stopping is not None and (isinstance(stopping, type) or not hasattr(stopping, "observe")):
+        raise TypeError(f"stopping must be a rule, such as Patience(), not {_said(stopping)}")
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks must be a list of Callback objects, not {_said(callbacks)}")
+    if not (checkpoint is None or isinstance(checkpoint, str | os.PathLike)):
+        raise TypeError(f"checkpoint must be the path of a file, not {_said(checkpoint)}")
+    for name, value in (("compiled", compiled), ("distributed", distributed)):
+        if not (value is None or isinstance(value, bool | Mapping)):
+            raise TypeError(f"{name} must be True, False or a mapping of keyword arguments, not {_said(value)}")
+
+
+def _said(value: Any) -> str:
+    return f"the class {value.__name__}; make one by {value.__name__}(...)" if isinstance(value, type) else repr(value)
