@@ -12,12 +12,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl, transforms
 
-from pyro_elbo_ext import CompiledSVI, DecomposedELBO
+from pyro_elbo_ext import CompiledSVI, DecomposedELBO, fit
 from pyro_elbo_ext.terms.closed_forms import Weight, kl_prior, same_bijection
 from pyro_elbo_ext.terms.terms import Term
 
@@ -479,3 +480,27 @@ def test_compiled() -> None:
     assert torch.tensor([svi.step() for _ in range(3)]).isfinite().all()
     assert elbo.history is not None
     assert set(elbo.history.to_dataframe().kl_method) == {"analytic"}
+
+
+@pytest.mark.parametrize("kl", ["auto", "analytic"])
+@pytest.mark.parametrize("way", ["step", "fit", "compiled"])
+@pytest.mark.parametrize("family", [dist.Gamma, dist.Weibull])
+def test_an_infinite_kl_is_an_error_that_says_so(family: Any, way: str, kl: Any) -> None:
+    """The mean of 1/x is infinite at a concentration of 1 and below; nothing is trained on it."""
+
+    def model() -> None:
+        pyro.sample("rate", dist.InverseGamma(2.0, 1.0))
+
+    def guide() -> None:
+        one = pyro.param("one", torch.tensor(1.0))
+        pyro.sample("rate", dist.Gamma(one, 1.0) if family is dist.Gamma else dist.Weibull(1.0, one))
+
+    adam, elbo = pyro.optim.Adam({"lr": 0.1}), DecomposedELBO(kl=kl)
+    ways: dict[str, Callable[[], Any]] = {
+        "step": lambda: SVI(model, guide, adam, elbo).step(),
+        "fit": lambda: fit(model, guide, num_steps=2, loss=elbo, compiled=False, progress=False),
+        "compiled": lambda: CompiledSVI(model, guide, adam, elbo, backend="eager").step(),
+    }
+    with pytest.raises(ValueError, match=r"^the KL of the guide to the prior is infinite at site 'rate'.*LogNormal"):
+        ways[way]()
+    assert pyro.param("one").item() == 1

@@ -45,6 +45,13 @@ def check_terms(
         listed = ", ".join(
             f"{term} = {value}" for term, value in terms.items() if term not in absent and not math.isfinite(value)
         )
+        if not reason and kl == math.inf and site.kl_method == "analytic":
+            raise NotFinite(
+                f"the KL of the guide to the prior is infinite at site '{site.site}', or too large for its dtype, at step "
+                f"{step}: the guide has mass where the prior has next to none, as a Gamma of concentration 1 or less has "
+                "at 0, beside an InverseGamma. No parameter has been changed. Give the guide's site a family with the "
+                "prior's tails, such as LogNormal, or other starting values; kl='sampled' would only hide it."
+            )
         raise NotFinite(
             reason + f"site '{site.site}' ({site.kind}) has {listed} at step {step}. No parameter has been changed. "
             "Check the data and parameters that reach this site, and that its value lies in the support of its "
