@@ -342,7 +342,7 @@ def test_several_processes_refuse_the_file_of_one_before_anything_has_changed(tm
         begun(path, loss=loss, num_steps=60, resume=True, distributed=True)
     assert loss.num_steps == 0
     assert len(loss.history) == 0  # type: ignore[arg-type]
-    assert float(pyro.param("AutoNormal.scales.mu")) == pytest.approx(0.1)  # as it begins
+    assert pyro.param("AutoNormal.scales.mu").item() == pytest.approx(0.1)  # as it begins
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
