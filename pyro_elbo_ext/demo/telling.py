@@ -154,7 +154,7 @@ class Lines:
         self._say()
         self._say(f"{seconds:.0f} s. Written to {files[0].parent}:")
         about = {
-            "report.html": "all of it with tables and pictures; open it in a browser",
+            "report.html": "all of it, with tables and pictures, for a browser",
             "mean_field_history.nc": "the terms at every step: History.load(...)",
             "automatic.nc": 'the fit of "auto" for ArviZ',
             "nuts.nc": "the draws of NUTS for ArviZ",
