@@ -121,7 +121,7 @@ class Program:
             recorder.program(program)
         self.guards = Guards(recorder)
         check_graph(self._capture, evaluation, inputs)
-        self.guards.settle()
+        self.guards.settle([*inputs, *evaluation.parameters, *self._capture.captured])
 
     def _lift_numbers(self, evaluation: Evaluation, inputs: list[Tensor]) -> bool:
         """Make the graph with floats as inputs; False if that is not possible, or not right at other values."""
