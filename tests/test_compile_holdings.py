@@ -20,11 +20,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
 from pyro_elbo_ext import CompiledSVI
+from pyro_elbo_ext.compile import CannotCompile
 
 Y = torch.tensor([1.0, 4.0, -2.0, 0.5, 8.0])
 Built = tuple[Callable[[], None], Callable[[], None]]
@@ -315,3 +317,116 @@ def test_what_cannot_be_watched_is_as_it_is_now(kind: str) -> None:
     after = compiled.evaluate_loss()
     assert after == pytest.approx(pyros.evaluate_loss(), rel=1e-5)
     assert abs(after - before) > 0.5
+
+
+def by_operator(model: Any, guide: Any, **options: Any) -> CompiledSVI:
+    optim = pyro.optim.Adam({"lr": 0.05})  # type: ignore[attr-defined]
+    return CompiledSVI(model, guide, optim, Trace_ELBO(), backend="eager", **options)
+
+
+def pyros(model: Any, guide: Any, **options: Any) -> SVI:
+    return SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())  # type: ignore[attr-defined]
+
+
+def losses_of(make: Callable[..., Any], train: Callable[[Callable[..., Any]], list[float]]) -> list[float]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    return train(make)
+
+
+def test_a_handler_around_a_step_is_the_one_of_now(caplog: pytest.LogCaptureFixture) -> None:
+    def train(make: Callable[..., Any]) -> list[float]:
+        def model() -> None:
+            observe(0.0)
+
+        svi = make(model, AutoDelta(model))
+        losses = [svi.step(), svi.step()]
+        for scale in (0.5, 0.1):
+            with poutine.scale(scale=scale):
+                losses += [svi.step(), float(svi.run(1, progress=False)[0]) if make is by_operator else svi.step()]
+        return [*losses, svi.step()]
+
+    assert losses_of(by_operator, train) == pytest.approx(losses_of(pyros, train), rel=1e-5)
+    assert [record.getMessage() for record in caplog.records if "ScaleMessenger" in record.getMessage()]
+
+
+def test_another_model_and_another_guide() -> None:
+    def train(make: Callable[..., Any]) -> list[float]:
+        def model() -> None:
+            observe(0.0)
+
+        def other() -> None:
+            pyro.sample("z", dist.Delta(pyro.param("other", torch.tensor(3.0))))
+
+        svi = make(model, AutoDelta(model))
+        losses = [svi.step(), svi.step()]
+        svi.model = poutine.scale(model, 0.1)
+        losses += [svi.step(), svi.step()]
+        svi.guide = other
+        return [*losses, svi.step(), svi.step()]
+
+    assert losses_of(by_operator, train) == pytest.approx(losses_of(pyros, train), rel=1e-5)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_arguments_that_need_a_gradient_are_refused_by_name(late: bool) -> None:
+    def train(make: Callable[..., Any]) -> list[float]:
+        encoder = nn.Linear(3, 1)
+        x = torch.randn(5, 3)
+
+        def model(mean: torch.Tensor) -> None:
+            pyro.module("encoder", encoder)
+            observe(mean.squeeze(-1))
+
+        svi = make(model, AutoDelta(model))
+        before = [svi.step(encoder(x).detach()) for _ in range(2 * late)]
+        return [*before, *[svi.step(encoder(x)) for _ in range(3)]]
+
+    with pytest.raises(CannotCompile, match=r"argument 0 \('mean'\) requires a gradient.*\.detach\(\)"):
+        losses_of(by_operator, train)
+    with_fallback = functools.partial(by_operator, fallback=True)
+    assert losses_of(with_fallback, train) == pytest.approx(losses_of(pyros, train), rel=1e-5)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_signs_that_are_not_in_memory_are_refused(captured: bool) -> None:
+    numbers = torch.complex(Y, Y)
+    plain, negated = numbers.imag, numbers.conj().imag
+    model = (lambda mean: observe(negated)) if captured else observe
+    pyro.clear_param_store()
+    svi = by_operator(model, AutoDelta(model))
+    if not captured:
+        svi.step(plain)
+        svi.step(plain)
+    with pytest.raises(CannotCompile, match=r"resolve_neg"):
+        svi.step(plain if captured else negated)
+
+
+def test_tensors_from_outside_that_are_not_strided() -> None:
+    matrix = torch.eye(5).to_sparse()
+
+    def model() -> None:
+        observe(torch.sparse.mm(matrix, torch.ones(5, 1)).squeeze(-1))
+
+    pyro.clear_param_store()
+    with pytest.raises(CannotCompile, match=r"torch\.sparse_coo"):
+        by_operator(model, AutoDelta(model)).step()
+
+
+def test_trial_runs_leave_no_trace_in_tensors_that_a_model_writes_to() -> None:
+    def train(make: Callable[..., Any]) -> list[float]:
+        count, rows = torch.zeros(()), torch.zeros(2, 3)
+        seen = []
+
+        def model() -> None:
+            count.add_(1)
+            rows[1].add_(2)
+            observe(0.0)
+
+        svi = make(model, AutoDelta(model))
+        for _ in range(4):
+            svi.step()
+            seen += [float(count), float(rows.sum())]
+        return seen
+
+    assert losses_of(by_operator, train) == losses_of(pyros, train)

@@ -84,8 +84,9 @@ class Program:
         self._weight = torch.ones(_shape(loss), dtype=torch.float64, device=device)
         # an argument may be the very tensor that the program reads elsewhere too: the tracer must not confuse the two
         inputs = [*tensors, self._weight, *[tensor.detach() for tensor in arguments.tensors]]
-        with nothing_changed((model, guide)), failures_are_reasons("tracing the step"):
-            check_structure(model, guide, *arguments.rebuild(arguments.tensors, arguments.numbers))
+        with nothing_changed((model, guide)) as written, failures_are_reasons("tracing the step"):
+            with written:  # in the first of the runs
+                check_structure(model, guide, *arguments.rebuild(arguments.tensors, arguments.numbers))
             evaluation = Evaluation(loss, model, guide, tensors, arguments)
             self._scalars: list[Tensor] = []  # the floats among the arguments that are inputs
             self._constants = dict(enumerate(arguments.numbers))  # the others

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer import ELBO, SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 _MANY_PROGRAMS = 8
 _MANY_CHANGES, _MOST_CHANGES = 3, 16  # graphs made because one thing has changed that programs read
 _KEEP_IN_TENSOR = "Pass it as an argument, or keep it in a tensor that is written to in place (fill_, copy_)."
+_NEEDS_GRADIENT = operator.attrgetter("requires_grad")
 _CALLS_PER_CHECK = 64  # of a run, between two looks at its losses
 _SHORT, _SHORT_STEPS = 5e-4, 4  # seconds that a step may take for so many to be put in a graph
 _SECONDS_IN_C, _MOST_IN_C = 0.1, 1 << 15  # of a run, between two looks at its losses and at the keyboard
@@ -174,6 +176,7 @@ class CompiledSVI(SVI):
         self._in_one_go = 64  # steps in one call of C, by the time that they take
         self._num_made = 0  # programs, those dropped included
         self._kinds: dict[str, set[object]] = {}  # of arguments, by their names, that programs were made for
+        self._within: set[str] = set()  # handlers around steps that were reported
         self._counters: set[str] = set()  # what programs were found to change themselves
         self._changes: Counter[str] = Counter()  # by what is read from outside: how often it took another graph
         self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
@@ -443,9 +446,12 @@ class CompiledSVI(SVI):
 
     def _find(self, args: Args, kwargs: Kwargs, pyro_call: Callable[..., Any]) -> _Found:
         """The program for these arguments; if there is none yet, Pyro takes the call, and then it is made."""
+        if _PYRO_STACK:
+            self._report_handler()
+            return _Found(None, [], pyro_call(*args, **kwargs))
         last = self._last
         if last is not None and not kwargs and _same_objects(args, last[0]) and self._mode() == last[1]:
-            if last[2].fits():
+            if last[2].fits() and not any(map(_NEEDS_GRADIENT, args)):
                 return _Found(last[2], list(args), None)
             self._last = None
         if self._traced is None:
@@ -453,6 +459,7 @@ class CompiledSVI(SVI):
             return _Found(None, [], pyro_call(*args, **kwargs))  # of some losses a tuple
         try:
             arguments = take_apart(args, kwargs)
+            self._check_gradients(arguments.tensors, args, kwargs)
         except CannotCompile as error:
             self._refuse(error)
             return _Found(None, [], float(pyro_call(*args, **kwargs)))
@@ -490,14 +497,36 @@ class CompiledSVI(SVI):
 
     def _known(self, args: Args, kwargs: Kwargs) -> Program | None:
         """The program for these arguments, if it has been made."""
-        if self._traced is None:
+        if self._traced is None or _PYRO_STACK:
             return None
         try:
             arguments = take_apart(args, kwargs)
+            self._check_gradients(arguments.tensors, args, kwargs)
         except CannotCompile:  # the step that follows says so
             return None
         found = self._made_for((*self._mode(), arguments.key), arguments)
         return found if isinstance(found, Program) else None
+
+    def _check_gradients(self, tensors: list[Tensor], args: Args, kwargs: Kwargs) -> None:
+        """Refuse arguments that Pyro would send a gradient to, and to the parameters behind them."""
+        for place, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                raise CannotCompile(
+                    f"{name_of(place, args, kwargs, self.model)} requires a gradient, which no compiled step would send "
+                    "through it: what is behind it would not be trained. Pass it detached (.detach()) if that is not "
+                    "wanted; otherwise compute it in the model or guide, train with pyro.infer.SVI, or pass fallback=True."
+                )
+
+    def _report_handler(self) -> None:
+        """Say once that Pyro takes the steps within a handler, which a graph would not have."""
+        name = type(_PYRO_STACK[-1]).__name__
+        if name not in self._within:
+            self._within.add(name)
+            logger.warning(
+                "a step within a handler (%s) around it is Pyro's, uncompiled: the handler may be another one each time. "
+                "Put it around model and guide before CompiledSVI is made.",
+                name,
+            )
 
     def _made_for(self, key: Key, arguments: Arguments) -> Program | CannotCompile | None:
         if not self._closely:
@@ -597,7 +626,9 @@ class CompiledSVI(SVI):
     def _mode(self) -> Key:
         """What beside the arguments a graph depends on."""
         weighting = None if self._traced is None else self._traced.weighting
-        return torch.get_num_threads(), torch.get_default_dtype(), weighting
+        programs = id(self.model), id(self.guide)  # they may be replaced; those that a graph was made of live on in it
+        settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+        return *settings, torch.is_autocast_enabled("cuda"), weighting, programs
 
     def _give_up(self, program: Program, error: CannotCompile) -> None:
         """Leave the calls of a program, one of whose graphs cannot be compiled, to Pyro."""

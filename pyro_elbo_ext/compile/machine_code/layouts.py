@@ -126,7 +126,8 @@ class Layouts:
 
 def look_of(tensor: Tensor) -> Look:
     """What a graph takes for granted of a tensor: shape, strides, dtype, device, and that its memory is there."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, has_memory(tensor)
+    as_in_memory = not (tensor.is_neg() or tensor.is_conj())
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, has_memory(tensor), as_in_memory
 
 
 def has_memory(tensor: Tensor) -> bool:

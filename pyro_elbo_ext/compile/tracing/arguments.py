@@ -113,4 +113,9 @@ def _as_positional(tensors: list[Tensor], numbers: list[Any]) -> tuple[Args, Kwa
 def _describe(tensor: Tensor) -> tuple[object, ...]:
     if tensor.layout is not torch.strided:
         raise CannotCompile(f"an argument is a tensor of layout {tensor.layout}. Pass strided tensors.")
+    if tensor.is_neg() or tensor.is_conj():  # machine code reads the memory as it is
+        raise CannotCompile(
+            "an argument is the view that conj() gives, of numbers whose signs are not yet changed in memory. Pass "
+            ".resolve_conj().resolve_neg() of it."
+        )
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

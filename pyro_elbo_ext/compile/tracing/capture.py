@@ -179,6 +179,12 @@ def _lift(module: GraphModule, evaluation: Evaluation, programs: tuple[Program, 
             )
         if tensor.requires_grad:
             raise CannotCompile(_unregistered(tensor, programs))
+        if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+            kind = tensor.layout if tensor.layout is not torch.strided else "the view that conj() gives"
+            raise CannotCompile(
+                f"model or guide read a tensor from outside, of shape {tuple(tensor.shape)}, that is {kind}. Use a strided "
+                "one (.to_dense(), .resolve_conj().resolve_neg()), train with pyro.infer.SVI, or pass fallback=True."
+            )
         if _inline(module, node, tensor):
             continue
         if id(tensor) not in places:

@@ -9,6 +9,8 @@ from typing import Any
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import zero_grads
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
@@ -25,7 +27,9 @@ def look(loss: Any, model: Program, guide: Program, args: Args, kwargs: Kwargs) 
 
     Of losses that are not the ELBO only names and shapes are looked at.
     """
-    with nothing_changed((model, guide)):
+    # what is behind an argument has been through its backward pass
+    args, kwargs = tree_map_only(Tensor, lambda of: of.detach() if of.requires_grad else of, (args, kwargs))
+    with nothing_changed((model, guide)) as written, written:
         marked = look_at_pair(model, guide, args, kwargs)
         if not marked and isinstance(loss, Trace_ELBO | TraceMeanField_ELBO):
             DecomposedELBO(kl="sampled", history=False).check_programs(model, guide, *args, **kwargs)

@@ -287,7 +287,7 @@ class Recorder:
                 if key in own.get(members, ()):
                     self._note(own[members], key, own[members][key], name, of)
                     return
-        if isinstance(of, nn.Module) or not _is_library(type(of)):
+        if not _is_library(type(of)) or (isinstance(of, nn.Module) and type(of).__module__.startswith("torch.")):
             self._note(of if own is None else own, key, MISSING, name, of)
 
     def _of_class(self, cls: type, key: str, name: str) -> bool:
@@ -602,7 +602,8 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 def _is_of_library(file: str, given: dict[str, Any]) -> bool:
     if file == "<string>":  # of exec, or of python -c
-        return str(given.get("__name__")).partition(".")[0] in _LIBRARIES
+        name = str(given.get("__name__"))
+        return name.partition(".")[0] in _LIBRARIES or name.startswith("namedtuple_")
     return file.startswith((*_FOLDERS, "<frozen")) or (file.startswith(_STANDARD) and "site-packages" not in file)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
@@ -22,15 +24,43 @@ SEEDS = (20, 21)  # any two
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
+class Written(TorchDispatchMode):
+    """Keeps what tensors held before they are first written to in the block, to be put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(value, Tensor) and id(value) not in self._before:
+                self._before[id(value)] = value, value.clone()
+        return func(*args, **(kwargs or {}))
+
+    def restore(self) -> None:
+        """Write it back, the first last: there may be several views of one memory."""
+        with torch.no_grad():
+            for tensor, before in reversed(self._before.values()):
+                if tensor.shape == before.shape and not torch.equal(tensor, before):
+                    tensor.copy_(before)
+        self._before.clear()
+
+
 @contextmanager
-def nothing_changed(programs: tuple[Program, Program]) -> Iterator[None]:
-    """Put the generators of random numbers and the buffers of modules back as they were."""
+def nothing_changed(programs: tuple[Program, Program]) -> Iterator[Written]:
+    """Put the generators of random numbers and the buffers of modules back as they were.
+
+    So is what is written to in the block of what it yields.
+    """
     modules: list[nn.Module] = [module for _, module in modules_of({"model and guide": programs})]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    written = Written()
     try:
         with kept():
-            yield
+            yield written
     finally:
+        written.restore()
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
