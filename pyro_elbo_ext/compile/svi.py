@@ -49,6 +49,7 @@ _MANY_PROGRAMS = 8
 _MANY_CHANGES, _MOST_CHANGES = 3, 16  # graphs made because one thing has changed that programs read
 _KEEP_IN_TENSOR = "Pass it as an argument, or keep it in a tensor that is written to in place (fill_, copy_)."
 _NEEDS_GRADIENT = operator.attrgetter("requires_grad")
+_is_autocast = torch._C._is_any_autocast_enabled
 _CALLS_PER_CHECK = 64  # of a run, between two looks at its losses
 _SHORT, _SHORT_STEPS = 5e-4, 4  # seconds that a step may take for so many to be put in a graph
 _SECONDS_IN_C, _MOST_IN_C = 0.1, 1 << 15  # of a run, between two looks at its losses and at the keyboard
@@ -179,7 +180,9 @@ class CompiledSVI(SVI):
         self._within: set[str] = set()  # handlers around steps that were reported
         self._counters: set[str] = set()  # what programs were found to change themselves
         self._changes: Counter[str] = Counter()  # by what is read from outside: how often it took another graph
-        self._last: tuple[Args, Key, Program] | None = None  # to find the program without taking arguments apart
+        self._last: tuple[Args, Key, Program, Any, Any] | None = (
+            None  # to find the program without taking arguments apart
+        )
         self._traced: TracedLoss | None = None
         self._none_compiles: CannotCompile | None = None  # for want of something on this machine
         try:
@@ -451,7 +454,12 @@ class CompiledSVI(SVI):
             return _Found(None, [], pyro_call(*args, **kwargs))
         last = self._last
         if last is not None and not kwargs and _same_objects(args, last[0]) and self._mode() == last[1]:
-            if last[2].fits() and not any(map(_NEEDS_GRADIENT, args)):
+            if (
+                last[3] is self.model
+                and last[4] is self.guide
+                and last[2].fits()
+                and not any(map(_NEEDS_GRADIENT, args))
+            ):
                 return _Found(last[2], list(args), None)
             self._last = None
         if self._traced is None:
@@ -463,7 +471,7 @@ class CompiledSVI(SVI):
         except CannotCompile as error:
             self._refuse(error)
             return _Found(None, [], float(pyro_call(*args, **kwargs)))
-        key = (*self._mode(), arguments.key)
+        key = self._key(arguments)
         found = self._made_for(key, arguments)
         self._closely = False
         if isinstance(found, Program):
@@ -504,7 +512,7 @@ class CompiledSVI(SVI):
             self._check_gradients(arguments.tensors, args, kwargs)
         except CannotCompile:  # the step that follows says so
             return None
-        found = self._made_for((*self._mode(), arguments.key), arguments)
+        found = self._made_for(self._key(arguments), arguments)
         return found if isinstance(found, Program) else None
 
     def _check_gradients(self, tensors: list[Tensor], args: Args, kwargs: Kwargs) -> None:
@@ -621,14 +629,16 @@ class CompiledSVI(SVI):
 
     def _remember(self, args: Args, kwargs: Kwargs, program: Program) -> None:
         if not kwargs and all(isinstance(value, Tensor) for value in args):
-            self._last = args, self._mode(), program
+            self._last = args, self._mode(), program, self.model, self.guide
 
     def _mode(self) -> Key:
         """What beside the arguments a graph depends on."""
         weighting = None if self._traced is None else self._traced.weighting
-        programs = id(self.model), id(self.guide)  # they may be replaced; those that a graph was made of live on in it
-        settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
-        return *settings, torch.is_autocast_enabled("cuda"), weighting, programs
+        return torch.get_num_threads(), torch.get_default_dtype(), _is_autocast(), weighting
+
+    def _key(self, arguments: Arguments) -> Key:
+        # model and guide may be replaced; those that a graph was made of live on in it
+        return *self._mode(), id(self.model), id(self.guide), arguments.key
 
     def _give_up(self, program: Program, error: CannotCompile) -> None:
         """Leave the calls of a program, one of whose graphs cannot be compiled, to Pyro."""

@@ -61,7 +61,8 @@ _MEMBERS = ("_parameters", "_buffers", "_modules")
 _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME"}
 _MOST_WATCHED, _DEEPEST = 10_000, 64
 _MANY = 256  # entries; of tensors in a longer list, of which a graph takes none, shapes are not looked at
-_CONTENTS = operator.attrgetter("cell_contents")
+_CONTENTS, _CODE = operator.attrgetter("cell_contents"), operator.attrgetter("__code__")
+_NOTHING = repeat(MISSING)  # for as many as there are
 
 
 class _Read(NamedTuple):
@@ -381,6 +382,8 @@ class Guards:
         self._names: list[str] = []
         self._names_of_cells: list[str] = []
         self._others: list[_Read] = []
+        self._functions: list[Any] = []
+        self._codes: list[Any] = []
         self._objects: list[Any] = []
         self._attributes: list[str] = []
         self._of_objects: list[Any] = []
@@ -443,11 +446,15 @@ class Guards:
         """
         # without loops of Python: this is asked at each step
         if (
-            all(map(operator.is_, map(dict.get, self._dicts, self._keys, repeat(MISSING)), self._values))
+            all(map(operator.is_, map(dict.get, self._dicts, self._keys, _NOTHING), self._values))
             and (not self._bystanders or list(map(_look_at, self._bystanders.values())) == self._looks)
             and (not self._cells or all(map(operator.is_, map(_CONTENTS, self._cells), self._held)))
             and (not self._inside or self._is_same_inside())
-            and all(map(operator.is_, map(getattr, self._objects, self._attributes, repeat(MISSING)), self._of_objects))
+            and (not self._functions or all(map(operator.is_, map(_CODE, self._functions), self._codes)))
+            and (
+                not self._objects
+                or all(map(operator.is_, map(getattr, self._objects, self._attributes, _NOTHING), self._of_objects))
+            )
         ):
             return True
         return self._look(exchange)
@@ -477,9 +484,13 @@ class Guards:
         self._entries = list(chain.from_iterable(self._sized))
         self._mappings = [one for one in self._sized if isinstance(one, dict)]
         self._of_keys = list(chain.from_iterable(map(dict.values, self._mappings)))
-        self._objects = [read.holder for read in self._others]
-        self._attributes = [read.key for read in self._others]
-        self._of_objects = [_current(read) for read in self._others]
+        codes, others = [], []
+        for read in self._others:
+            (codes if read.key == "__code__" else others).append(read)
+        self._functions, self._codes = [read.holder for read in codes], [_current(read) for read in codes]
+        self._objects = [read.holder for read in others]
+        self._attributes = [read.key for read in others]
+        self._of_objects = [_current(read) for read in others]
 
     def _take_bystanders(self, known: Sequence[Tensor]) -> None:
         elsewhere = {id(tensor) for tensor in known}
