@@ -16,6 +16,7 @@ import builtins
 import dis
 import functools
 import gc
+import inspect
 import logging
 import operator
 import os
@@ -193,7 +194,7 @@ class Recorder:
             for of in rest:
                 done.add(id(of))
                 if isinstance(of, type):
-                    for base in (*of.__mro__, *type(of).__mro__):
+                    for base in [*inspect.getmro(of), *inspect.getmro(type(of))]:
                         for key in names & vars(base).keys():
                             self._of_class(base, key, f"{of.__name__}.{key}")
                     continue
@@ -484,9 +485,8 @@ class Guards:
         self._entries = list(chain.from_iterable(self._sized))
         self._mappings = [one for one in self._sized if isinstance(one, dict)]
         self._of_keys = list(chain.from_iterable(map(dict.values, self._mappings)))
-        codes, others = [], []
-        for read in self._others:
-            (codes if read.key == "__code__" else others).append(read)
+        codes = [read for read in self._others if read.key == "__code__"]
+        others = [read for read in self._others if read.key != "__code__"]
         self._functions, self._codes = [read.holder for read in codes], [_current(read) for read in codes]
         self._objects = [read.holder for read in others]
         self._attributes = [read.key for read in others]
