@@ -29,8 +29,6 @@ SLOW = {
     "against_nuts",
     "compile",
     "discrete_latents",
-    "vaes",
-    "move_from_pyro",
 }
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
