@@ -172,3 +172,26 @@ def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'pyro_elbo_ext\[lightning\]'"):
         importlib.import_module("pyro_elbo_ext.training.distributed.lightning")
+
+
+def unscaled(x: torch.Tensor, y: torch.Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(3, dtype=x.dtype), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ weights, 1.0), obs=y)
+
+
+def test_rows_that_do_not_count_once_are_an_error_before_the_first_step() -> None:
+    wrong = [
+        (unscaled, loader(), "observed site 'y' counts each of the"),
+        (cases.regression, loader(12), "the batches have 4 to 12 rows, in the same order in every epoch"),
+    ]
+    for model, batches, said in wrong:
+        pyro.clear_param_store()
+        elbo = LightningELBO(model, AutoNormal(model), seed=1, example=next(iter(batches)))
+        before = {name: value.clone() for name, value in elbo.state_dict().items()}
+        with pytest.raises(ValueError, match=f"^{said}"):
+            lightning_run.trainer().fit(elbo, batches)
+        assert all(torch.equal(value, before[name]) for name, value in elbo.state_dict().items())
+    pyro.clear_param_store()
+    elbo = LightningELBO(cases.regression, AutoNormal(cases.regression), seed=1)
+    lightning_run.trainer().fit(elbo, loader(12, shuffle=True))

@@ -10,14 +10,18 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from torch.utils.data import DataLoader
 
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.training import processes
+from pyro_elbo_ext.training.data.batches import Batches
+from pyro_elbo_ext.training.data.scaling import ScaleCheck
 from pyro_elbo_ext.training.distributed.joint_loss import JointLoss, Merged, Run
 from pyro_elbo_ext.training.distributed.random_streams import RandomStreams
 from pyro_elbo_ext.training.distributed.replica import is_parameter, name_of
+from pyro_elbo_ext.training.state.state import random_state_kept
 
 try:
     from lightning.pytorch import LightningModule
@@ -143,6 +147,24 @@ class LightningELBO(LightningModule):
     def on_fit_start(self) -> None:
         """Lightning's hook: all processes draw from the seed of process 0."""
         self._joint.streams.seed = self.trainer.strategy.broadcast(self._joint.streams.seed)
+
+    def on_train_start(self) -> None:
+        """Lightning's hook: every row of the loader's batches must count once in an epoch, as in ``fit``.
+
+        In several processes, whose shares of an epoch only the sampler knows, the plates' sizes alone are compared.
+        """
+        loader = self.trainer.train_dataloader
+        if not isinstance(loader, DataLoader) or processes.world_size() > 1:
+            return
+        data = Batches(loader, (), self._kwargs)
+        data.check = ScaleCheck(self._joint.model, self._joint.guide, data, None)
+        data.first()
+        with random_state_kept(), torch.enable_grad():
+            for batch in (data.first_batch, *data.examples()):
+                data.look(self._on_device(batch))
+
+    def _on_device(self, batch: Any) -> Any:
+        return self.transfer_batch_to_device(batch, self.device, 0)
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook."""
