@@ -824,3 +824,15 @@ def test_mcmc_of_a_wrong_model(validate: bool) -> None:
         with pyro.validation_enabled(validate), pytest.raises(ValueError) as caught:  # noqa: PT011
             from_pyro_mcmc(mcmc, bad.model, *bad.args)
         assert first_sentence_of(caught.value).startswith(bad.sentence)
+
+
+@pytest.mark.parametrize("way", ["DecomposedELBO", "fit", "CompiledSVI, Pyro's loss", "auto", "compiled_log_density"])
+def test_a_point_mass_in_the_model(way: str) -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Delta(torch.tensor(2.0)))
+        w = pyro.sample("w", dist.Normal(z, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"^latent site 'z' of the model is a point mass \(Delta\).*deterministic"):
+        enter(way, Bad("", model, None, "", (X, Y)))

@@ -71,6 +71,9 @@ POINTS: dict[str, Callable[[], Any]] = {
     "transformed inside": lambda: drawn(
         lambda: dist.TransformedDistribution(dist.Delta(v()), [ExpTransform()]).to_event(1)
     ),
+    "masked mixture": lambda: drawn(
+        lambda: dist.MaskedMixture(torch.tensor([True, False]), dist.Delta(v()), dist.Delta(2 * v())).to_event(1)
+    ),
     "beside noise": lambda: beside_noise,
     "PyroSample": PointModule,
     "AutoDelta": lambda: AutoDelta(model),

@@ -25,8 +25,8 @@ from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.particles.batching import run_batched
 from pyro_elbo_ext.particles.supply import CannotBatch, Supply
 from pyro_elbo_ext.programs.densities import check_observed, log_prob, score_parts
-from pyro_elbo_ext.programs.faults import NO_LATENT, cause
-from pyro_elbo_ext.programs.nodes import is_random
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause, dirac
+from pyro_elbo_ext.programs.nodes import is_latent, is_point_mass, is_random
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
@@ -84,6 +84,9 @@ class Scorer:
         points = point_sites(*self.reference, self.model, self.guide, self.args, self.kwargs)
         if points:
             raise ValueError(point_estimate(points))
+        for name, node in self.reference[0].nodes.items():
+            if is_latent(node) and is_point_mass(node["fn"]) and not is_point_mass(self.reference[1].nodes[name]["fn"]):
+                raise ValueError(dirac(node))
         check_density(*self.reference)
         with torch.no_grad():
             check_observed(self.reference[0])

@@ -25,6 +25,7 @@ from pyro_elbo_ext.programs.nodes import (
     is_data,
     is_latent,
     is_masked,
+    is_point_mass,
     is_subsample,
     says_what_it_takes,
     tensor_options,
@@ -67,9 +68,20 @@ def cause(model_trace: Trace, guide_trace: Trace | None = None, *, of_gradient: 
         for node in trace.nodes.values() if trace is not None else ():
             if node["type"] != "sample" or is_subsample(node) or _is_finite(node, of_gradient):
                 continue
+            if trace is model_trace and is_latent(node) and is_point_mass(node["fn"]):
+                return dirac(node)
             if sentence := data_at_fault(node) or _argument_at_fault(node, trace):
                 return sentence
     return None
+
+
+def dirac(node: Node) -> str:
+    """Says that a latent site of the model has no density."""
+    name = node["name"]
+    return (
+        f"latent site '{name}' of the model is a point mass ({base_distribution(node['fn'])}), of which no draw of a guide "
+        f"has a density. Write pyro.deterministic('{name}', ...) in its place."
+    )
 
 
 def check_data(trace: Trace) -> None:

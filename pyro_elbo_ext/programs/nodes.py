@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.distributions import Delta, MaskedDistribution, MaskedMixture, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution, Independent
@@ -35,8 +35,11 @@ def is_random(node: Node) -> bool:
 
 
 def is_point_mass(fn: Any) -> bool:
-    """Whether a distribution is a Delta, through ``to_event``, ``expand``, ``mask`` and transforms."""
-    return isinstance(innermost(fn), Delta)
+    """Whether a distribution is a Delta, through ``to_event``, ``expand``, ``mask``, transforms and masked mixtures."""
+    fn = innermost(fn)
+    if isinstance(fn, MaskedMixture):
+        return is_point_mass(fn.component0) and is_point_mass(fn.component1)
+    return isinstance(fn, Delta)
 
 
 def innermost(fn: Any) -> Any:
