@@ -24,6 +24,7 @@ from pyro_elbo_ext import CompiledSVI, DecomposedELBO, compiled_log_density
 from pyro_elbo_ext.compile import CannotCompile, program
 from pyro_elbo_ext.compile.machine_code import compiler, step_graph
 from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative
+from pyro_elbo_ext.compile.machine_code.layouts import Changed
 from tests.models import through_origin as line
 
 X = torch.linspace(-1.0, 1.0, 20)
@@ -231,6 +232,43 @@ def test_a_lazy_backend_takes_no_step_when_it_compiles() -> None:
     ours = trained(make, steps, adam(), Trace_ELBO())
     assert ours.svi.eager_reason is None
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("error", [CannotCompile("told not to be"), Changed(X)], ids=["fails", "changed"])
+def test_a_run_returns_the_losses_of_steps_before_a_graph_fails(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as were asked for, each of them recorded once, and the same as without."""
+    take, calls, until = program.Program.take, 0, 3
+
+    def fails(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == until or (calls > until and isinstance(error, CannotCompile)):
+            raise error
+        return take(self, *args)
+
+    def run(patched: bool) -> tuple[list[float], DecomposedELBO, CompiledSVI]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss = DecomposedELBO()
+        svi = CompiledSVI(line, AutoNormal(line), adam(), loss, backend="eager", fallback=True, steps_per_call=2)
+        svi.step(X)
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(program.Program, "take", fails)
+            return svi.run(9, X, progress=False).tolist(), loss, svi
+
+    expected, _, _ = run(False)
+    losses, loss, svi = run(True)
+    assert calls >= until
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert loss.history is not None
+    assert loss.num_steps == loss.history.num_recorded == 10
+    assert loss.history.objective[1:] == pytest.approx([-value for value in losses])
+    assert (svi.eager_reason is None) == isinstance(error, Changed)
+    state = next(iter(svi.optim.get_state().values()))["state"]
+    assert int(next(iter(state.values()))["step"]) == 10
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_memory_stays_bounded_when_every_step_has_new_labels() -> None:
         history.append(step, sites, two_values(0.0), objective=0.0, kl_weight=1.0)
     assert len(history._layouts) <= 201
     assert len(history._order) <= 202
-    assert history._flat.size <= 3 * 100 * 12
+    assert history._columns.flat.size <= 3 * 100 * 12
     assert set(history.to_dataframe()["site"]) == {"y", *(f"mu_{step}" for step in history.steps)}
 
 
@@ -270,7 +270,7 @@ def test_memory_does_not_grow_with_the_run() -> None:
     sizes = []
     for step in range(20_000):
         history.append(step, TWO, two_values(0.0), objective=0.0, kl_weight=1.0)
-        sizes.append(history._flat.nbytes + 28 * history._steps.size)
+        sizes.append(history._columns.flat.nbytes + 28 * history._columns.steps.size)
     assert max(sizes) == 1000 * (12 * 8 + 28)
 
 
@@ -510,7 +510,7 @@ def test_copies_are_equal_independent_and_lean(how: str) -> None:
     record(history, 0, 500)
     twin = pickle.loads(pickle.dumps(history)) if how == "pickle" else copy.deepcopy(history)
     assert_same(twin, history)
-    assert twin._flat.size == twin._used
+    assert twin._columns.flat.size == twin._used
     record(twin, 500, 900)
     assert history.num_recorded == 500
     record(history, 500, 900)

@@ -8,6 +8,7 @@ import operator
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.compile.binding import Binding
 from pyro_elbo_ext.compile.machine_code.compiler import failures_are_reasons
-from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative
+from pyro_elbo_ext.compile.machine_code.kernel_calls import NotKnown, NotNative
 from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, comparable_in_c, look_of
 from pyro_elbo_ext.compile.machine_code.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.machine_code.step_graph import Backend, Compiled, build_steps, build_value, compile_function
@@ -252,11 +253,14 @@ class Program:
             first = len(inputs) - len(self._capture.captured)
             written = [*range(last + 1), *[first + i for i in self._written]]
             return NativeSteps(compiled, inputs, slice(len(self._tensors), last + 2), written)
+        except NotKnown as reason:
+            _say_off(str(reason))
+            return reason
         except NotNative as reason:
             logger.info("the step is called from Python each time: %s", reason)
             return reason
         except Exception as error:  # what Inductor generates is no public interface, and it can be called from Python
-            logger.warning("the step is called from Python each time, unexpectedly: %s", str(error).splitlines()[:1])
+            _say_off(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             return NotNative(str(error))
 
     def take(self, steps: int, kl_weights: list[Weight], arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -355,6 +359,17 @@ class Program:
         self._compiled = {key: compiled for key, compiled in self._compiled.items() if not isinstance(key, int)}
         self._prefix.clear()
         self._native = None
+
+
+@cache
+def _say_off(reason: str) -> None:
+    """Say, once in a process, that no step is taken in C with this release of torch."""
+    logger.warning(
+        "CompiledSVI calls each step from Python, which takes longer where a step is short: steps in C do not know torch %s "
+        "(%s). The numbers are the same.",
+        torch.__version__,
+        reason,
+    )
 
 
 def _name_of_captured(tensor: Tensor, programs: tuple[PyroProgram, PyroProgram]) -> str:

@@ -395,6 +395,10 @@ class CompiledSVI(SVI):
                 tables.append(of_call[1][:steps])
                 taken += steps
             self._enter(program, results, kl_weights, before)
+        except (Changed, CannotCompile):  # of the next step, which meets it again
+            if not losses:
+                raise
+            self._enter(program, results, kl_weights, before)
         except BaseException:  # an interrupt keeps what is done
             if losses and tables:
                 self._enter(program, results, kl_weights, before, failed=True)

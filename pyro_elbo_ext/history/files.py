@@ -11,7 +11,8 @@ import numpy as np
 
 from pyro_elbo_ext.files.atomic import replaced
 from pyro_elbo_ext.files.untrusted import loaded
-from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT, VALUES, Decoded, SiteInfo
+from pyro_elbo_ext.history.reading import Decoded
+from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT, VALUES, SiteInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ from pyro_elbo_ext.files.untrusted import reading
 from pyro_elbo_ext.history import files as history_files
 from pyro_elbo_ext.history import tables as history_tables
 from pyro_elbo_ext.history.gradient_noise import GradientNoise
-from pyro_elbo_ext.history.record import VALUES, Record, SiteInfo
+from pyro_elbo_ext.history.reading import ReadableRecord
+from pyro_elbo_ext.history.record import VALUES, SiteInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["VALUES", "History", "SiteInfo"]
 
 
-class History(Record):
+class History(ReadableRecord):
     """Every site's terms at every step of a fit, at bounded memory.
 
     The ELBO of a step is ``sum(reconstruction) - sum(kl_prior)`` over its sites, each ``kl_prior`` being

@@ -1,4 +1,4 @@
-"""The columnar store of a fit: values by site and step, bounded in memory, decoded when read."""
+"""The columnar store of a fit: values by site and step, bounded in memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -31,26 +29,6 @@ class SiteInfo(NamedTuple):
     kind: str
     kl_method: str | None
     kl_reason: str | None
-
-
-class Decoded(NamedTuple):
-    """Kept steps as one table per value and label."""
-
-    steps: NDArray[np.int64]  # (rows,)
-    names: list[str]  # (sites,)
-    present: NDArray[np.bool_]  # (rows, sites)
-    values: dict[str, Floats]  # each (rows, sites), NaN where the site is absent
-    labels: dict[str, NDArray[np.object_]]  # each (rows, sites), None where absent or not applicable
-
-    @property
-    def has_contributions(self) -> bool:
-        """Whether the objective of some step was a bound that is not linear in the log weights."""
-        return bool(np.isfinite(self.values["contribution"]).any())
-
-    @property
-    def has_site_weights(self) -> bool:
-        """Whether some step has a weight of ``kl_prior`` for each site."""
-        return SITE_WEIGHT in self.values
 
 
 class _Columns(NamedTuple):
@@ -77,7 +55,7 @@ class _Columns(NamedTuple):
 class Record:
     """Every site's values at every step, at bounded memory.
 
-    What is read from them, ``max_steps`` and ``num_recorded`` are described at :class:`pyro_elbo_ext.History`.
+    ``max_steps`` and ``num_recorded`` are described at :class:`pyro_elbo_ext.History`; what is read is in ``reading``.
 
     An exception may come between any two lines, from the handler of a signal. So what changes is made aside, and takes its
     place at once, by one assignment or one ``vars(self).update``; what is written beyond ``_end`` does not count before.
@@ -246,6 +224,17 @@ class Record:
             self._columns = columns.resized(capacity, numbers)
         return self._columns
 
+    def _resume(self, num_recorded: int, stride: int, tail: int, names: list[str]) -> None:
+        """After its kept rows were appended to an empty record: go on where the record they come from stood."""
+        self._end = *self._end[:3], num_recorded
+        self._stride, self._tail = stride, tail
+        self._order = {name: i for i, name in enumerate(names)}
+        if len(self._records()) != self._rows:
+            raise ValueError(
+                f"the dataset has {self._rows} steps where its attributes say {len(self._records())}: steps were "
+                "taken out of it; use the dataset that to_xarray() or save() gave"
+            )
+
     def _records(self) -> NDArray[np.int64]:
         """Record number of every kept row: multiples of the stride up to ``_tail``, then all."""
         return np.concatenate([np.arange(0, self._tail, self._stride), np.arange(self._tail, self.num_recorded)])
@@ -313,26 +302,6 @@ class Record:
         return self._end[3]
 
     @property
-    def _steps(self) -> NDArray[np.int64]:
-        return self._columns.steps
-
-    @property
-    def _objective(self) -> Floats:
-        return self._columns.objective
-
-    @property
-    def _kl_weight(self) -> Floats:
-        return self._columns.kl_weight
-
-    @property
-    def _layout(self) -> NDArray[np.int32]:
-        return self._columns.layout
-
-    @property
-    def _flat(self) -> Floats:
-        return self._columns.flat
-
-    @property
     def _rows(self) -> int:
         return self._end[0]
 
@@ -342,136 +311,6 @@ class Record:
 
     def __len__(self) -> int:
         return self._rows
-
-    @property
-    def steps(self) -> NDArray[np.int64]:
-        """Kept steps, increasing, shape ``(len(record),)``."""
-        return self._steps[: self._rows].copy()
-
-    @property
-    def objective(self) -> Floats:
-        """What was optimized, the weighted ELBO or another bound, at every kept step, shape ``(len(record),)``."""
-        return self._objective[: self._rows].copy()
-
-    @property
-    def kl_weight(self) -> Floats:
-        """The weight of ``kl_prior`` in the objective at every kept step, shape ``(len(record),)``.
-
-        Where weights differ by site, or there are free bits, it is ``(reconstruction - objective) / kl_prior``, and NaN
-        where ``kl_prior`` is 0.
-        """
-        return self._kl_weight[: self._rows].copy()
-
-    @property
-    def elbo(self) -> Floats:
-        """The true ELBO (weight 1, whatever ``kl_weight`` was) at every kept step, shape ``(len(record),)``."""
-        totals = self._totals()
-        return totals["reconstruction"] - totals["kl_prior"]
-
-    def recent(self, rows: int) -> dict[str, float]:
-        """Means over the last ``rows`` kept steps, cheap enough to be read while training.
-
-        Returns
-        -------
-        dict
-            ``elbo``, ``objective``, ``reconstruction``, ``kl_prior``, ``kl_weight``, and by site ``log_p/SITE`` and, but for
-            observed sites, ``kl_prior/SITE``. Empty if there are no steps.
-        """
-        rows = min(rows, self._rows)
-        if rows < 1:
-            return {}
-        means = {"reconstruction": 0.0, "kl_prior": 0.0}
-        for sites, _, values in self._groups(self._rows - rows):
-            sums = values.sum(0) / rows
-            for info, of_site in zip(sites, sums, strict=True):
-                observed = info.kind == "observed"
-                means["reconstruction" if observed else "kl_prior"] += of_site[0 if observed else 2]
-                columns = [("log_p", 0)] * (info.kind != "auxiliary") + [("kl_prior", 2)] * (not observed)
-                for name, column in columns:
-                    key = f"{name}/{info.site}"
-                    means[key] = means.get(key, 0.0) + of_site[column]
-        by_step = {
-            name: getattr(self, f"_{name}")[self._rows - rows : self._rows] for name in ("objective", "kl_weight")
-        }
-        totals = {"elbo": means["reconstruction"] - means["kl_prior"], **{n: v.mean() for n, v in by_step.items()}}
-        return {name: float(value) for name, value in {**totals, **means}.items()}
-
-    def _groups(self, first: int = 0) -> Iterator[tuple[tuple[SiteInfo, ...], NDArray[np.int64], Floats]]:
-        """Per layout: its sites, its row numbers counted from ``first``, and its values (rows, sites, 6 or 7)."""
-        layout = self._layout[: self._rows]
-        lengths = self._lengths()
-        starts = (np.cumsum(lengths[layout]) - lengths[layout])[first:]
-        for i in np.unique(layout[first:]):
-            rows = np.flatnonzero(layout[first:] == i)
-            if rows.size == self._rows - first:  # one layout: no need to gather
-                values = self._flat[self._used - rows.size * lengths[i] : self._used]
-            else:
-                values = self._flat[starts[rows, None] + np.arange(lengths[i])]
-            sites, width = self._layouts[i]
-            yield sites, rows, values.reshape(rows.size, len(sites), width)
-
-    def _totals(self) -> dict[str, Floats]:
-        totals = {name: np.empty(self._rows) for name in ("reconstruction", "kl_prior", "num_observations")}
-        for sites, rows, values in self._groups():
-            observed = np.array([info.kind == "observed" for info in sites], bool)
-            totals["reconstruction"][rows] = values[:, observed, 0].sum(1)
-            totals["kl_prior"][rows] = values[:, ~observed, 2].sum(1)
-            totals["num_observations"][rows] = values[:, observed, 4].sum(1)
-        return totals
-
-    def _decode(self, first: int = 0) -> Decoded:
-        layouts = [self._layouts[i] for i in np.unique(self._layout[first : self._rows])]
-        names = sorted({info.site for sites, _ in layouts for info in sites}, key=self._order.__getitem__)
-        weighted = [SITE_WEIGHT] if any(width > len(VALUES) for _, width in layouts) else []
-        shape = (self._rows - first, len(names))
-        present = np.zeros(shape, bool)
-        columns = {name: np.full(shape, np.nan) for name in (*VALUES[:2], "reconstruction", *VALUES[2:], *weighted)}
-        labels = {name: np.full(shape, None, object) for name in LABELS}
-        position = {name: i for i, name in enumerate(names)}
-        for sites, rows, values in self._groups(first):
-            cells = np.ix_(rows, np.array([position[info.site] for info in sites], np.int64))
-            observed = np.array([info.kind == "observed" for info in sites], bool)
-            present[cells] = True
-            for i, name in enumerate((*VALUES, *weighted)[: values.shape[2]]):
-                columns[name][cells] = values[:, :, i]
-            columns["kl_prior"][cells] = np.where(observed, 0.0, values[:, :, 2])
-            columns["reconstruction"][cells] = np.where(observed, values[:, :, 0], 0.0)
-            for name in LABELS:
-                labels[name][cells] = np.array([getattr(info, name) or None for info in sites], object)
-        return Decoded(self._steps[first : self._rows].copy(), names, present, columns, labels)
-
-    def _window(self, window: int | None) -> int:
-        """Number of last steps to average over: ``window`` if it is at full resolution, or a default for None."""
-        full = self.num_recorded - self._tail
-        if window is None:
-            return min(max(self.num_recorded // 4, 100), full, (self.max_steps or 4 * full) // 4)
-        if not 1 <= operator.index(window) <= full:
-            raise ValueError(
-                f"window must be from 1 to {full}, the number of last steps kept at full resolution; got {window}. "
-                "For a longer one record with a greater max_steps"
-            )
-        return int(window)
-
-    def _resume(self, num_recorded: int, stride: int, tail: int, names: list[str]) -> None:
-        """After its kept rows were appended to an empty record: go on where the record they come from stood."""
-        self._end = *self._end[:3], num_recorded
-        self._stride, self._tail = stride, tail
-        self._order = {name: i for i, name in enumerate(names)}
-        if len(self._records()) != self._rows:
-            raise ValueError(
-                f"the dataset has {self._rows} steps where its attributes say {len(self._records())}: steps were "
-                "taken out of it; use the dataset that to_xarray() or save() gave"
-            )
-
-    def _divisor(self) -> Floats:
-        count = self._totals()["num_observations"]
-        bad = ~(count > 0)
-        if bad.any():
-            raise ValueError(
-                f"per_observation=True, but step {self._steps[: self._rows][bad][0]} has no observations "
-                "(num_observations is 0 or NaN at every observed site); use per_observation=False"
-            )
-        return count
 
 
 def _resized(array: NDArray[Any], size: int) -> NDArray[Any]:

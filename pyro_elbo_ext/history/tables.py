@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT, Decoded
+from pyro_elbo_ext.history.reading import Decoded
+from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -332,7 +332,7 @@ class Objective(ELBO):
         if history is None:
             self.num_steps = step + 1
             return
-        before = history._end
+        before = history.num_recorded
         if self._weighs_by_site:
             rows, weights = self._recorded(sites, values[None], np.array([objective]), [weight])
             values, kl_weight = rows[0], float(weights[0])
@@ -340,24 +340,28 @@ class Objective(ELBO):
             assert not isinstance(kl_weight, list)
             history.append(step, sites, values, objective=objective, kl_weight=kl_weight)
             self.num_steps = step + 1
-        except BaseException:  # it may have come from outside, after the step was entered
-            self.num_steps = step + history._end[3] - before[3]
+        except BaseException:
+            self._recount(step, before)
             raise
 
     def _record_steps(
         self, sites: tuple[SiteInfo, ...], rows: Floats, objective: Floats, kl_weights: list[Weight]
     ) -> None:
         """Enter n steps into the history, and count them: ``rows`` of shape (n, sites, 6), ``objective`` (n,)."""
-        step, count, before = self.num_steps, len(objective), self._num_recorded()
+        step, history, count = self.num_steps, self.history, len(objective)
+        if history is None:
+            self.num_steps = step + count
+            return
+        before = history.num_recorded
+        recorded, weights = self._recorded(sites, rows, objective, kl_weights)
         try:
-            if self.history is not None:
-                recorded, weights = self._recorded(sites, rows, objective, kl_weights)
-                steps = np.arange(step, step + count)
-                self.history.extend(steps, sites, recorded, objective=objective, kl_weight=weights)
+            history.extend(np.arange(step, step + count), sites, recorded, objective=objective, kl_weight=weights)
             self.num_steps = step + count
         except BaseException:
-            self.num_steps = step + self._num_recorded() - before  # the exception may have come from outside, after it
+            self._recount(step, before)
             raise
 
-    def _num_recorded(self) -> int:
-        return 0 if self.history is None else self.history.num_recorded
+    def _recount(self, step: int, before: int) -> None:
+        """Count the steps that were entered into the history, which had ``before``: an exception has come, perhaps after."""
+        assert self.history is not None
+        self.num_steps = step + self.history.num_recorded - before

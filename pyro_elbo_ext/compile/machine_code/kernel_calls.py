@@ -52,6 +52,10 @@ class NotNative(Exception):
     """The compiled graph does more than call its own kernels: it needs Python."""
 
 
+class NotKnown(NotNative):
+    """Torch is not as it was when this was written, whatever the graph: no step can be taken in C with this release."""
+
+
 @dataclass(slots=True)
 class Call:
     """One call.
@@ -136,8 +140,10 @@ def inductor_graph(compiled: Callable[..., Any]) -> Any:
 
     Raises
     ------
+    NotKnown
+        If there is none.
     NotNative
-        If there is not exactly one.
+        If there are several.
     """
     from torch._inductor.output_code import CompiledFxGraph  # slow to import
 
@@ -156,6 +162,8 @@ def inductor_graph(compiled: Callable[..., Any]) -> Any:
                 waiting.append(cell.cell_contents)
             except ValueError:  # a name that is not bound yet
                 continue
+    if not found:
+        raise NotKnown("what Inductor compiles keeps its graph in another place")
     if len(found) != 1 or found[0].partition_maps:
         raise NotNative(f"it is {len(found)} graphs of Inductor, or one in parts")
     return found[0]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_elbo_ext.compile.machine_code.kernel_calls import LINEAR_ALGEBRA, Calls, NotNative, record
+from pyro_elbo_ext.compile.machine_code.kernel_calls import LINEAR_ALGEBRA, Calls, NotKnown, NotNative, record
 from pyro_elbo_ext.compile.machine_code.layouts import SOURCE as LAYOUTS
 from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, comparable_in_c
 from pyro_elbo_ext.history.record import VALUES
@@ -83,7 +83,7 @@ class NativeSteps:
         self, compiled: Callable[..., Any], inputs: Sequence[Tensor], fixed: slice, written: Sequence[int]
     ) -> None:
         if not comparable_in_c():
-            raise NotNative("this version of torch does not let C look at tensors")
+            raise NotKnown("it does not let C look at tensors")
         good = fixed.stop - 2
         calls = record(compiled, inputs)
         loss, table = calls.results
