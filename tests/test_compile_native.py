@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.compile import binding, program, svi
+from pyro_elbo_ext.compile.machine_code import kernel_calls, layouts
 from pyro_elbo_ext.compile.machine_code import native as native_room
 from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative, record
 from pyro_elbo_ext.compile.program import Program
@@ -125,6 +126,65 @@ def test_own_linear_algebra_equals_torchs(dtype: torch.dtype) -> None:
     steps = native_room.NativeSteps(compiled, inputs, slice(5, 7), [])
     _, table = steps.once(1.0, inputs[:5])
     torch.testing.assert_close(torch.tensor(table.ravel()), step(*inputs)[1][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """What was said of torch is said again."""
+    program._say_off.cache_clear()
+    yield
+    program._say_off.cache_clear()
+
+
+def run_twice(caplog: pytest.LogCaptureFixture) -> list[Fit]:
+    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
+        return [fit(eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=8, run=run) for run in (True, False)]
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_steps_are_taken_in_c_with_the_installed_torch(anew: None, caplog: pytest.LogCaptureFixture) -> None:
+    """So with every release that is promised, as each lane of CI runs this."""
+    assert all(map(is_native, run_twice(caplog)))
+    assert not warnings_in(caplog)
+
+
+def no_function_of_torch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layouts, "_GETTERS", (*layouts._GETTERS, "what_is_gone"))
+
+
+def no_graph_of_inductor(patch: pytest.MonkeyPatch) -> None:
+    def graph_of(compiled: Any) -> Any:
+        raise AttributeError("CompiledFxGraph has no current_callable\nand so on")
+
+    patch.setattr(kernel_calls, "inductor_graph", graph_of)
+
+
+def no_cell_with_a_graph(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(native_room, "record", lambda compiled, inputs: kernel_calls.inductor_graph(lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [
+        (no_function_of_torch, "it does not let C look at tensors"),
+        (no_graph_of_inductor, "AttributeError: CompiledFxGraph has no current_callable"),
+        (no_cell_with_a_graph, "what Inductor compiles keeps its graph in another place"),
+    ],
+)
+def test_a_torch_that_lacks_what_c_needs_is_named_once(
+    lacks: Any, reason: str, anew: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fit(eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=8)
+    lacks(monkeypatch)
+    found = run_twice(caplog)
+    assert not any(map(is_native, found))
+    (said,) = warnings_in(caplog)
+    assert f"do not know torch {torch.__version__} ({reason})" in said
+    for one in found:
+        assert_equal(one, expected)
 
 
 def test_what_needs_python_is_called_from_python(caplog: pytest.LogCaptureFixture) -> None:
