@@ -63,7 +63,7 @@ def test_conjugate_posterior_is_exact(compiled: bool) -> None:
     torch.testing.assert_close(covariance_of(found.guide), covariance, rtol=1e-6, atol=1e-8)
     assert found.elbo == pytest.approx(evidence, abs=1e-8)
     assert found.elbo_se < 1e-8
-    assert found.khat == -math.inf
+    assert found.khat < 0.1  # of weights that are equal but for rounding
     assert found.distance < 1e-3  # of the smoothing of the weights
     assert found.converged
     assert found.next_guide == ""

@@ -399,7 +399,7 @@ def test_split_rhat() -> None:
 
 def test_split_rhat_of_many_coordinates_is_that_of_each() -> None:
     draws = np.random.default_rng(0).normal(size=(6, 20, 2 * COLUMNS + 3))
-    draws[:3, :, COLUMNS + 1] += 1.0
+    draws[:3, :, COLUMNS + 1] += 3.0  # standard deviations
     rhat = split_rhat(draws)
     alone = [split_rhat(draws[..., [i, i + 1]])[0] for i in range(draws.shape[2] - 1)]
     assert rhat.shape == (2 * COLUMNS + 3,)
