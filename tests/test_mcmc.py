@@ -245,9 +245,13 @@ def nan_data() -> None:
     pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(torch.nan))
 
 
-def impossible() -> None:
+def outside() -> None:
     pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("bad", dist.Exponential(1.0), obs=torch.tensor(-1.0))
+
+
+def impossible() -> None:
+    pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.factor("f", torch.tensor(-torch.inf))
 
 
@@ -268,6 +272,7 @@ def random_density() -> None:
         (subsampled_by_hand, "plate 'rows' subsamples 2 of 3"),
         (no_latent, "no continuous latent site"),
         (nan_data, "'y' has NaN in 1 of 1"),
+        (outside, "observed site 'bad' has data outside the support of its Exponential"),
         (impossible, "site 'f' is -inf"),
         (infinite_gradient, "no starting point .* in 100 tries: the gradient with respect to site 'x' is not finite"),
         (random_density, "differs between two runs"),
