@@ -654,6 +654,11 @@ def one_vector_for_all(x: torch.Tensor, y: torch.Tensor) -> None:
         pyro.sample("y", dist.Normal(w * x, 1.0).to_event(1), obs=y)
 
 
+def one_number_for_an_event(x: torch.Tensor, y: torch.Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(w * x, 1.0).to_event(1), obs=torch.tensor(0.3))
+
+
 def flat(x: torch.Tensor, y: torch.Tensor) -> None:
     w = pyro.sample("w", dist.ImproperUniform(dist.constraints.real, (), ()))
     with pyro.plate("data", len(x)):
@@ -691,6 +696,11 @@ GOOD = [
     Good("crossed plates", crossed_plates, lambda w: log_normal(w) + 2 * (observed(w) - log_normal(w))),
     Good("the same data several times", restarts, lambda w: 3 * observed(w) - 2 * log_normal(w)),
     Good("the same vector several times", one_vector_for_all, lambda w: 3 * observed(w) - 2 * log_normal(w)),
+    Good(
+        "one number for an event",
+        one_number_for_an_event,
+        lambda w: log_normal(w) + log_normal(0.3, w * X.double()).sum(),
+    ),
     Good("a flat prior", flat, lambda w: observed(w) - log_normal(w)),
     Good(
         "soft labels",

@@ -162,16 +162,14 @@ def _broadcast(node: Node) -> str:
 def _is_repeated(of_value: torch.Size, node: Node) -> bool:
     """Whether data count several times where that cannot be meant.
 
-    One datum for all of a plate is what the model says. Not so beside dims that no plate declares: labels of shape (N, 1)
-    in a plate of N whose means are a column. Nor if the data have another dim of the plate's size: N labels for N vectors.
+    One datum for all of a plate is what the model says. Not so along a dim that no plate declares, nor if the data have another
+    dim of the plate's size: labels of shape (N, 1) in a plate of N, or N labels for N vectors.
     """
     shape = node["log_prob"].shape
     several = {dim for dim in range(-len(shape), 0) if shape[dim] > 1}
     repeated = {dim for dim in several if len(of_value) < -dim or of_value[dim] == 1}
     frames = {frame.dim: frame.name for frame in node["cond_indep_stack"]}
-    if not repeated:
-        return False
-    if not several <= frames.keys():
+    if not repeated <= frames.keys():
         return True
     sizes = {shape[dim] for dim in repeated if frames[dim] != PARTICLE_PLATE}
     return not sizes.isdisjoint(node["value"].shape)

@@ -234,10 +234,13 @@ def shapes_at_fault(node: Node) -> str | None:
 
 
 def of_event_at_fault(node: Node) -> bool:
-    """Whether a value has not the event shape of its distribution, which its density would broadcast over."""
+    """Whether a value has not the event shape of its distribution, which its density would broadcast over.
+
+    One number for all of an event is what the model says, as Pyro's own programs do.
+    """
     fn, value = node["fn"], node["value"]
     event_shape = getattr(fn, "event_shape", ())
-    if not len(event_shape) or not isinstance(value, Tensor):
+    if not len(event_shape) or not isinstance(value, Tensor) or not value.dim():
         return False
     return value.shape[max(value.dim() - len(event_shape), 0) :] != event_shape and not says_what_it_takes(fn)
 
