@@ -162,8 +162,8 @@ def _broadcast(node: Node) -> str:
 def _is_repeated(of_value: torch.Size, node: Node) -> bool:
     """Whether data count several times where that cannot be meant.
 
-    One datum for all of a plate is what the model says. Not so along a dim that no plate declares, nor if the data have another
-    dim of the plate's size: labels of shape (N, 1) in a plate of N, or N labels for N vectors.
+    One datum for all of a plate is what the model says. Not so along a dim that no plate declares, nor if the data have
+    another dim of the plate's size: labels of shape (N, 1) in a plate of N, or N labels for N vectors.
     """
     shape = node["log_prob"].shape
     several = {dim for dim in range(-len(shape), 0) if shape[dim] > 1}
