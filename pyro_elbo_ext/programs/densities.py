@@ -171,8 +171,8 @@ def _is_repeated(of_value: torch.Size, node: Node) -> bool:
     frames = {frame.dim: frame.name for frame in node["cond_indep_stack"]}
     if not repeated <= frames.keys():
         return True
-    sizes = {shape[dim] for dim in repeated if frames[dim] != PARTICLE_PLATE}
-    return not sizes.isdisjoint(node["value"].shape)
+    undeclared = {size for dim, size in enumerate(of_value, -len(of_value)) if dim not in frames}
+    return any(shape[dim] in (undeclared if frames[dim] == PARTICLE_PLATE else node["value"].shape) for dim in repeated)
 
 
 def _is_spread(node: Node) -> bool:
