@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoM
 from torch import Tensor, nn
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
-from pyro_elbo_ext.compile import binding, program, svi
+from pyro_elbo_ext.compile import binding, finding, program, svi, taking
 from pyro_elbo_ext.compile.machine_code import kernel_calls, layouts
 from pyro_elbo_ext.compile.machine_code import native as native_room
 from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative, record
@@ -124,16 +124,19 @@ def test_own_linear_algebra_equals_torchs(dtype: torch.dtype) -> None:
     own = [call for call in record(compiled, inputs).calls if "product<" in call.text or "solve<" in call.text]
     assert len(own) >= 8  # batches are taken apart
     steps = native_room.NativeSteps(compiled, inputs, slice(5, 7), [])
-    _, table = steps.once(1.0, inputs[:5])
+    _, table = steps.once(1.0, tuple(inputs[:5]))
     torch.testing.assert_close(torch.tensor(table.ravel()), step(*inputs)[1][0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
 def anew() -> Iterator[None]:
-    """What was said of torch is said again."""
-    program._say_off.cache_clear()
+    """What was found out about torch, and said of it, is found out and said again."""
+    remembered = layouts.comparable_in_c, program._say_off
+    for of in remembered:
+        of.cache_clear()
     yield
-    program._say_off.cache_clear()
+    for of in remembered:
+        of.cache_clear()
 
 
 def run_twice(caplog: pytest.LogCaptureFixture) -> list[Fit]:
@@ -155,6 +158,14 @@ def no_function_of_torch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layouts, "_GETTERS", (*layouts._GETTERS, "what_is_gone"))
 
 
+def no_function_of_c10(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layouts, "_REQUIRES_GRAD", "what_is_gone")
+
+
+def no_tensor_in_its_object(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layouts, "_inside", lambda: 0)
+
+
 def no_graph_of_inductor(patch: pytest.MonkeyPatch) -> None:
     def graph_of(compiled: Any) -> Any:
         raise AttributeError("CompiledFxGraph has no current_callable\nand so on")
@@ -170,6 +181,8 @@ def no_cell_with_a_graph(patch: pytest.MonkeyPatch) -> None:
     ("lacks", "reason"),
     [
         (no_function_of_torch, "it does not let C look at tensors"),
+        (no_function_of_c10, "it does not let C look at tensors"),
+        (no_tensor_in_its_object, "it does not let C look at tensors"),
         (no_graph_of_inductor, "AttributeError: CompiledFxGraph has no current_callable"),
         (no_cell_with_a_graph, "what Inductor compiles keeps its graph in another place"),
     ],
@@ -178,6 +191,7 @@ def test_a_torch_that_lacks_what_c_needs_is_named_once(
     lacks: Any, reason: str, anew: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fit(eight_schools, AutoNormal(eight_schools), (Y, SIGMA), steps=8)
+    layouts.comparable_in_c.cache_clear()
     lacks(monkeypatch)
     found = run_twice(caplog)
     assert not any(map(is_native, found))
@@ -374,7 +388,11 @@ def test_an_exception_at_any_place_leaves_steps_history_and_optimizer_counted_al
         else:
             svi.step(Y, SIGMA)
 
-    rooms, before, partly = (svi, program, native_room, binding, objective, history_room), loss.num_steps, 0
+    rooms, before, partly = (
+        (svi, finding, taking, program, native_room, binding, objective, history_room),
+        loss.num_steps,
+        0,
+    )
     for _ in stopped_everywhere(lambda: done.svi, act, *rooms, stride=1 if not run else 2):
         steps = loss.num_steps
         assert loss.history.num_recorded == steps

@@ -25,9 +25,10 @@ from pyro_elbo_ext.compile.machine_code.native import NativeSteps, Taken
 from pyro_elbo_ext.compile.machine_code.step_graph import Backend, Compiled, build_steps, build_value, compile_function
 from pyro_elbo_ext.compile.tracing.arguments import Arguments
 from pyro_elbo_ext.compile.tracing.capture import Evaluation, capture, written_inputs
+from pyro_elbo_ext.compile.tracing.guards import Guards, all_of
 from pyro_elbo_ext.compile.tracing.losses import TracedLoss
 from pyro_elbo_ext.compile.tracing.numbers import NeedsNumber
-from pyro_elbo_ext.compile.tracing.reads import Guards, Recorder
+from pyro_elbo_ext.compile.tracing.reads import Recorder
 from pyro_elbo_ext.compile.tracing.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives.evaluation import Program as PyroProgram
@@ -46,7 +47,6 @@ _NOT_IN_GRAPH = frozenset(
     ]
 )
 _OTHER_VALUES = (0.97, 0.99)  # times a float that is an input of the graph: where it must be right too
-_IS_TRAINED = operator.attrgetter("requires_grad")
 
 
 class Settings(NamedTuple):
@@ -103,11 +103,10 @@ class Program:
         self._prefix: dict[int, tuple[list[Tensor], Tensor, list[Weight]]] = {}
         self._native: NativeSteps | NotNative | None = None
         self._written = [i - len(inputs) for i in written_inputs(self._capture.graph) if i >= len(inputs)]
-        self._tensors, self._watched = tensors, [*tensors, *self._capture.captured]
-        self._trained = list(map(_IS_TRAINED, self._watched))
-        self._looks = [look_of(tensor) for tensor in self._live(self.inputs_of(arguments))]
-        self._names = [name for name, _ in parameters if name is not None]
-        self._named = [p for name, p in parameters if name is not None]
+        self._tensors = tensors
+        self._looks = list(map(look_of, self._live(self.inputs_of(arguments))))
+        named = {name: p for name, p in parameters if name is not None}
+        self._in_store, self._named = all_of(list(named)), list(named.values())
         self._layouts: dict[int | str, Layouts] = {}
 
     def _trace(self, evaluation: Evaluation, inputs: list[Tensor]) -> None:
@@ -172,11 +171,7 @@ class Program:
 
     def fits(self) -> bool:
         """Whether all is as it was when the program was traced, but for the tensors' shapes; asked at each step."""
-        return (
-            self.has_same_parameters()
-            and self.guards.hold(self._exchange)
-            and [*map(_IS_TRAINED, self._watched)] == self._trained
-        )
+        return self.has_same_parameters() and self.guards.hold(self._exchange)
 
     def _exchange(self, old: Tensor, new: Tensor) -> bool:
         """Read another tensor in place of one that the graph takes, if it can."""
@@ -186,17 +181,19 @@ class Program:
             return False
         if look_of(new) != self._looks[place - len(captured)] or any(new is p for p in self._tensors):
             return False
-        captured[place] = self._watched[place - len(captured)] = new
+        captured[place] = new
         return True
 
     def has_same_parameters(self) -> bool:
         """Whether the param store holds the tensors that it held when the program was traced."""
-        stored = map(pyro.get_param_store()._params.get, self._names)
-        return all(map(operator.is_, stored, self._named))
+        try:
+            return all(map(operator.is_, self._in_store(pyro.get_param_store()._params), self._named))
+        except KeyError:
+            return False
 
     def has_same_looks(self, arguments: Sequence[Tensor]) -> bool:
         """Whether what it reads still has the shapes, and so on, that it was traced with."""
-        return [look_of(tensor) for tensor in self._live(arguments)] == self._looks
+        return list(map(look_of, self._live(arguments))) == self._looks
 
     def name_of(self, tensor: Tensor) -> str:
         """What to call a tensor that is not an argument."""
@@ -205,9 +202,9 @@ class Program:
                 return f"the parameter {name!r}"
         return _name_of_captured(tensor, self._programs)
 
-    def _live(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+    def _live(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inputs that may be other tensors at another call, or look otherwise."""
-        return [*self._tensors, *arguments, *self._capture.captured]
+        return (*self._tensors, *arguments, *self._capture.captured)
 
     def _check(self, key: int | str, arguments: Sequence[Tensor]) -> None:
         """Raise Changed if an input of a graph does not look as it did."""

@@ -6,8 +6,10 @@ import threading
 from contextlib import ContextDecorator
 from typing import Any
 
+_RLock: Any = type(threading.RLock())  # written in C, as leaving the block is then
 
-class OneThread(ContextDecorator):
+
+class OneThread(ContextDecorator, _RLock):
     """Refuses a second thread while one is in the block; the same one may enter again. A copy or pickle is a new one.
 
     Parameters
@@ -22,17 +24,14 @@ class OneThread(ContextDecorator):
     """
 
     def __init__(self, what: str) -> None:
-        self._what, self._lock = what, threading.RLock()
+        self._what = what
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(False):
+        if not self.acquire(False):
             raise RuntimeError(
                 f"another thread is in {self._what}. Pyro keeps its handlers and parameters in one place for the whole "
                 "process, so that two threads would take each other's. Train one after the other, or in several processes."
             )
-
-    def __exit__(self, *of: object) -> None:
-        self._lock.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OneThread, (self._what,)

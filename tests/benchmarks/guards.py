@@ -15,7 +15,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam  # type: ignore[attr-defined]  # Pyro defines it at run time
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
@@ -44,8 +44,8 @@ def main() -> None:
     times = {}
     for count in (1, 11, 21, 51):
         looks = layouts.Layouts([], [torch.zeros(8, 4) for _ in range(count)], in_c=True)
-        address = looks.refresh([])
-        times[count] = microseconds(lambda address=address: changed(address))  # type: ignore[misc]
+        addresses = looks.address, layouts.address_of_items(())
+        times[count] = microseconds(lambda addresses=addresses: changed(*addresses))  # type: ignore[misc]
         print(f"| {count} | {times[count]:.3f} |")
     print(f"\nFor each tensor {1e3 * (times[51] - times[1]) / 50:.1f} ns\n")
     print("| problem | loss | `step`, microseconds | of it, what Python reads and parameters |\n|---|---|---|---|")
@@ -57,7 +57,7 @@ def main() -> None:
             svi = CompiledSVI(model, guide, Adam({"lr": 0.01}), loss())
             for _ in range(10):
                 svi.step(*data)
-            program = svi._find(data, {}, svi.step).program
+            program, _, _ = svi._find(data, {}, SVI.step)
             assert program is not None
             step, fits = microseconds(lambda svi=svi, data=data: svi.step(*data)), microseconds(program.fits)  # type: ignore[misc]
             print(f"| {build.__name__} | {loss.__name__} | {step:.2f} | {fits:.2f} |")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from pyro_elbo_ext.compile.machine_code.kernel_calls import LINEAR_ALGEBRA, Calls, NotKnown, NotNative, record
 from pyro_elbo_ext.compile.machine_code.layouts import SOURCE as LAYOUTS
-from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, comparable_in_c
+from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, address_of_items, comparable_in_c
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives.evaluation import Weight
 
 _SOURCE = """
 static const long places[][3] = {{{places}}};  // of inputs: where their addresses are asked for, which, how far into it
 
-extern "C" long steps(const Layouts* inputs, long count, char** at, void** kernel, const long* seeds, const double* weights,
-                      double* losses, double* tables, long* done)
+extern "C" long steps(const Layouts* inputs, char** objects, long count, char** at, void** kernel, const long* seeds,
+                      const double* weights, double* losses, double* tables, long* done)
 {{
+    take(inputs, objects);
     const long changed = first_changed(inputs);
     if (changed >= 0) return 2 + changed;
     for (long i = 0; i < {num_places}; i++) at[places[i][0]] = inputs->addresses[places[i][1]] + places[i][2];
@@ -39,6 +40,13 @@ extern "C" long steps(const Layouts* inputs, long count, char** at, void** kerne
         }}
     }} catch (...) {{ return 1; }}
     return 0;
+}}
+
+// One step: the others of the arguments above, which stay the same, are passed from Python faster in one array.
+extern "C" long step(void** of, char** objects)
+{{
+    return steps((const Layouts*) of[0], objects, 1, (char**) of[1], (void**) of[2], (const long*) of[3],
+                 (const double*) of[4], (double*) of[5], (double*) of[6], (long*) of[7]);
 }}
 """
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # of sums in another order
@@ -99,7 +107,7 @@ class NativeSteps:
         self._bounds = calls.seeds[0][:2] if calls.seeds else (0, 1)
         # the order of Layouts: first the live ones
         order = [*range(fixed.start), *range(fixed.stop, len(inputs)), *range(fixed.start, fixed.stop)]
-        live, kept = [*inputs[: fixed.start], *inputs[fixed.stop :]], inputs[fixed]
+        live, kept = (*inputs[: fixed.start], *inputs[fixed.stop :]), inputs[fixed]
         self._layouts = Layouts(live, kept, in_c=True)
         self._places: list[tuple[int, int, int]] = []  # of addresses in inputs: their slot, the input, how far into it
         slots: dict[int, int] = {}
@@ -136,7 +144,9 @@ class NativeSteps:
         libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in calls.kernels]
         pointer = ctypes.c_void_p
         self._steps = library.steps
-        self._steps.restype, self._steps.argtypes = ctypes.c_long, [pointer, ctypes.c_long, *[pointer] * 7]
+        self._steps.restype, self._steps.argtypes = ctypes.c_long, [pointer, pointer, ctypes.c_long, *[pointer] * 7]
+        self._step = library.step
+        self._step.restype, self._step.argtypes = ctypes.c_long, [pointer, pointer]
         self._at = (pointer * len(slots))(*slots)
         self._kernels = (pointer * len(libraries))(*[ctypes.cast(of.kernel, pointer).value for of in libraries])
         self._keep = calls, compiled, libraries
@@ -145,7 +155,9 @@ class NativeSteps:
         drawn = torch.zeros(1, self._num_seeds, dtype=torch.int64)
         at_loss, table_at = numbers.ctypes.data, 2 + self._num_weights
         addresses = (drawn.data_ptr(), at_loss + 16, at_loss, at_loss + 8 * table_at, at_loss + 8)
-        self._single = numbers, addresses, drawn
+        at_kernels = ctypes.addressof(self._at), ctypes.addressof(self._kernels)
+        self._arguments = (pointer * 8)(self._layouts.address, *at_kernels, *addresses)  # of ``step`` in C
+        self._single = numbers, ctypes.addressof(self._arguments), drawn
         self._weights, self._row = numbers[2:table_at], numbers[table_at:].reshape(-1, len(VALUES))
         tolerance = max((_TOLERANCE[of] for of in calls.sums), default=0.0)
         self._check(compiled, inputs, live, [inputs[i] for i in written], tolerance)
@@ -162,7 +174,7 @@ class NativeSteps:
         if found:  # otherwise a constant of the graph, or a tensor without entries
             self._places.append((place, found[0], address - inputs[found[0]].data_ptr()))
 
-    def __call__(self, taken: Taken, weights: Tensor, live: Sequence[Tensor]) -> None:
+    def __call__(self, taken: Taken, weights: Tensor, live: tuple[Tensor, ...]) -> None:
         """Take as many steps as there are weights; if the graph guards, only up to the first whose loss is not finite.
 
         Parameters
@@ -184,15 +196,20 @@ class NativeSteps:
         # in one call the numbers that the steps would draw one after the other
         seeds = torch.randint(*self._bounds, (count, self._num_seeds))
         tensors = seeds, weights, taken.losses, taken.tables, taken.count
-        self._run(count, live, *map(Tensor.data_ptr, tensors))
+        at, addresses = self._layouts.address, map(Tensor.data_ptr, tensors)
+        state = self._steps(at, address_of_items(live), count, self._at, self._kernels, *addresses)
+        if state:
+            self._fail(state, live)
 
-    def once(self, weight: Weight, live: Sequence[Tensor]) -> tuple[float, NDArray[np.float64]]:
+    def once(self, weight: Weight, live: tuple[Tensor, ...]) -> tuple[float, NDArray[np.float64]]:
         """Take one step: its loss, and its table, shape ``(sites, 6)``, in memory that the next step writes to."""
-        numbers, addresses, seeds = self._single
+        numbers, arguments, seeds = self._single
         self._weights[self._all_weights] = weight
         if self._num_seeds:
-            torch.randint(*self._bounds, seeds.shape, out=seeds)
-        self._run(1, live, *addresses)
+            seeds.random_(*self._bounds)  # as ``torch.randint`` draws
+        state = self._step(arguments, address_of_items(live))
+        if state:
+            self._fail(state, live)
         return float(numbers[0]), self._row
 
     def forget(self) -> None:
@@ -204,21 +221,19 @@ class NativeSteps:
         numbers = self._single[0]
         return (float(numbers[0]), self._row) if numbers[1:2].view(np.int64)[0] else None
 
-    def _run(self, count: int, live: Sequence[Tensor], *addresses: int) -> None:
-        state = self._steps(self._layouts.refresh(live), count, self._at, self._kernels, *addresses)
+    def _fail(self, state: int, live: tuple[Tensor, ...]) -> NoReturn:
         if state == 1:
             raise RuntimeError(
                 "a compiled kernel failed; most likely an index is out of bounds. pyro.infer.SVI with validation on "
                 "shows where."
             )
-        if state > 1:
-            raise Changed(self._layouts.at(state - 2, live))
+        raise Changed(self._layouts.at(state - 2, live))
 
     def _check(
         self,
         compiled: Callable[..., Any],
         inputs: Sequence[Tensor],
-        live: Sequence[Tensor],
+        live: tuple[Tensor, ...],
         written: Sequence[Tensor],
         tolerance: float,
     ) -> None:
