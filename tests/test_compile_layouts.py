@@ -14,7 +14,8 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor, nn
 
-from pyro_elbo_ext import CompiledSVI, fit
+from pyro_elbo_ext import CompiledSVI, DecomposedELBO, fit
+from pyro_elbo_ext.compile.errors import CannotCompile
 
 Backend = str
 BACKENDS = ["eager", "inductor"]
@@ -245,6 +246,28 @@ def test_a_parameter_of_another_shape() -> None:
         return losses
 
     assert_as_pyro(model, steps, "eager")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_argument_comes_to_require_a_gradient(backend: str) -> None:
+    pyro.clear_param_store()
+    y, loss = torch.ones(20), DecomposedELBO()
+    svi = CompiledSVI(location, AutoDelta(location), adam(), loss, backend=backend)
+    for _ in range(3):
+        svi.step(y)
+    before = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
+    y.requires_grad_(True)
+    for call in (svi.step, svi.evaluate_loss, lambda y: svi.run(2, y, progress=False)):
+        with pytest.raises(CannotCompile, match=r"y.* requires a gradient"):
+            call(y)
+    assert loss.num_steps == 3
+    for name, p in pyro.get_param_store()._params.items():
+        assert torch.equal(p, before[name])
+    y.requires_grad_(False)
+    svi.step(y)
+    assert svi.is_traced(y)
+    assert loss.num_steps == 4
+    assert len(svi._programs) == 1
 
 
 def test_freezing_and_unfreezing_a_network() -> None:
