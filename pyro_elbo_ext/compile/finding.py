@@ -138,8 +138,7 @@ class CompiledCalls(SVI):
             import_dynamo()
             return None, [], pyro_call(self, *args, **kwargs)  # of some losses a tuple
         try:
-            arguments = take_apart(args, kwargs)
-            self._check_gradients(arguments.tensors, args, kwargs)
+            arguments = self._take_apart(args, kwargs)
         except CannotCompile as error:
             self._refuse(error)
             return None, [], float(pyro_call(self, *args, **kwargs))
@@ -180,22 +179,23 @@ class CompiledCalls(SVI):
         if self._traced is None or _PYRO_STACK:
             return None
         try:
-            arguments = take_apart(args, kwargs)
-            self._check_gradients(arguments.tensors, args, kwargs)
+            arguments = self._take_apart(args, kwargs)
         except CannotCompile:  # the step that follows says so
             return None
         found = self._made_for(self._key(arguments), arguments)
         return found if isinstance(found, Program) else None
 
-    def _check_gradients(self, tensors: list[Tensor], args: Args, kwargs: Kwargs) -> None:
-        """Refuse arguments that Pyro would send a gradient to, and to the parameters behind them."""
-        for place, tensor in enumerate(tensors):
+    def _take_apart(self, args: Args, kwargs: Kwargs) -> Arguments:
+        """The arguments; those are refused that Pyro would send a gradient to, and to the parameters behind them."""
+        arguments = take_apart(args, kwargs)
+        for place, tensor in enumerate(arguments.tensors):
             if tensor.requires_grad:
                 raise CannotCompile(
                     f"{name_of(place, args, kwargs, self.model)} requires a gradient, which no compiled step would send "
                     "through it: what is behind it would not be trained. Pass it detached (.detach()) if that is not "
                     "wanted; otherwise compute it in the model or guide, train with pyro.infer.SVI, or pass fallback=True."
                 )
+        return arguments
 
     def _made_for(self, key: Key, arguments: Arguments) -> Program | CannotCompile | None:
         if not self._closely:

@@ -161,9 +161,7 @@ class CompiledSteps(CompiledCalls):
         losses, tables = results()
         if self._records:
             done = self._count() - before
-            end = len(losses)
-            if failed and not bool(torch.isfinite(losses).all()):
-                end = int(torch.isfinite(losses).int().argmin())
+            end = _count_finite(losses) if failed else len(losses)
             if done < end:
                 self._record_many(program, losses[done:end], tables[done:end], kl_weights[done:end])
         if failed:
@@ -185,9 +183,14 @@ class CompiledSteps(CompiledCalls):
         """The same for many steps, up to the first whose loss is not finite."""
         objective, sites = self.objective, program.sites
         rows = tables.cpu().numpy().reshape(len(tables), len(sites), len(VALUES))
-        finite = torch.isfinite(losses)
-        count = len(losses) if bool(finite.all()) else int(finite.int().argmin())
+        count = _count_finite(losses)
         values = losses[:count].cpu().numpy()
         objective._record_steps(sites, rows[:count], -values if objective.maximized else values, kl_weights[:count])
         if count < len(losses):
             self._record(program, float(losses[count]), rows[count], kl_weights[count])
+
+
+def _count_finite(losses: Tensor) -> int:
+    """How many there are before the first that is not finite."""
+    finite = torch.isfinite(losses)
+    return len(losses) if bool(finite.all()) else int(finite.int().argmin())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pyro_elbo_ext.comparison import Comparison
 from pyro_elbo_ext.demo.speed import Speed
 from pyro_elbo_ext.diagnosis import Diagnosis
-from pyro_elbo_ext.diagnosis.page import PAGE, STYLE, card
+from pyro_elbo_ext.diagnosis.page import PAGE, STYLE, card, note, section
 from pyro_elbo_ext.diagnosis.report import fragment, number, table
 from pyro_elbo_ext.history import History
 
@@ -62,30 +62,26 @@ def write_report(
         Of the package.
     """
     plots = importlib.util.find_spec("matplotlib") is not None
-    parts = [_section("What the terminal said", f"<pre>{html.escape(chr(10).join(said).strip())}</pre>")]
+    parts = [section("What the terminal said", f"<pre>{html.escape(chr(10).join(said).strip())}</pre>")]
     parts.append(_promise("1. Legible: every term of the ELBO, by site"))
     if plots:
         parts.append(_wide(card("The terms of the mean-field fit over its steps", 5.2, _history(history))))
-    parts.append(_section("Terms by step, in nats: means since the row before", _steps(history)))
-    parts.append(_section("Part of each site in the ELBO over the last steps", _summary(history)))
+    parts.append(section("Terms by step, in nats: means since the row before", _steps(history)))
+    parts.append(section("Part of each site in the ELBO over the last steps", _summary(history)))
     parts.append(_promise("2. Trustworthy: is the fit any good?"))
-    parts.append(_section("The mean-field fit of the centred model, diagnosed without MCMC", fragment(diagnosis)))
+    parts.append(section("The mean-field fit of the centred model, diagnosed without MCMC", fragment(diagnosis)))
     if plots:
         parts.append(_wide(card("The funnel: theta of one school against log tau", 2.4, _funnel(draws, schools))))
     for name, comparison in comparisons.items():
-        note = '<p class="note">In NUTS\'s standard deviations: figure ± standard error (noise floor).</p>'
-        parts.append(_section(f"{name} beside NUTS", note + table(comparison.displayed(), "scalar")))
+        legend = note("In NUTS's standard deviations: figure ± standard error (noise floor).")
+        parts.append(section(f"{name} beside NUTS", legend + table(comparison.displayed(), "scalar")))
     parts.append(_promise("3. Fast: the same steps as machine code"))
-    parts.append(_section("A whole step of SVI with Adam: the quickest of several runs of each", _speed(speed)))
+    parts.append(section("A whole step of SVI with Adam: the quickest of several runs of each", _speed(speed)))
     if not plots:
-        parts.append(_section("Pictures", 'They need matplotlib: <code>pip install "pyro_elbo_ext[plots]"</code>'))
+        parts.append(section("Pictures", 'They need matplotlib: <code>pip install "pyro_elbo_ext[plots]"</code>'))
     title = "Eight schools: legible, trustworthy, fast"
     text = PAGE.substitute(title=title, style=STYLE + OWN_STYLE, body="\n".join(parts), version=html.escape(version))
     path.write_text(text, encoding="utf-8")
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
 
 
 def _wide(picture: str) -> str:
@@ -125,10 +121,8 @@ def _speed(speed: Speed) -> str:
     seconds = {"pyro.infer.SVI.step": speed.pyro, "CompiledSVI.step": speed.step, "CompiledSVI.run": speed.run}
     rows = {"microseconds": [f"{1e6 * each:.2f}" for each in seconds.values()]}
     rows["times as fast as Pyro"] = [f"{speed.pyro / each:.0f}" for each in seconds.values()]
-    note = (
-        f'<p class="note">Compiled in {speed.compiling:.1f} s, once; one thread, Pyro\'s checks of arguments off.</p>'
-    )
-    return f'<div class="numbers">{table(pd.DataFrame(rows, index=list(seconds)), "by")}</div>{note}'
+    compiled = note(f"Compiled in {speed.compiling:.1f} s, once; one thread, Pyro's checks of arguments off.")
+    return f'<div class="numbers">{table(pd.DataFrame(rows, index=list(seconds)), "by")}</div>{compiled}'
 
 
 def _history(history: History) -> Callable[[Any], Any]:

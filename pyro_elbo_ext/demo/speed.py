@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,8 +64,7 @@ def measure_speed(model: Callable[..., None], sigma: Tensor, y: Tensor, seed: in
             seconds.append((time.perf_counter() - start) / count)
         return min(seconds)
 
-    with pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="steps are not compiled")  # it is told below
+    with pyro.validation_enabled(False):
         svi = made(SVI)
         losses = torch.tensor([svi.step(sigma, y) for _ in range(CHECKED)])
         by_pyro = quickest(lambda count: [svi.step(sigma, y) for _ in range(count)], BY_PYRO)

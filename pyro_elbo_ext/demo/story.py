@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from pyro.infer import SVI, Predictive
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_elbo_ext import __version__
@@ -32,6 +30,7 @@ from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data.export import dataset_of, to_arviz
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.objectives import DecomposedELBO
+from pyro_elbo_ext.programs.randomness import kept
 from pyro_elbo_ext.training.automatic_fit import AutomaticFit
 from pyro_elbo_ext.training.fit import fit
 
@@ -125,7 +124,7 @@ def run_demo(
 
     say = telling.Lines(echo)
     say.opening(schools["title"], len(y), evidence)
-    with _own_state():
+    with kept(), pyro.get_param_store().scope():
         pyro.set_rng_seed(seed)
         guide = AutoNormal(centered, init_scale=1.0)
         history = _train(guide, sigma, y, sizes.steps, say)
@@ -161,17 +160,6 @@ def run_demo(
     write_report(files[0], say.lines, history, diagnosis, comparisons, funnel, speed, schools["school"], __version__)
     say.closing(files, time.perf_counter() - start)
     return Demo(evidence, history, diagnosis, automatic, nuts, comparisons, speed, files)
-
-
-@contextmanager
-def _own_state() -> Iterator[None]:
-    """An empty parameter store; it and the random number generators are put back afterwards."""
-    state = get_rng_state()
-    try:
-        with pyro.get_param_store().scope():
-            yield
-    finally:
-        set_rng_state(state)
 
 
 def _train(guide: AutoNormal, sigma: Tensor, y: Tensor, num_steps: int, say: telling.Lines) -> History:

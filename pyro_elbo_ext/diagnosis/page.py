@@ -106,23 +106,23 @@ def page(diagnosis: Judgement, *, history: Any = None, title: str = "Did the fit
     evidence = diagnosis.evidence
     parts = [_verdict(diagnosis)]
     if diagnosis.findings:
-        parts.append(_section("Reasons, and what to do", report.findings(diagnosis)))
-    notes = "".join(_note(note) for note in evidence.notes)
-    parts.append(_section("log p(x) = ELBO + KL(q || posterior), in nats", report.summary_table(evidence) + notes))
+        parts.append(section("Reasons, and what to do", report.findings(diagnosis)))
+    notes = "".join(note(line) for line in evidence.notes)
+    parts.append(section("log p(x) = ELBO + KL(q || posterior), in nats", report.summary_table(evidence) + notes))
     parts.append(_figures(diagnosis, history))
     if len(diagnosis.scalars):
         parts.append(_scalars(diagnosis))
-    parts.append(_section("The ledger of the evidence", _ledger(diagnosis)))
+    parts.append(section("The ledger of the evidence", _ledger(diagnosis)))
     weights = repr(evidence.importance).splitlines()
-    parts.append(_section("k-hat, of the whole and by plate", "".join(_note(line) for line in weights)))
+    parts.append(section("k-hat, of the whole and by plate", "".join(note(line) for line in weights)))
     if diagnosis.mcmc is not None:
         compared = diagnosis.mcmc
         parts.append(
-            _section(
+            section(
                 "Against MCMC",
-                _note(compared.verdict)
+                note(compared.verdict)
                 + report.table(compared.displayed().iloc[:MAX_ROWS], "parameter")
-                + _note("figure ± standard error (noise floor)"),
+                + note("figure ± standard error (noise floor)"),
             )
         )
     return PAGE.substitute(
@@ -136,15 +136,15 @@ def _verdict(diagnosis: Judgement) -> str:
     counts = f"Scalars: {report.counted(diagnosis.scalars)}. " if len(diagnosis.scalars) else ""
     return (
         f'<section class="verdict {diagnosis.verdict.replace(" ", "-")}"><strong>{sign} {diagnosis.verdict}</strong>'
-        f"<p>That is, {meaning}</p>{_note(f'{counts}Estimated by: {diagnosis.method}.')}</section>"
+        f"<p>That is, {meaning}</p>{note(f'{counts}Estimated by: {diagnosis.method}.')}</section>"
     )
 
 
 def _scalars(diagnosis: Judgement) -> str:
     scalars = report.worst_first(diagnosis.scalars)
-    left_out = _note(f"The worst {MAX_ROWS} of {len(scalars)}.") if len(scalars) > MAX_ROWS else ""
+    left_out = note(f"The worst {MAX_ROWS} of {len(scalars)}.") if len(scalars) > MAX_ROWS else ""
     shown = report.table(report.displayed(scalars.iloc[:MAX_ROWS]), "scalar")
-    return _section("Scalars, worst first", left_out + shown + _note(report.LEGEND))
+    return section("Scalars, worst first", left_out + shown + note(report.LEGEND))
 
 
 def _ledger(diagnosis: Judgement) -> str:
@@ -165,7 +165,7 @@ def _ledger(diagnosis: Judgement) -> str:
 
 def _figures(diagnosis: Judgement, history: Any) -> str:
     if importlib.util.find_spec("matplotlib") is None:
-        return _section("Pictures", _note('They need matplotlib: pip install "pyro_elbo_ext[plots]"'))
+        return section("Pictures", note('They need matplotlib: pip install "pyro_elbo_ext[plots]"'))
     from pyro_elbo_ext.diagnosis.plots import panels
 
     cards = [card(title, height, paint) for title, height, paint in panels(diagnosis, history)]
@@ -176,7 +176,7 @@ def _figures(diagnosis: Judgement, history: Any) -> str:
 def card(title: str, height: float, paint: Callable[[Any], Any]) -> str:
     """A section with a picture, drawn for light and for dark by ``paint`` on a figure of ``height`` inches."""
     light, dark = (_svg(paint, height, *theme) for theme in THEMES.values())
-    return _section(
+    return section(
         title,
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{html.escape(title)}; the figures are in the tables"></picture></figure>',
@@ -204,9 +204,11 @@ def _svg(paint: Any, height: float, ink: str, instead: dict[str, str]) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(picture.encode('utf-8')).decode('ascii')}"
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A card with a heading, of HTML."""
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>"
 
 
-def _note(line: str) -> str:
+def note(line: str) -> str:
+    """A line of plain text in the margin's grey."""
     return f'<p class="note">{html.escape(line)}</p>'

@@ -131,7 +131,7 @@ def data_at_fault(node: Node) -> str | None:
         return None
     kind = base_distribution(fn)
     if value.is_floating_point():
-        for what, elements in (("NaN", value.isnan()), ("infinite values", value.isinf())):
+        for what, elements in _not_finite_in(value):
             bad = sum_rightmost(elements, min(fn.event_dim, value.dim())) > 0
             if bad.any():
                 return (
@@ -174,11 +174,10 @@ def no_tensor(node: Node) -> str:
 
 def _argument_at_fault(node: Node, trace: Trace) -> str | None:
     """Says which argument is not finite, where the density of a site is not; None where there is none."""
-    given = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
-    for key, value in (*enumerate(given["args"]), *given["kwargs"].items()):
+    for key, value in _given(trace):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        for what, elements in (("NaN", value.isnan()), ("infinite values", value.isinf())):
+        for what, elements in _not_finite_in(value):
             if bool(elements.any()):
                 name = f"'{key}'" if isinstance(key, str) else key + 1
                 return (
@@ -186,6 +185,17 @@ def _argument_at_fault(node: Node, trace: Trace) -> str | None:
                     f"{int(elements.sum())} of {elements.numel()} elements. Drop the rows, or replace them by numbers."
                 )
     return None
+
+
+def _given(trace: Trace) -> list[tuple[int | str, Any]]:
+    """The arguments of a run, by their places and names."""
+    given = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
+    return [*enumerate(given["args"]), *given["kwargs"].items()]
+
+
+def _not_finite_in(value: Tensor) -> tuple[tuple[str, Tensor], ...]:
+    """What is not finite, in words, and where it is."""
+    return ("NaN", value.isnan()), ("infinite values", value.isinf())
 
 
 def draw_outside(node: Node) -> str | None:
@@ -344,10 +354,9 @@ def _dtypes(trace: Trace, where: str) -> str:
     """Which dtypes have met, and after which site."""
     sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_subsample(node)}
     found = {f"'{name}' {_dtype(node['value'])}": None for name, node in sites.items() if _dtype(node["value"])}
-    given = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
     arguments = [
         f"argument {key if isinstance(key, str) else key + 1} {_dtype(value)}"
-        for key, value in (*enumerate(given["args"]), *given["kwargs"].items())
+        for key, value in _given(trace)
         if _dtype(value)
     ]
     after = f"after site '{next(reversed(sites))}'" if sites else "before its first site"

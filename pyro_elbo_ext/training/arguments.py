@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,32 +10,22 @@ import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise TypeError unless ``value`` is an integer, ValueError if it is below ``least``."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {value!r}") from None
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+from pyro_elbo_ext.training.stopping.rules import check_count
 
 
 def check_counts(least: int = 1, **counts: Any) -> None:
-    """The same for several, each of which may be None."""
+    """Raise TypeError for one that is no integer, as a truth value is, ValueError for one below ``least``; None passes."""
     for name, value in counts.items():
+        if isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
         if value is not None:
-            check_count(name, value, least)
+            check_count(value, name, least)
 
 
 def check_seed(seed: Any) -> None:
     """Raise unless ``seed`` is None or an integer that ``pyro.set_rng_seed`` takes."""
-    if seed is None:
-        return
-    check_count("seed", seed, 0)
-    if seed >= 2**32:
+    check_counts(0, seed=seed)
+    if seed is not None and seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, not {seed!r}")
 
 

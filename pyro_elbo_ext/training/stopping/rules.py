@@ -113,14 +113,14 @@ def check_iterate(step: int, iterate: Tensor, parameters: Mapping[str, Tensor]) 
         start += parameter.numel()
 
 
-def check_count(value: int, name: str) -> int:
-    """An integer of at least 1."""
+def check_count(value: int, name: str, least: int = 1) -> int:
+    """An integer of at least ``least``."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, not {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
     return number
 
 
