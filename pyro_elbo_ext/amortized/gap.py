@@ -24,8 +24,9 @@ from pyro_elbo_ext.amortized.local_sites import (
     run_local,
 )
 from pyro_elbo_ext.amortized.surgery import standard_error
-from pyro_elbo_ext.inference_data.draws import run_given, to_numpy
+from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.given import run_given
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import trace_program
 from pyro_elbo_ext.terms.terms import latent_values

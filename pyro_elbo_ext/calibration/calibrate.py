@@ -18,8 +18,9 @@ from tqdm import tqdm
 from pyro_elbo_ext.calibration.calibration import DIM, Calibration
 from pyro_elbo_ext.calibration.files import Folder
 from pyro_elbo_ext.calibration.simulation import Failed, Job, Ranked, data_of_simulation, prior_run, run_simulation
-from pyro_elbo_ext.inference_data.draws import data_of, to_numpy
+from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.programs.given import data_of
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import check_callable
 

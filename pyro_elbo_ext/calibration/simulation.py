@@ -21,9 +21,10 @@ from pyro.distributions import Unit
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_elbo_ext.inference_data.draws import Columns, check_full, data_of, run_given, to_numpy, values_of
+from pyro_elbo_ext.inference_data.draws import Columns, to_numpy
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.inference_data.names import by_site, found_in
+from pyro_elbo_ext.programs.given import check_full, data_of, run_given, values_of
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 
 QUANTITIES = ("truth", "rank", "above", "mean", "sd")

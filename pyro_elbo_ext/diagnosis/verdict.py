@@ -33,10 +33,10 @@ from pyro_elbo_ext.evidence.importance import BATCH_SIZE, check_count
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.inference_data.draws import imputation
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.names import named_as, site_of
 from pyro_elbo_ext.programs.faults import discrete_latent
+from pyro_elbo_ext.programs.given import imputation
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 

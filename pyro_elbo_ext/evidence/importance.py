@@ -17,9 +17,10 @@ from torch import Tensor
 from pyro_elbo_ext.evidence.scores import Array, Scores
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.inference_data.arviz_statistics import pareto_smoothed
-from pyro_elbo_ext.inference_data.draws import imputation, to_numpy
+from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.inference_data.export import attributes, to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.programs.given import imputation
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.randomness import untouched

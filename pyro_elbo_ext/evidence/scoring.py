@@ -20,12 +20,13 @@ from tqdm import tqdm
 from pyro_elbo_ext.bounds import Pathwise
 from pyro_elbo_ext.evidence.scores import NO_ARRAY, Array, Joined, Scores
 from pyro_elbo_ext.evidence.structure import check_density, factors
-from pyro_elbo_ext.inference_data.draws import check_full, to_numpy, values_of
+from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.particles.batched_draws import Batch
 from pyro_elbo_ext.particles.batching import run_batched
 from pyro_elbo_ext.particles.supply import CannotBatch, Supply
 from pyro_elbo_ext.programs.densities import check_observed, log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, dirac
+from pyro_elbo_ext.programs.given import check_full, values_of
 from pyro_elbo_ext.programs.nodes import is_latent, is_point_mass, is_random
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.points import point_estimate, point_sites

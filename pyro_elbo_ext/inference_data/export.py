@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.inference_data.draws import Columns, check_full, run_given, to_numpy, values_of
+from pyro_elbo_ext.inference_data.draws import Columns, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.model_runs import ModelRuns
 from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data
+from pyro_elbo_ext.programs.given import check_full, run_given, values_of
 from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.randomness import untouched

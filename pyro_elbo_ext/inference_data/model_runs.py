@@ -13,15 +13,9 @@ from numpy.typing import NDArray
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_elbo_ext.inference_data.draws import (
-    Columns,
-    data_of,
-    pointwise_log_likelihood,
-    run_given,
-    to_numpy,
-    values_of,
-)
+from pyro_elbo_ext.inference_data.draws import Columns, pointwise_log_likelihood, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.programs.given import data_of, run_given, values_of
 from pyro_elbo_ext.programs.running import signature_of_callable
 
 

@@ -10,8 +10,8 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.inference_data.draws import check_full, values_of
 from pyro_elbo_ext.particles.batched_draws import Batch
+from pyro_elbo_ext.programs.given import check_full, values_of
 from pyro_elbo_ext.programs.pairs import check_pair
 
 _AT_ONCE = 4096
