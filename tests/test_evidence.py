@@ -54,11 +54,11 @@ def covered(problem: str, guide: str, seeds: int, **options: object) -> dict[str
 @pytest.mark.parametrize("exact_draws", [True, False], ids=["posterior draws", "without"])
 @pytest.mark.parametrize(("problem", "guide"), CASES)
 def test_intervals_cover(problem: str, guide: str, exact_draws: bool) -> None:
-    found = covered(problem, guide, 200, exact_draws=exact_draws, fallback=None)
+    found = covered(problem, guide, 100, exact_draws=exact_draws, fallback=None)
     print(problem, guide, "posterior draws" if exact_draws else "without", found)
-    # at the stated 0.95 the share of 200 has a standard error of 0.0154: three of them below
-    assert found["log_evidence"] >= 0.95 - 0.046
-    assert found["kl_posterior"] >= 0.95 - 0.046
+    # at the stated 0.95 the share of 100 has a standard error of 0.0218: three of them below
+    assert found["log_evidence"] >= 0.95 - 0.065
+    assert found["kl_posterior"] >= 0.95 - 0.065
     if exact_draws:
         assert found["no_upper"] == 0
 
