@@ -43,6 +43,11 @@ class SiteWeights:
         """Whether the objective is ``reconstruction - weight * kl_prior``."""
         return not self.named and self.free_bits is None
 
+    @property
+    def is_one(self) -> bool:
+        """Whether the objective is known to be the ELBO, unweighted."""
+        return self.is_uniform and not isinstance(self.others, Tensor) and self.others == 1.0
+
     def penalty(self, kl_priors: Mapping[str, Number], counts: Mapping[str, Number]) -> tuple[Number, SiteWeights]:
         """What the objective takes off the reconstruction, and the weights that its gradient has.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -14,7 +13,7 @@ from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_elbo_ext.bounds import Gradient, Pathwise, bounds
+from pyro_elbo_ext.bounds import Gradient, bounds
 from pyro_elbo_ext.bounds.gradients import GradientName
 from pyro_elbo_ext.bounds.site_weights import Number
 from pyro_elbo_ext.bounds.weighting import FreeBits, KLWeight
@@ -23,37 +22,27 @@ from pyro_elbo_ext.history.history import SiteInfo
 from pyro_elbo_ext.objectives.arguments import PyrosArguments, with_pyros_arguments
 from pyro_elbo_ext.objectives.bound_estimate import estimate_bound
 from pyro_elbo_ext.objectives.bound_record import Particles
+from pyro_elbo_ext.objectives.enumerated import evaluate_enumerated
 from pyro_elbo_ext.objectives.evaluation import (
-    MAX_STRUCTURES,
     Args,
     Evaluation,
     Kwargs,
     Pair,
     Program,
-    Signature,
     Totals,
     signature_of,
 )
-from pyro_elbo_ext.objectives.weighted import WeightedObjective
-from pyro_elbo_ext.particles.batched_draws import call_key
+from pyro_elbo_ext.objectives.kl_choice import Evaluated, KLObjective
 from pyro_elbo_ext.particles.estimate import Ledger, Particle, average, evaluate, row, sums_by_site
 from pyro_elbo_ext.programs.pairs import check_draws, check_pair
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
-from pyro_elbo_ext.terms.kl import KLChoice, KLPrior, Structure, kl_prior
-from pyro_elbo_ext.terms.terms import Site, outline, read_sites, stack_particles
-
-logger = logging.getLogger(__name__)
-
-_SAMPLED = KLPrior("sampled", "kl='sampled'")
+from pyro_elbo_ext.terms.kl import KLChoice, KLPrior
+from pyro_elbo_ext.terms.terms import read_sites, stack_particles
 
 
-# signature, particles, how each one's terms are computed, and each one's traces
-_Evaluated = tuple[Signature, list[Particle], list[tuple[SiteInfo, ...]], list[tuple[Trace, Trace]]]
-
-
-class DecomposedELBO(WeightedObjective):
+class DecomposedELBO(KLObjective):
     r"""Evidence lower bound that keeps every term: a drop-in for ``pyro.infer.Trace_ELBO`` and ``TraceMeanField_ELBO``.
 
     .. math:: \mathrm{ELBO} = \mathrm E_q[\log p(x \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
@@ -139,26 +128,10 @@ class DecomposedELBO(WeightedObjective):
         history: bool | History = True,
         **options: Unpack[PyrosArguments],
     ) -> None:
-        super().__init__(*args, kl_weight=kl_weight, free_bits=free_bits, gradient=gradient, history=history, **options)
-        if kl not in get_args(KLChoice):
-            raise ValueError(f"kl must be one of {get_args(KLChoice)}, not {kl!r}")
-        self.estimator.check(bounds.ELBO(), self.num_particles)
-        if kl == "analytic" and not self._by_terms:
-            raise ValueError(
-                f"kl='analytic' leaves no log q for gradient='{self.gradient}' to work on. Use kl='sampled', or "
-                "gradient='pathwise'."
-            )
-        self.kl = kl
+        super().__init__(
+            *args, kl=kl, kl_weight=kl_weight, free_bits=free_bits, gradient=gradient, history=history, **options
+        )
         self._last: list[Particle] | Particles | None = None
-
-    @property
-    def _by_terms(self) -> bool:
-        """Whether the gradient is taken term by term; the other estimators work on the log weights as a whole."""
-        return type(self.estimator) is Pathwise
-
-    @property
-    def _tracks_dependencies(self) -> bool:  # type: ignore[override]
-        return self._by_terms and self.kl != "sampled"
 
     @property
     def last(self) -> Terms | None:
@@ -192,12 +165,12 @@ class DecomposedELBO(WeightedObjective):
             evaluation.kl_weight = given
             return evaluation
         pair = self._pairs(model, guide)
-        ledger = Ledger()
-        batched = self._evaluate_batch(pair, model, guide, args, kwargs, ledger)
-        if batched is not None:
-            signature, particles, infos, traces = batched
-        else:
-            signature, particles, infos, traces = self._evaluate_loop(pair, model, guide, args, kwargs, ledger)
+        given_call = pair, model, guide, args, kwargs
+        ledger, signature, particles, infos, traces = self._by_enumeration(
+            pair,
+            lambda: self._evaluate_plain(*given_call),
+            lambda: evaluate_enumerated(self, *given_call, differentiable=not weights.is_one),
+        )
         repeats = len(particles)
         info: tuple[SiteInfo, ...] = ()
         numbers: list[Number] = []
@@ -232,10 +205,13 @@ class DecomposedELBO(WeightedObjective):
         surrogate = partial(shares, self.num_particles, weights)
         return Evaluation(pair, signature, info, values, objective, given, surrogate, list, traces)
 
-    def _evaluate_loop(
-        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
-    ) -> _Evaluated:
+    def _evaluate_plain(self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Evaluated:
+        batched = self._evaluate_batch(pair, model, guide, args, kwargs)
+        return batched or self._evaluate_loop(pair, model, guide, args, kwargs)
+
+    def _evaluate_loop(self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Evaluated:
         """Particles one after the other, or all of them in Pyro's particle plate."""
+        ledger = Ledger()
         particles: list[Particle] = []
         infos: list[tuple[SiteInfo, ...]] = []
         runs: list[tuple[Trace, Trace]] = []
@@ -273,25 +249,11 @@ class DecomposedELBO(WeightedObjective):
                     counts_latent=self._free_bits is not None,
                 )
             )
-        return signature, particles, infos, runs
-
-    def _is_tracked(self, pair: Pair, args: Args, kwargs: Kwargs) -> bool:
-        """Whether the next run is to find out the dependencies of its sites."""
-        if not self._tracks_dependencies:
-            return False
-        if not self._weighs_by_site:
-            return pair.track_next
-        # new sites may be sampled once and tracked in the next run, but then an autoguide's are not known apart
-        key = call_key(args, kwargs)
-        is_new = key not in pair.tracked
-        if len(pair.tracked) >= MAX_STRUCTURES:
-            pair.tracked.clear()
-        pair.tracked.add(key)
-        return is_new or pair.track_next
+        return Evaluated(ledger, signature, particles, infos, runs)
 
     def _evaluate_batch(
-        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs, ledger: Ledger
-    ) -> _Evaluated | None:
+        self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs
+    ) -> Evaluated | None:
         """All particles in one run; None if they cannot be batched."""
         batch = self._batch(pair, model, guide, args, kwargs)
         if batch is None:
@@ -325,6 +287,7 @@ class DecomposedELBO(WeightedObjective):
         info = self._describe(pair, signature, sites, kls)
         if self.kl == "analytic":
             self._report(info)
+        ledger = Ledger()
         ledger.begin_particle()
         particle = evaluate(
             sites,
@@ -335,56 +298,7 @@ class DecomposedELBO(WeightedObjective):
             ledger=ledger,
             counts_latent=self._free_bits is not None,
         )
-        return signature, [particle], [info], [(model_trace, guide_trace)]
-
-    def _kl_prior(self, site: Site, structure: Structure) -> KLPrior:
-        return _SAMPLED if self.kl == "sampled" else kl_prior(site, structure)
-
-    def _describe(
-        self, pair: Pair, signature: Signature, sites: list[Site], kls: list[KLPrior | None]
-    ) -> tuple[SiteInfo, ...]:
-        """How each site's term is computed; the same object as at the last step if nothing has changed."""
-        known = pair.infos.get(signature)
-        if known is not None and self.kl == "sampled":
-            return known
-        info = tuple(
-            [
-                SiteInfo(site.name, site.kind, kl and kl.method, kl and kl.reason)
-                for site, kl in zip(sites, kls, strict=True)
-            ]
-        )
-        if known == info:
-            return known
-        pair.infos[signature] = info
-        return info
+        return Evaluated(ledger, signature, [particle], [info], [(model_trace, guide_trace)])
 
     def forget(self) -> None:
         self._last = None
-
-    def _structure(
-        self,
-        pair: Pair,
-        signature: Signature,
-        model_trace: Trace,
-        guide_trace: Trace,
-        tracker: DependencyTracker | None,
-    ) -> Structure:
-        structure = pair.structures.get(signature)
-        if tracker is None and (structure is not None or self.kl != "sampled"):
-            if structure is None:  # new sites, seen without a tracker: sample them now, track the next run
-                pair.track_next = True
-                return Structure(outline(model_trace, guide_trace))
-            return structure
-        return self._remember(pair, signature, model_trace, guide_trace, tracker)
-
-    def _report(self, sites: tuple[SiteInfo, ...]) -> None:
-        """Say how each kl_prior is computed: in the log, or as the error that kl='analytic' asks for."""
-        sampled = [site for site in sites if site.kl_method == "sampled"]
-        if self.kl == "analytic" and sampled:
-            listed = "; ".join(f"site '{site.site}': {site.kl_reason}" for site in sampled)
-            raise ValueError(
-                f"kl='analytic', but there is no valid closed form for {listed}. Use kl='auto' or kl='sampled'."
-            )
-        for site in sites:
-            if site.kl_method is not None:
-                logger.info("kl_prior of site '%s' is %s: %s", site.site, site.kl_method, site.kl_reason)

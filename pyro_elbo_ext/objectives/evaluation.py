@@ -35,6 +35,7 @@ class Pair:
 
     structures: dict[Signature, Structure] = field(default_factory=dict)
     infos: dict[Signature, tuple[SiteInfo, ...]] = field(default_factory=dict)
+    enumerates: bool | None = None  # whether sites are marked for enumeration; None before the first run
     track_next: bool = True  # the dependencies of the sites last seen are not known
     tracked: set[CallKey] = field(default_factory=set)  # where weights by site need the dependencies in every run
     registered: set[Signature] = field(default_factory=set)
@@ -101,7 +102,7 @@ def signature_of(model_trace: Trace, guide_trace: Trace, args: Args, kwargs: Kwa
     for trace in (model_trace, guide_trace):
         for name, node in trace.nodes.items():
             if node["type"] == "sample":
-                signature += (name, node["fn"].__class__, node["is_observed"])
+                signature += (name, node["fn"].__class__, node["is_observed"], node["infer"].get("enumerate"))
     for key, value in (*enumerate(args), *kwargs.items()):
         if value is None or isinstance(value, bool | str):
             signature += (key, value)

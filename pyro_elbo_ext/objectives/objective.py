@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Unpack
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 import pyro
@@ -40,8 +40,8 @@ from pyro_elbo_ext.objectives.not_finite import NotFinite, check_terms, why
 from pyro_elbo_ext.objectives.per_pair import PerPair
 from pyro_elbo_ext.particles.batched_draws import Batch, call_key
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
-from pyro_elbo_ext.programs.pairs import check_pair
-from pyro_elbo_ext.programs.randomness import torch_kept
+from pyro_elbo_ext.programs.pairs import Marked, check_pair
+from pyro_elbo_ext.programs.randomness import taken_down, torch_kept
 from pyro_elbo_ext.programs.running import run_pair
 from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
@@ -49,6 +49,7 @@ from pyro_elbo_ext.terms.kl import Structure, read_structure
 from pyro_elbo_ext.terms.registration import check_registered, collects_parameters, parameters_of
 from pyro_elbo_ext.terms.terms import Site
 
+Result = TypeVar("Result")
 _PYROS = frozenset(PYROS)
 _PACKAGE = __name__.partition(".")[0] + "."
 
@@ -230,17 +231,34 @@ class Objective(ELBO):
         finally:
             self.max_plate_nesting = stored
 
+    def _by_enumeration(self, pair: Pair, plain: Callable[[], Result], enumerated: Callable[[], Result]) -> Result:
+        """``enumerated`` if sites are marked for it, which the first run tells; its random numbers are then given back."""
+        if pair.enumerates:
+            return enumerated()
+        put_back = taken_down() if pair.enumerates is None and self._traced is None else None
+        try:
+            result = plain()
+        except Marked:
+            pair.enumerates = True
+            if put_back is not None:
+                put_back()
+            return enumerated()
+        pair.enumerates = False
+        return result
+
+    def _plate_nesting(self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
+        """How many dims belong to plates, the particle plate among them: as given, or guessed in private."""
+        if not math.isinf(self.max_plate_nesting):
+            return int(self.max_plate_nesting)
+        if pair.max_plate_nesting is None:
+            pair.max_plate_nesting = self._guess_in_private(model, guide, args, kwargs)
+        return pair.max_plate_nesting
+
     def _particle_dim(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int | None:
         """Dim of Pyro's particle plate; None if the particles are not in one."""
         if self.vectorize_particles is not True or self.num_particles == 1:
             return None
-        nesting = self.max_plate_nesting
-        if math.isinf(nesting):
-            pair = self._pairs(model, guide)
-            if pair.max_plate_nesting is None:
-                pair.max_plate_nesting = self._guess_in_private(model, guide, args, kwargs)
-            nesting = pair.max_plate_nesting
-        return -int(nesting)
+        return -self._plate_nesting(self._pairs(model, guide), model, guide, args, kwargs)
 
     def _programs(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[int, Program, Program]:
         """How often to run model and guide, and the two, inside the particle plate if there is one."""

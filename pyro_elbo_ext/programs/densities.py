@@ -28,6 +28,7 @@ from pyro_elbo_ext.programs.faults import (
 from pyro_elbo_ext.programs.nodes import (
     PARTICLE_PLATE,
     Node,
+    enumerated_dims,
     is_data,
     is_latent,
     is_masked,
@@ -131,21 +132,32 @@ def _at_site(error: Exception, node: Node, trace: Trace, of_model: bool) -> Exce
 
 def _check_shape(node: Node, max_plate_nesting: float) -> None:
     """Reject log densities that came about by accidental broadcasting, or that cover no data at all."""
-    shape = node["log_prob"].shape
     fn, value, name = node["fn"], node["value"], node["name"]
-    batch_shape = getattr(fn, "batch_shape", shape)
-    of_value = value.shape[: value.dim() - fn.event_dim] if hasattr(fn, "event_dim") else shape
+    batch_shape = getattr(fn, "batch_shape", node["log_prob"].shape)
+    of_value = value.shape[: value.dim() - fn.event_dim] if hasattr(fn, "event_dim") else node["log_prob"].shape
+    shape, batch_shape, of_value = [_of_plates(of, node) for of in (node["log_prob"].shape, batch_shape, of_value)]
     if shape != batch_shape and shape != of_value:
         raise ValueError(_broadcast(node))
     if is_data(node) and (of_event_at_fault(node) or (shape != of_value and _is_repeated(of_value, node))):
         raise ValueError(_broadcast(node))
-    if getattr(fn, "event_shape", ()) and value.shape != batch_shape + fn.event_shape and _is_spread(node):
+    if getattr(fn, "event_shape", ()) and _is_spread(node, of_value, batch_shape):
         raise ValueError(_broadcast(node))
     # A latent site may have no elements, as in Pyro: the weights of a model without covariates.
     if node["is_observed"] and (0 in shape or (0 in value.shape and type(fn).__name__ != "Unit")):
         raise ValueError(f"site '{name}' is empty: its value has shape {tuple(value.shape)}. Skip empty batches.")
     if is_validation_enabled():
         check_site_shape(node, max_plate_nesting)
+
+
+def _of_plates(shape: torch.Size, node: Node) -> torch.Size:
+    """A shape without the dims along which a site has the values of enumerated sites."""
+    enumerated = enumerated_dims(node)
+    if not enumerated:
+        return shape
+    sizes = [1 if dim in enumerated else size for dim, size in enumerate(shape, -len(shape))]
+    while sizes and sizes[0] == 1:
+        del sizes[0]
+    return torch.Size(sizes)
 
 
 def _broadcast(node: Node) -> str:
@@ -165,7 +177,7 @@ def _is_repeated(of_value: torch.Size, node: Node) -> bool:
     One datum for all of a plate is what the model says. Not so along a dim that no plate declares, nor if the data have
     another dim of the plate's size: labels of shape (N, 1) in a plate of N, or N labels for N vectors.
     """
-    shape = node["log_prob"].shape
+    shape = _of_plates(node["log_prob"].shape, node)
     several = {dim for dim in range(-len(shape), 0) if shape[dim] > 1}
     repeated = {dim for dim in several if len(of_value) < -dim or of_value[dim] == 1}
     frames = {frame.dim: frame.name for frame in node["cond_indep_stack"]}
@@ -175,13 +187,13 @@ def _is_repeated(of_value: torch.Size, node: Node) -> bool:
     return any(shape[dim] in (undeclared if frames[dim] == PARTICLE_PLATE else node["value"].shape) for dim in repeated)
 
 
-def _is_spread(node: Node) -> bool:
+def _is_spread(node: Node, of_value: torch.Size, batch_shape: torch.Size) -> bool:
     """Whether value and distribution broadcast to a shape that is neither's, which a sum over the event would hide."""
     fn, value = node["fn"], node["value"]
-    if says_what_it_takes(fn):
+    whole, given = batch_shape + fn.event_shape, of_value + value.shape[value.dim() - len(fn.event_shape) :]
+    if given == whole or says_what_it_takes(fn):
         return False
-    whole = fn.batch_shape + fn.event_shape
     try:
-        return torch.broadcast_shapes(value.shape, whole) not in (value.shape, whole)
+        return torch.broadcast_shapes(given, whole) not in (given, whole)
     except RuntimeError:  # no elementwise density
         return False

@@ -24,6 +24,11 @@ def is_latent(node: Node) -> bool:
     return node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
 
 
+def enumerated_dims(node: Node) -> frozenset[int]:
+    """The dims, from the right, along which a site has values of enumerated sites, its own included."""
+    return frozenset(node["infer"].get("_dim_to_id", ()))
+
+
 def is_data(node: Node) -> bool:
     """Whether an observed site is data: neither ``pyro.deterministic`` nor ``pyro.factor``."""
     return node["is_observed"] and not node["infer"].get("_deterministic") and not isinstance(node["fn"], Unit)

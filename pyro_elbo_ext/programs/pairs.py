@@ -8,24 +8,32 @@ from itertools import zip_longest
 from pyro.poutine import Trace
 
 from pyro_elbo_ext.programs.faults import REMEDY, described, draw_outside
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_latent, is_subsample
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, enumerated_dims, is_latent, is_subsample
 
 
-def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
+class Marked(ValueError):
+    """A latent site is marked for enumeration, where nothing is enumerated."""
+
+
+def check_pair(model_trace: Trace, guide_trace: Trace, *, enumerated: bool = False) -> None:
     """Compare names, kinds and shapes of the sites; nothing here waits for the device.
+
+    ``enumerated`` says that these are traces under enumeration.
 
     Raises
     ------
+    Marked
+        For a latent site that is marked for enumeration, if nothing is enumerated.
     ValueError
-        For a site that is marked for enumeration, latent in the model and missing from the guide, observed in one of them
-        only, of another shape in the guide than in the model, or of plates that count it another number of times.
+        For a latent site of the model that is missing from the guide and not summed out, a site that is observed in one of
+        them only, of another shape in the guide than in the model, or of plates that count it another number of times.
     """
     for trace, where in ((guide_trace, "guide"), (model_trace, "model")):
         for name, node in trace.nodes.items():
             if node["type"] != "sample" or is_subsample(node):
                 continue
-            if node["infer"].get("enumerate") and not node["is_observed"]:
-                raise ValueError(
+            if node["infer"].get("enumerate") and not node["is_observed"] and not enumerated:
+                raise Marked(
                     f"site '{name}' of the {where} is marked for enumeration (infer={{'enumerate': ...}}), which this ELBO "
                     "does not do. Use pyro.infer.TraceEnum_ELBO, or remove the mark to sample the site."
                 )
@@ -33,12 +41,30 @@ def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
                 _check_not_observed(node, model_trace)
             elif not node["is_observed"]:
                 if name not in guide_trace:
+                    if enumerated and node["infer"].get("enumerate"):
+                        _check_summed_out(node)
+                        continue
                     raise ValueError(
                         f"site '{name}' is latent in the model but the guide has no site of that name, so it has no log "
                         f"q. Add pyro.sample('{name}', ...) to the guide, or observe it in the model."
                     )
                 _check_latent_shape(node, guide_trace.nodes[name])
                 _check_plates(node, guide_trace.nodes[name])
+
+
+def _check_summed_out(node: Node) -> None:
+    """Raise ValueError if a site of the model, which the guide does not have, is marked but cannot be summed out."""
+    name, infer = node["name"], node["infer"]
+    if infer.get("num_samples") is not None:
+        raise ValueError(
+            f"site '{name}' of the model is marked with num_samples={infer['num_samples']}, and the guide does not have it: "
+            "draws of the prior would count as all values. Draw it in the guide, or remove num_samples to sum it out."
+        )
+    if "_enumerate_dim" not in infer:
+        raise ValueError(
+            f"site '{name}' of the model is marked infer={{'enumerate': {infer['enumerate']!r}}}, and the guide does not "
+            "have it: the model's sites are summed out in parallel. Use infer={'enumerate': 'parallel'}."
+        )
 
 
 def _check_not_observed(node: Node, model_trace: Trace) -> None:
@@ -75,6 +101,8 @@ def _copies(node: Node) -> float:
 def _check_latent_shape(node: Node, guide_node: Node) -> None:
     """Raise ValueError if the guide's draw is not of the shape of the model's latent site ``node``, in Pyro's words."""
     fn, value = node["fn"], node["value"]
+    if enumerated_dims(node) or "_enum_total" in guide_node["infer"]:
+        return  # what broadcasts against enumerated values is looked at where their densities are
     if not hasattr(fn, "batch_shape") or any(frame.name == PARTICLE_PLATE for frame in node["cond_indep_stack"]):
         return  # in a batched run the model's distribution may be one for all particles
     shape = fn.batch_shape + fn.event_shape

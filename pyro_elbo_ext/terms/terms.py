@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Kind = Literal["observed", "latent", "auxiliary"]
-Method = Literal["analytic", "sampled"]
+Method = Literal["analytic", "sampled", "enumerated", "marginalized"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,9 +74,9 @@ def outline(model_trace: Trace, guide_trace: Trace, densities: Mapping[str, tupl
     sites: list[tuple[str, Kind, tuple[str, ...]]] = []
     for name, node in model_trace.nodes.items():
         if _has_density(node):
-            sites.append(
-                (name, "observed", ()) if node["is_observed"] else (name, "latent", densities.get(name, (name,)))
-            )
+            summed_out = node["is_observed"] or ("_enumerate_dim" in node["infer"] and name not in guide_trace.nodes)
+            kind: Kind = "observed" if node["is_observed"] else "latent"
+            sites.append((name, kind, () if summed_out else densities.get(name, (name,))))
     shared = {part for parts in densities.values() for part in parts}
     latent = {name for name, kind, _ in sites if kind == "latent"}
     for name, node in guide_trace.nodes.items():

@@ -1,0 +1,211 @@
+"""Sites that the model sums out: the log of the sum, split into rows by the exact conditional posterior.
+
+With ``m`` the summed-out sites and ``r(m) = p(m | x, z)`` their posterior given all else,
+
+    log sum_m p(m) p(x | m, z) = E_r[log p(x | m, z)] - KL(r(m) || p(m)),
+
+so reconstruction and ``kl_prior`` of a summed-out site are defined and exact: its guide is ``r``. The marginals of ``r`` are
+the derivatives of the log sum by the log factors, which one backward pass through Pyro's own contraction gives. Its entropy
+is the log sum less the expected log factors; site by site it is known where ``r`` has the model's own edges, as for single
+sites, chains and trees (see :func:`_splits`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from opt_einsum import shared_intermediates
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import LogRing
+from torch import Tensor
+
+from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
+from pyro_elbo_ext.terms.enumeration.packing import Ordinal, dims_of, named, spread, summed_to
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A log density that depends on summed-out sites: packed, masked, not scaled.
+
+    ``own`` is the symbol of the summed-out site that it is the prior of; None for what only depends on such sites.
+    """
+
+    site: str
+    ordinal: Ordinal
+    log_density: Tensor
+    own: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Summed-out sites that hang together, and what depends on them.
+
+    The sum of ``log_p`` less that of ``log_q`` is the expected log sum, in value and in gradient.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the summed-out sites.
+    log_p : dict of str to Tensor
+        Of each site: the expectation under ``r`` of its log factor, scaled; packed, with the dims of the site's plates.
+    log_q : dict of str to Tensor, or Tensor
+        Of each summed-out site: the expectation of ``log r``, alike; a scalar where it is known for all of them only.
+    joint : dict of str to (Tensor, str)
+        Of each summed-out site: the posterior weight of its values together with its parents', times the scale; packed,
+        detached; and the symbol of the site's own dim.
+    """
+
+    names: tuple[str, ...]
+    log_p: dict[str, Tensor]
+    log_q: dict[str, Tensor] | Tensor
+    joint: dict[str, tuple[Tensor, str]]
+
+
+def sum_out(
+    factors: Sequence[Factor],
+    summed: set[str],
+    plates: set[str],
+    scale: float | Tensor,
+    guide: GuideWeights,
+    *,
+    differentiable: bool,
+) -> list[Group]:
+    """Sum out the model's enumerated sites, and read the rows of each group off the posterior.
+
+    Parameters
+    ----------
+    summed, plates
+        Symbols of the summed-out sites, and of the plates.
+    scale
+        Common to all factors; multiplies the log of the sum.
+    differentiable
+        Whether ``log_p`` and ``log_q`` have each their own gradient. Without it only that of the whole is right: by the
+        envelope theorem ``r`` may be held fixed in it, and the contraction is gone through once, not twice.
+    """
+    return [
+        _sum_out(group, summed, plates, scale, guide, differentiable=differentiable)
+        for group in _connected(factors, summed)
+    ]
+
+
+def _sum_out(
+    factors: Sequence[Factor],
+    summed: set[str],
+    plates: set[str],
+    scale: float | Tensor,
+    guide: GuideWeights,
+    *,
+    differentiable: bool,
+) -> Group:
+    densities = _with_guide_dims(factors, summed | plates)
+    with torch.enable_grad():
+        leaves = [_leaf(density, differentiable) for density in densities]
+        ordinal, log_sum = _contract(factors, leaves, summed)
+        log_sum = packed.scale_and_mask(log_sum, scale=scale)
+        (expected,) = guide.expected(ordinal, [log_sum])
+        value = expected.sum()
+        weights = torch.autograd.grad(value, leaves, create_graph=differentiable)
+        if not differentiable:
+            value = value.detach()
+            if not guide.is_trivial:  # what remains of its gradient is that of the guide's weights
+                (expected,) = guide.expected(ordinal, [named(log_sum.detach(), dims_of(log_sum))])
+                value = expected.sum()
+
+    log_p: dict[str, Tensor] = {}
+    joint: dict[str, tuple[Tensor, str]] = {}
+    log_q: dict[str, Tensor] = {}
+    for factor, density, weight in zip(factors, densities, weights, strict=True):
+        dims = dims_of(density)
+        # what has no weight does not count, though its density may be 0
+        product = weight * density.masked_fill(weight.detach() == 0, 0.0)
+        log_p[factor.site] = summed_to(named(product, dims), factor.ordinal)
+        if factor.own is not None:
+            joint[factor.site] = named(weight.detach(), dims), factor.own
+            given_parents = weight.sum(dims.index(factor.own), keepdim=True)
+            product = weight * (_log(weight) - _log(given_parents))
+            log_q[factor.site] = summed_to(named(product, dims), factor.ordinal)
+    names = tuple(log_q)
+    whole = torch.stack([term.sum() for term in log_p.values()]).sum()
+    if not differentiable:
+        whole = whole.detach()
+    if not _splits(factors, summed):
+        return Group(names, log_p, whole - value, joint)
+    if not differentiable and value.requires_grad:
+        of_first = log_q[names[0]]
+        log_q[names[0]] = named(of_first - (value - value.detach()) / of_first.numel(), dims_of(of_first))
+    return Group(names, log_p, log_q, joint)
+
+
+def _with_guide_dims(factors: Sequence[Factor], others: set[str]) -> list[Tensor]:
+    """The densities; those of the summed-out sites' own with all dims that the guide enumerates, as the posterior has."""
+    sizes = {
+        dim: size
+        for factor in factors
+        for dim, size in zip(dims_of(factor.log_density), factor.log_density.shape, strict=True)
+        if dim not in others
+    }
+    if not sizes:
+        return [factor.log_density for factor in factors]
+    return [factor.log_density if factor.own is None else spread(factor.log_density, sizes) for factor in factors]
+
+
+def _leaf(density: Tensor, differentiable: bool) -> Tensor:
+    leaf = density.view_as(density) if differentiable else density.detach()
+    return named(leaf if leaf.requires_grad else leaf.requires_grad_(), dims_of(density))
+
+
+def _contract(factors: Sequence[Factor], densities: Sequence[Tensor], summed: set[str]) -> tuple[Ordinal, Tensor]:
+    """The log of the sum over the summed-out sites, by Pyro's message passing."""
+    tree: OrderedDict[Ordinal, list[Tensor]] = OrderedDict()
+    sizes: dict[str, int] = {}
+    for factor, density in zip(factors, densities, strict=True):
+        tree.setdefault(factor.ordinal, []).append(density)
+        sizes.update(zip(dims_of(density), density.shape, strict=True))
+    with shared_intermediates() as cache:
+        contracted = contract_tensor_tree(tree, summed & set(sizes), ring=LogRing(cache=cache, dim_to_size=sizes))
+    ((ordinal, (log_sum,)),) = contracted.items()
+    return ordinal, log_sum
+
+
+def _log(weight: Tensor) -> Tensor:
+    return weight.clamp_min(torch.finfo(weight.dtype).tiny).log()
+
+
+def _connected(factors: Sequence[Factor], summed: set[str]) -> list[list[Factor]]:
+    """The factors, in groups that share summed-out sites."""
+    groups: list[tuple[set[str], list[Factor]]] = []
+    for factor in factors:
+        dims = summed.intersection(dims_of(factor.log_density))
+        touching = [group for group in groups if group[0] & dims]
+        for group in touching:
+            groups.remove(group)
+        groups.append(
+            (dims.union(*[of for of, _ in touching]), [*[one for _, group in touching for one in group], factor])
+        )
+    return [group for _, group in groups]
+
+
+def _splits(factors: Sequence[Factor], summed: set[str]) -> bool:
+    """Whether the posterior has the model's own edges: ``r(m) = prod_i r(m_i | parents of m_i)``.
+
+    So it is if what depends on several summed-out sites depends on one of them and on parents of that one: then no sum over
+    a site makes others depend on each other (a perfect ordering; Lauritzen 1996, "Graphical Models", section 2.1).
+    """
+    parents = {
+        factor.own: summed.intersection(dims_of(factor.log_density)) - {factor.own}
+        for factor in factors
+        if factor.own is not None
+    }
+    order = {own: at for at, own in enumerate(parents)}
+    cliques = [*parents.values()]
+    cliques += [summed.intersection(dims_of(factor.log_density)) for factor in factors if factor.own is None]
+    for clique in cliques:
+        if clique:
+            last = max(clique, key=order.__getitem__)
+            if not clique - {last} <= parents[last]:
+                return False
+    return True

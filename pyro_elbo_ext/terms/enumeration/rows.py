@@ -1,0 +1,126 @@
+"""The terms of one pair of enumerated traces: each an exact expectation over all that is enumerated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.ops import packed
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
+from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, sum_out
+from pyro_elbo_ext.terms.enumeration.packing import Ordinal, unpacked
+from pyro_elbo_ext.terms.kl import KLPrior
+from pyro_elbo_ext.terms.terms import Site
+
+
+@dataclass(slots=True)
+class Row:
+    """What the site comes to, shape ``batch_shape`` without what is enumerated; None where the site has no such density."""
+
+    log_p: Tensor | None = None
+    log_q: tuple[Tensor, ...] = ()
+    kl_prior: Tensor | None = None  # where it is analytic
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of a pair of traces.
+
+    Attributes
+    ----------
+    by_site : dict of str to Row
+    joint : dict of tuple of str to Tensor
+        Sites of the model that are summed out together, to their ``log q``, a scalar, where it does not split.
+    """
+
+    by_site: dict[str, Row] = field(default_factory=dict)
+    joint: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+
+
+class PairOfTraces:
+    """A packed pair of traces: which of the model's sites are summed out, and which depend on those."""
+
+    def __init__(self, model_trace: Trace, guide_trace: Trace) -> None:
+        self.model_trace, self.guide_trace = model_trace, guide_trace
+        _, factors, ordering, summed, scale = _compute_model_factors(model_trace, guide_trace)
+        self._in_sums = {id(factor) for of_ordinal in factors.values() for factor in of_ordinal}
+        self._ordering: dict[str, Ordinal] = ordering
+        self._summed: set[str] = summed
+        self._scale: Any = scale
+        self._symbols: dict[str, int] = {**guide_trace.symbol_to_dim, **model_trace.symbol_to_dim}
+
+    def depends_on_summed(self, site: Site) -> bool:
+        """Whether the model's density at a site stands inside a sum over others."""
+        return site.p is not None and self._in_sum(site.p) is not None
+
+    def _in_sum(self, node: Node) -> Tensor | None:
+        for name in ("masked_log_prob", "unscaled_log_prob"):
+            density: Tensor | None = node["packed"].get(name)
+            if id(density) in self._in_sums:
+                return density
+        return None
+
+    def rows(self, sites: Sequence[Site], kls: Sequence[KLPrior | None], *, differentiable: bool) -> Rows:
+        """The rows of all sites.
+
+        Parameters
+        ----------
+        sites
+            From :func:`pyro_elbo_ext.terms.terms.read_sites`.
+        kls
+            For each site how its ``kl_prior`` is computed; None for observed sites.
+        differentiable
+            See :func:`~pyro_elbo_ext.terms.enumeration.marginals.sum_out`.
+        """
+        rows = Rows({site.name: Row() for site in sites})
+        guide = GuideWeights(self.guide_trace, self._ordering)
+        costs: dict[tuple[Ordinal, str | None], list[tuple[Row, str, Tensor]]] = {}
+        factors: list[Factor] = []
+
+        def expect(name: str, what: str, cost: Tensor, without: str | None = None) -> None:
+            costs.setdefault((self._ordering[name], without), []).append((rows.by_site[site.name], what, cost))
+
+        for site, kl in zip(sites, kls, strict=True):
+            if site.p is not None:
+                density = self._in_sum(site.p)
+                if density is None:
+                    expect(site.name, "log_p", site.p["packed"]["log_prob"])
+                else:
+                    own = site.p["infer"].get("_enumerate_symbol") if not site.q and kl is not None else None
+                    factors.append(Factor(site.name, self._ordering[site.name], density, own))
+            for node in site.q:
+                expect(node["name"], "log_q", node["packed"]["log_prob"])
+            if kl is not None and kl.value is not None:
+                expect(site.name, "kl_prior", self._pack(kl.value, site), without=site.q[-1]["name"])
+        for (ordinal, without), of_ordinal in costs.items():
+            expected = guide.expected(ordinal, [cost for _, _, cost in of_ordinal], without)
+            for (row, what, _), value in zip(of_ordinal, expected, strict=True):
+                value = unpacked(value, self._symbols)
+                setattr(row, what, (*row.log_q, value) if what == "log_q" else value)
+        plates = set(self.model_trace.plate_to_symbol.values())
+        for group in sum_out(factors, self._summed, plates, self._scale, guide, differentiable=differentiable):
+            self._enter(group, rows)
+        return rows
+
+    def _enter(self, group: Group, rows: Rows) -> None:
+        for name, value in group.log_p.items():
+            rows.by_site[name].log_p = unpacked(value, self._symbols)
+        if isinstance(group.log_q, Tensor):
+            rows.joint[group.names] = group.log_q
+        else:
+            for name, value in group.log_q.items():
+                rows.by_site[name].log_q = (unpacked(value, self._symbols),)
+
+    def _pack(self, value: Tensor, site: Site) -> Tensor:
+        dims = {}
+        for node in (*site.q, site.p):
+            if node is not None:
+                dims.update(node["infer"]["_dim_to_symbol"])
+        result: Tensor = packed.pack(value, dims)
+        return result

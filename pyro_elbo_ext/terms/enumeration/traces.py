@@ -1,0 +1,96 @@
+"""Runs of guide and model under enumeration, by Pyro's own handlers."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pyro import poutine
+from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
+from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_traceenum_requirements
+
+from pyro_elbo_ext.programs.densities import log_prob, score_parts
+from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
+
+
+def is_marked(*traces: Trace) -> bool:
+    """Whether a latent site is marked for enumeration (``infer={'enumerate': ...}``)."""
+    return any(is_latent(node) and node["infer"].get("enumerate") for trace in traces for node in trace.nodes.values())
+
+
+def enumerated_pairs(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    max_plate_nesting: int,
+    between: Callable[[], None] | None = None,
+) -> Iterator[tuple[Trace, Trace]]:
+    """Traces of one draw, model's and guide's, without subsample sites, unchecked.
+
+    Sites marked "parallel" have all their values in one trace, along dims to the left of the plates. Those that the guide
+    marks "sequential" have a pair of traces for each combination of their values.
+
+    Parameters
+    ----------
+    max_plate_nesting
+        How many dims from the right belong to plates.
+    between
+        Called after each run of the guide and before the model's.
+
+    Raises
+    ------
+    NotImplementedError
+        For a guide that runs the model inside, as ``EffectMixin`` and other guide messengers do.
+    """
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise NotImplementedError(
+            f"{type(poutine.unwrap(guide)).__name__} runs guide and model in one, where nothing can be enumerated. Write "
+            "the guide as a function, or remove the marks (infer={'enumerate': ...})."
+        )
+    values: queue.LifoQueue[Trace] = queue.LifoQueue()
+    # the model's dims come after, to the left of the guide's: Pyro's allocator is not set back in between
+    guide = poutine.queue(
+        EnumMessenger(first_available_dim=-1 - max_plate_nesting)(guide),
+        values,
+        escape_fn=iter_discrete_escape,
+        extend_fn=iter_discrete_extend,
+    )
+    model = EnumMessenger()(model)
+    values.put(Trace())
+    while not values.empty():
+        guide_trace = trace_guide(guide, model, args, kwargs)
+        if between is not None:
+            between()
+        model_trace = trace_replayed(model, guide, guide_trace, args, kwargs)
+        yield prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+
+def check_enumerated(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:
+    """Raise ValueError unless the two belong together; with validation on, warn as Pyro's ``TraceEnum_ELBO`` does."""
+    check_pair(model_trace, guide_trace, enumerated=True)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+        check_traceenum_requirements(model_trace, guide_trace)
+        _check_tmc_elbo_constraint(model_trace, guide_trace)
+
+
+def pack(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:
+    """Compute all log densities, and name the dims of each: what Pyro's sums over products ask for."""
+    for node in model_trace.nodes.values():
+        if node["type"] == "sample":
+            log_prob(node, model_trace, max_plate_nesting)
+    for node in guide_trace.nodes.values():
+        if node["type"] == "sample":
+            score_parts(node, guide_trace, max_plate_nesting)
+    guide_trace.pack_tensors()
+    model_trace.pack_tensors(guide_trace.plate_to_symbol)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_elbo_ext import DecomposedELBO
+from pyro_elbo_ext.programs.nodes import is_latent
+from tests.enumeration_oracles import sum_over_states
+
+Program = Callable[..., Any]
+Y = torch.tensor([-1.2, 0.4, 2.1])
+SEQUENCES = torch.tensor([[0.3, -1.0], [1.5, 0.2], [-0.7, 0.9]])  # (time, sequence)
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def loc() -> Tensor:
+    return pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.5]), 1.0).to_event(1))
+
+
+def mixture() -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 1.0])))
+    means = loc()
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(means[z], 0.8), obs=Y)
+
+
+def latent_below() -> None:
+    """A continuous latent site whose prior depends on a discrete one."""
+    means = loc()
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        x = pyro.sample("x", dist.Normal(means[z.long()], 0.5))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+def tree() -> None:
+    """A discrete site outside of the plate, and two dependent ones inside."""
+    means = loc()
+    a = pyro.sample("a", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
+    with pyro.plate("data", 3):
+        b = pyro.sample("b", dist.Categorical(torch.tensor([[0.1, 0.9], [0.6, 0.4], [0.5, 0.5]])[a]))
+        c = pyro.sample("c", dist.Bernoulli(torch.tensor([0.2, 0.7])[b]))
+        pyro.sample("y", dist.Normal(means[c.long()] + b, 0.9), obs=Y)
+
+
+def chain() -> None:
+    means, table = loc(), torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    x: Any = 0
+    for t in pyro.markov(range(4)):
+        x = pyro.sample(f"x_{t}", dist.Categorical(table[x]))
+        pyro.sample(f"y_{t}", dist.Normal(means[x], 1.0), obs=torch.tensor(0.5 * t - 1.0))
+
+
+def chains(masks_states: bool = True) -> None:
+    """Two sequences, with a mask over the last step of one: over states, it changes nothing, for they sum to one."""
+    means, table = loc(), torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    with pyro.plate("sequences", 2, dim=-1):
+        x: Any = 0
+        for t in pyro.markov(range(3)):
+            mask = torch.tensor([True, t < 2])
+            with poutine.mask(mask=mask if masks_states else True):
+                x = pyro.sample(f"x_{t}", dist.Categorical(table[x]))
+            with poutine.mask(mask=mask):
+                pyro.sample(f"y_{t}", dist.Normal(means[x], 1.0), obs=SEQUENCES[t])
+
+
+def nested() -> None:
+    means = loc()
+    with pyro.plate("outer", 2, dim=-2):
+        a = pyro.sample("a", dist.Bernoulli(0.4))
+        with pyro.plate("inner", 3, dim=-1):
+            b = pyro.sample("b", dist.Categorical(torch.tensor([[0.7, 0.3], [0.2, 0.8]])[a.long()]))
+            pyro.sample("y", dist.Normal(means[b], 1.0), obs=SEQUENCES.T)
+
+
+def one_hot() -> None:
+    means = loc()
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("y", dist.Normal((z * means).sum(-1), 0.8), obs=Y)
+
+
+def binomial() -> None:
+    means = loc()
+    with pyro.plate("data", 3):
+        n = pyro.sample("n", dist.Binomial(2, 0.4))
+        pyro.sample("y", dist.Normal(means[0] + n, 0.8), obs=Y)
+
+
+def scaled(scale: float = 0.5) -> None:
+    means = loc()
+    with poutine.scale(scale=scale), pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("y", dist.Normal(means[z], 0.8), obs=Y)
+
+
+def impossible_states() -> None:
+    """Transitions of probability 0, and a likelihood that rules a state out."""
+    means, table = loc(), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    x: Any = 0
+    for t in pyro.markov(range(3)):
+        x = pyro.sample(f"x_{t}", dist.Categorical(table[x], validate_args=False))
+        pyro.sample(f"y_{t}", dist.Normal(means[x], 1.0), obs=torch.tensor(0.3 * t))
+
+
+def factorial() -> None:
+    """Two sites that only the data tie together: their posterior does not split by site."""
+    means = loc()
+    with pyro.plate("data", 3):
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+        b = pyro.sample("b", dist.Bernoulli(0.6))
+        pyro.sample("y", dist.Normal(means[0] * a + means[1] * b, 0.9), obs=Y)
+
+
+SPLIT = [mixture, latent_below, tree, chain, chains, nested, one_hot, binomial, impossible_states]
+MODELS = [*SPLIT, scaled, factorial]
+NESTING = {chain: 0, nested: 2, impossible_states: 0}
+
+
+def guide_of(model: Program) -> AutoNormal:
+    trace = poutine.trace(model).get_trace()
+    names = [name for name, node in trace.nodes.items() if is_latent(node) and not node["fn"].support.is_discrete]
+    pyro.set_rng_seed(3)
+    guide = AutoNormal(poutine.block(model, expose=names), init_scale=0.3)
+    guide()
+    return guide
+
+
+def evaluated(elbo: Any, model: Program, guide: Program, seed: int = 5) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients at a seed."""
+    pyro.set_rng_seed(seed)
+    parameters = dict(pyro.get_param_store().named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = None
+    loss = elbo.loss_and_grads(config_enumerate(model), guide)
+    return loss, {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_value_and_gradient_are_those_of_pyro(model: Program) -> None:
+    guide, nesting = guide_of(model), NESTING.get(model, 1)
+    loss, gradients = evaluated(TraceEnum_ELBO(max_plate_nesting=nesting), model, guide)
+    ours, our_gradients = evaluated(DecomposedELBO(max_plate_nesting=nesting, kl="sampled"), model, guide)
+    assert ours == pytest.approx(loss, abs=1e-10)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_rows_are_sums_over_all_states(model: Program) -> None:
+    guide = guide_of(model)
+    elbo = DecomposedELBO(kl="sampled")
+    loss, _ = evaluated(elbo, model, guide)
+    terms = elbo.last
+    assert terms is not None
+    assert terms.elbo == pytest.approx(-loss, abs=1e-10)
+    pyro.set_rng_seed(5)
+    guide_trace = poutine.trace(guide).get_trace()
+    draws = {name: node["value"].detach() for name, node in guide_trace.nodes.items() if name in terms}
+    scale = 0.5 if model is scaled else 1.0
+    exact = sum_over_states(model, {scaled: (1.0,), chains: (False,)}.get(model, ()), draws)
+    discrete = list(exact.marginals)
+    joint = model is factorial
+    for name, expected in exact.log_p.items():
+        if name not in terms:  # the plate
+            continue
+        factor = 1.0 if name in draws else scale
+        assert float(terms[name].log_p.sum()) == pytest.approx(factor * float(expected), abs=1e-10), name
+    if joint:
+        (name,) = [name for name in terms if ", " in name]
+        assert float(terms[name].log_p.sum()) == pytest.approx(float(exact.log_p["a"] + exact.log_p["b"]), abs=1e-10)
+        assert float(terms[name].log_q.sum()) == pytest.approx(float(exact.log_q["a"] + exact.log_q["b"]), abs=1e-10)
+        assert "does not split" in terms[name].kl_reason
+        return
+    for name in discrete:
+        assert terms[name].kl_method == "marginalized"
+        assert float(terms[name].log_q.sum()) == pytest.approx(scale * float(exact.log_q[name]), abs=1e-10), name
