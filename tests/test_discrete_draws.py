@@ -15,9 +15,9 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from torch import Tensor
 
-from pyro_elbo_ext.enumeration.at_draws import AtDraws
-from pyro_elbo_ext.enumeration.posterior_draws import completed, draw_states, log_joint, state_probabilities
 from pyro_elbo_ext.programs.randomness import seeded
+from pyro_elbo_ext.terms.enumeration.at_draws import AtDraws
+from pyro_elbo_ext.terms.enumeration.posterior_draws import completed, draw_states, log_joint, state_probabilities
 
 S = 20_000
 pytestmark = pytest.mark.usefixtures("double")

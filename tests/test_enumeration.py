@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +13,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_elbo_ext import DecomposedELBO
+from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO, RenyiELBO
 from pyro_elbo_ext.programs.nodes import is_latent
 from tests.enumeration_oracles import sum_over_states
 
@@ -189,6 +190,62 @@ def test_rows_are_sums_over_all_states(model: Program) -> None:
         assert float(terms[name].log_q.sum()) == pytest.approx(float(exact.log_q["a"] + exact.log_q["b"]), abs=1e-10)
         assert "does not split" in terms[name].kl_reason
         return
+    marginals = terms.marginals()
     for name in discrete:
+        expected = exact.marginals[name].detach().squeeze()
+        np.testing.assert_allclose(marginals[name], expected, rtol=0, atol=1e-10)
+        assert marginals[name].dims == (*terms[name].plates, f"{name}_state")
         assert terms[name].kl_method == "marginalized"
         assert float(terms[name].log_q.sum()) == pytest.approx(scale * float(exact.log_q[name]), abs=1e-10), name
+
+
+def log_weights(model: Program, guide: Program, count: int, seed: int = 5) -> Tensor:
+    """Of so many draws, with the discrete sites summed out state by state; with the gradient through the draws."""
+    pyro.set_rng_seed(seed)
+    weights = []
+    traces = [poutine.trace(guide).get_trace() for _ in range(count)]
+    for trace in traces:
+        trace.compute_log_prob()
+        log_q = torch.stack([node["log_prob"].sum() for node in trace.nodes.values() if is_latent(node)]).sum()
+        draws = {name: node["value"] for name, node in trace.nodes.items() if is_latent(node)}
+        weights.append(sum_over_states(model, {chains: (False,)}.get(model, ()), draws).log_sum - log_q)
+    return torch.stack(weights)
+
+
+BOUNDS = {
+    "iwae": (lambda: ImportanceWeightedELBO(3), lambda w: w.logsumexp(0) - torch.tensor(3.0).log()),
+    "renyi": (lambda: RenyiELBO(0.5, 3), lambda w: ((0.5 * w).logsumexp(0) - torch.tensor(3.0).log()) / 0.5),
+    "elbo": (lambda: DecomposedELBO(3, kl="sampled"), lambda w: w.mean()),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("model", [model for model in MODELS if model is not scaled], ids=lambda model: model.__name__)
+def test_bounds_sum_out_inside_of_each_log_weight(model: Program, bound: str) -> None:
+    guide = guide_of(model)
+    make, of_weights = BOUNDS[bound]
+    loss, gradients = evaluated(make(), model, guide)
+    expected = -of_weights(log_weights(model, guide, 3))
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-10)
+    parameters = {name: value for name, value in pyro.get_param_store().named_parameters() if name in gradients}
+    for (name, _), gradient in zip(
+        parameters.items(), torch.autograd.grad(expected, list(parameters.values())), strict=True
+    ):
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", ["doubly_reparameterized", "score_function"])
+@pytest.mark.parametrize("model", [mixture, latent_below, factorial, chains], ids=lambda model: model.__name__)
+def test_other_gradients_leave_the_value(model: Program, gradient: Any) -> None:
+    guide = guide_of(model)
+    for elbo, of_weights in (
+        (ImportanceWeightedELBO(3, gradient=gradient), BOUNDS["iwae"][1]),
+        (DecomposedELBO(3, gradient=gradient), BOUNDS["elbo"][1]),
+    ):
+        loss, gradients = evaluated(elbo, model, guide)
+        assert loss == pytest.approx(float(-of_weights(log_weights(model, guide, 3)).detach()), abs=1e-10)
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+        terms = elbo.last
+        assert terms is not None
+        methods = {term.kl_method for term in terms.values() if term.kind == "latent"}
+        assert methods == {"marginalized", "sampled"}

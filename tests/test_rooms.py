@@ -35,14 +35,13 @@ ROOMS = [
     "particles",
     "inference_data",
     "bounds",
-    "enumeration",
     "terms",
     "history",
     "programs",
     "files",
 ]
 MOST_LINES = 430  # of a file: one past about 400 is two
-MOST_BOXES = 21  # of a drawing of the package: folders and modules at its top, inside the frame that `__init__` is
+MOST_BOXES = 20  # of a drawing of the package: folders and modules at its top, inside the frame that `__init__` is
 
 
 class Import(NamedTuple):

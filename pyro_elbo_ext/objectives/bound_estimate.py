@@ -33,8 +33,10 @@ from pyro_elbo_ext.particles.log_weights import Densities, LogWeights, join, pla
 from pyro_elbo_ext.particles.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.particles.placement import Placement, place
 from pyro_elbo_ext.particles.plate_costs import score_shares
+from pyro_elbo_ext.particles.summed_out import check_guide_draws, enumerating, summed_out
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.terms.enumeration.rows import Row
 from pyro_elbo_ext.terms.terms import Site, read_sites
 
 
@@ -72,9 +74,14 @@ def estimate_bound(
     gradient: Gradient = objective.estimator if with_gradient else Pathwise()
     pair = objective._pairs(model, guide)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        draws = _draw(objective, pair, model, guide, args, kwargs, gradient, frozenset(local_plates))
         has_floor = kl_weights.free_bits is not None
-        read = _read(objective, pair, draws, bound, gradient, args, kwargs, local_plates, has_floor)
+        call = _Call(objective, pair, model, guide, args, kwargs)
+
+        def evaluated(enumerated: bool) -> tuple[_Draws, _Read]:
+            draws = _draw(call, gradient, frozenset(local_plates), enumerated=enumerated)
+            return draws, _read(call, draws, bound, gradient, local_plates, reason, kl_weights, enumerated=enumerated)
+
+        draws, read = objective._by_enumeration(pair, lambda: evaluated(False), lambda: evaluated(True))
         floors: Number = 0.0
         if has_floor:
             kl_weights, floors = _with_floors(kl_weights, read, draws.num_vectorized or 1)
@@ -103,7 +110,7 @@ def estimate_bound(
     of_sites, vectorized = list(sites.values()), draws.num_vectorized or 1
     read_scalars = reader(of_sites, read.log_weights, read.ledger, shares is not None, vectorized)
     host, _, rows = objective._transfer(scalars, read_scalars)
-    infos = known_infos(pair, read.signature, of_sites, reason)
+    infos = known_infos(pair, read.signature, of_sites)
     if not math.isfinite(host):
         objective._raise_not_finite(infos, rows, traces)
         raise NotFinite(
@@ -128,7 +135,6 @@ def estimate_bound(
     particles = Particles(
         [(descriptions, of.full) for descriptions, of in zip(read.described, read.densities, strict=True)],
         objective.num_particles,
-        reason,
         contributions,
     )
     return Evaluation(
@@ -154,27 +160,38 @@ class _Draws:
         return [name for name, node in model.items() if node["type"] == "param" and name not in guide]
 
 
-def _draw(
-    objective: Objective,
-    pair: Pair,
-    model: Program,
-    guide: Program,
-    args: Args,
-    kwargs: Kwargs,
-    gradient: Gradient,
-    local_plates: frozenset[str],
-) -> _Draws:
+class _Call(NamedTuple):
+    """Who evaluates what."""
+
+    objective: Objective
+    pair: Pair
+    model: Program
+    guide: Program
+    args: Args
+    kwargs: Kwargs
+
+    @property
+    def max_plate_nesting(self) -> int:
+        return self.objective._plate_nesting(*self[1:])
+
+
+def _draw(call: _Call, gradient: Gradient, local_plates: frozenset[str], *, enumerated: bool) -> _Draws:
+    objective, pair, model, guide, args, kwargs = call
+
     def is_shared(node: Node) -> bool:
         return bool(local_plates) and not local_plates <= {frame.name for frame in node["cond_indep_stack"]}
 
     count = objective.num_particles
-    batch = objective._batch(pair, model, guide, args, kwargs)
+    batch = None if enumerated else objective._batch(pair, model, guide, args, kwargs)
     if batch is not None and not any(is_shared(node) for _, node in drawn_sites(batch.reference[1])):
         batched = batch.draw(model, guide, args, kwargs, count, gradient)
         if batched is not None:
             return _Draws([batched.draw], batched.particle_dim, count, batch.reference)
     particle_dim = objective._particle_dim(model, guide, args, kwargs)
+    nesting = call.max_plate_nesting if enumerated else 0
     repeats, model, guide = objective._programs(model, guide, args, kwargs)
+    if enumerated:
+        model = enumerating(model, nesting)
     if particle_dim is None:
         draws = list(draw_particles(model, guide, args, kwargs, repeats, gradient, is_shared))
     else:
@@ -197,19 +214,20 @@ class _Read(NamedTuple):
 
 
 def _read(
-    objective: Objective,
-    pair: Pair,
+    call: _Call,
     draws: _Draws,
     bound: Bound,
     gradient: Gradient,
-    args: Args,
-    kwargs: Kwargs,
     local_plates: tuple[str, ...],
-    counts_latent: bool,
+    reason: str,
+    kl_weights: SiteWeights,
+    *,
+    enumerated: bool,
 ) -> _Read:
-    structures = _Structures(objective, pair, args, kwargs)
+    objective = call.objective
+    structures = _Structures(call, enumerated=enumerated)
     ledger = Ledger()
-    nesting = objective.max_plate_nesting
+    nesting = objective.max_plate_nesting if not enumerated else call.max_plate_nesting
     placement: Placement | None = None
     densities: list[Densities] = []
     described: list[list[Description]] = []
@@ -217,6 +235,12 @@ def _read(
     separable = bound.linear and not local_plates
     for drawn in draws.draws:
         sites, is_new = structures.read(drawn)
+        rows: dict[str, Row] = {}
+        if enumerated:
+            check_guide_draws(drawn.guide_trace, _what(objective, bound))
+            sites, rows = summed_out(drawn, sites, int(nesting), differentiable=not kl_weights.is_one)
+        if is_new:
+            objective._check_sites(sites)
         of_draws.append(sites)
         if placement is None or is_new:
             here = _place(sites, bound, objective.num_particles, local_plates, gradient, draws.particle_dim)
@@ -227,13 +251,29 @@ def _read(
                         "the particles have different sites, and no longer share the same plates: there is no common "
                         "bound. Make the sites of model and guide the same in every run, or use DecomposedELBO."
                     )
-            placement, description = here, describe(sites, drawn, nesting, ledger, counts_latent)
-        densities.append(read_densities(drawn, sites, here, gradient, nesting, draws.particle_dim))
+            placement, description = (
+                here,
+                describe(
+                    sites,
+                    drawn,
+                    rows,
+                    nesting,
+                    ledger,
+                    reason=reason,
+                    counts_latent=kl_weights.free_bits is not None,
+                ),
+            )
+        densities.append(read_densities(drawn, sites, here, gradient, nesting, draws.particle_dim, rows))
         described.append(description)
     assert placement is not None
     paths = [path for drawn in draws.draws for path in drawn.paths]
     log_weights = join(densities, paths, draws.num_vectorized)
     return _Read(structures.signature, placement, densities, described, ledger, log_weights, of_draws, separable)
+
+
+def _what(objective: Objective, bound: Bound) -> str:
+    """What of an objective needs log weights, for messages."""
+    return f"gradient='{objective.gradient}'" if bound.linear else type(objective).__name__
 
 
 def _with_floors(kl_weights: SiteWeights, read: _Read, num_vectorized: int) -> tuple[SiteWeights, Number]:
@@ -275,8 +315,10 @@ def _place(
 class _Structures:
     """Finds the sites of each draw; those of a program that does not change from draw to draw are looked up once."""
 
-    def __init__(self, objective: Objective, pair: Pair, args: Args, kwargs: Kwargs) -> None:
-        self.objective, self.pair, self.args, self.kwargs = objective, pair, args, kwargs
+    def __init__(self, call: _Call, *, enumerated: bool) -> None:
+        self.objective, self.pair, *_, self.args, self.kwargs = call
+        self._enumerated = enumerated
+        self._plate_nesting = call.max_plate_nesting if enumerated else self.objective.max_plate_nesting
         self.signature: Signature = ()
         self._names: tuple[str, ...] | None = None
 
@@ -290,11 +332,8 @@ class _Structures:
             self.signature = signature_of(model_trace, guide_trace, self.args, self.kwargs)
         known = self.pair.structures.get(self.signature)
         if known is None or is_validation_enabled():
-            check_pair(model_trace, guide_trace)
+            check_pair(model_trace, guide_trace, enumerated=self._enumerated)
             if is_validation_enabled():
-                check_model_guide_match(model_trace, guide_trace, self.objective.max_plate_nesting)
+                check_model_guide_match(model_trace, guide_trace, self._plate_nesting)
         structure = known or self.objective._remember(self.pair, self.signature, model_trace, guide_trace, None)
-        sites = read_sites(model_trace, guide_trace, structure.sites)
-        if is_new:
-            self.objective._check_sites(sites)
-        return sites, is_new
+        return read_sites(model_trace, guide_trace, structure.sites), is_new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from pyro_elbo_ext.history.history import SiteInfo
 from pyro_elbo_ext.objectives.evaluation import Pair, Read, Signature, Totals, Values
-from pyro_elbo_ext.particles.estimate import Ledger, num_observations, scale_of
+from pyro_elbo_ext.particles.estimate import Ledger, num_observations, scale_of, with_mask_of_plates
 from pyro_elbo_ext.particles.log_weights import LogWeights
 from pyro_elbo_ext.particles.particles import Draw
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.terms import Term, Terms
-from pyro_elbo_ext.terms.terms import Kind, Method, Site, stack_particles
+from pyro_elbo_ext.terms.enumeration.rows import JOINT, MARGINALIZED, Row, is_summed_out
+from pyro_elbo_ext.terms.kl import KLPrior
+from pyro_elbo_ext.terms.terms import Kind, Site, stack_particles
 
 _NAN = float("nan")
 
@@ -32,6 +34,7 @@ class Description(NamedTuple):
     mask: bool | Tensor | None
     history_scale: float | int  # as a number, or its place in the ledger
     num_elements: float | int  # of an observed site; of a latent one if they are counted
+    kl: KLPrior | None  # how kl_prior is computed; None for observed sites
 
 
 @dataclass(slots=True)
@@ -43,7 +46,6 @@ class Particles:
 
     looped: list[tuple[list[Description], list[tuple[Tensor | None, tuple[Tensor, ...]]]]]
     num_particles: int
-    reason: str
     contributions: dict[str, float] | None
 
     def terms(self) -> Terms:
@@ -53,22 +55,36 @@ class Particles:
         for descriptions, full in self.looped:
             terms = {}
             for of, (log_p, log_q) in zip(descriptions, full, strict=True):
-                method: Method | None = None if of.kind == "observed" else "sampled"
-                reason = None if of.kind == "observed" else self.reason
+                method, reason = (None, None) if of.kl is None else of.kl[:2]
                 terms[of.site] = Term(of.site, of.kind, log_p, log_q, None, method, reason, of.stack, of.scale, of.mask)
             each.append(Terms(terms, vectorized))
         return Terms(stack_particles(each).by_site, self.num_particles, self.contributions)
 
 
 def describe(
-    sites: Sequence[Site], drawn: Draw, max_plate_nesting: float, ledger: Ledger, counts_latent: bool
+    sites: Sequence[Site],
+    drawn: Draw,
+    rows: Mapping[str, Row],
+    max_plate_nesting: float,
+    ledger: Ledger,
+    *,
+    reason: str,
+    counts_latent: bool,
 ) -> list[Description]:
+    """What the sites are; ``reason`` says why ``kl_prior`` is sampled where it is not summed out exactly."""
     descriptions = []
     for site in sites:
         node = site.p or site.q[-1]
         count: float | int = 0.0
         if site.kind == "observed" or (counts_latent and site.kind == "latent" and not site.is_point):
-            count = num_observations(node, log_prob(node, drawn.model_trace, max_plate_nesting), ledger)
+            log_p = rows[site.name].log_p if site.name in rows else log_prob(node, drawn.model_trace, max_plate_nesting)
+            assert log_p is not None
+            count = num_observations(with_mask_of_plates(node, log_p), log_p, ledger)
+        kl: KLPrior | None = KLPrior("sampled", reason)
+        if site.kind == "observed":
+            kl = None
+        elif is_summed_out(site):
+            kl = MARGINALIZED if site.p is not None and site.p["name"] == site.name else JOINT
         scale = node["scale"]
         descriptions.append(
             Description(
@@ -79,18 +95,19 @@ def describe(
                 node["mask"],
                 scale_of(node, ledger),
                 count,
+                kl,
             )
         )
     return descriptions
 
 
-def known_infos(pair: Pair, signature: Signature, sites: Sequence[Description], reason: str) -> tuple[SiteInfo, ...]:
+def known_infos(pair: Pair, signature: Signature, sites: Sequence[Description]) -> tuple[SiteInfo, ...]:
     """What the history takes; the same object as at the last step if nothing has changed."""
     known = pair.infos.get(signature)
     if known is not None and [info.site for info in known] == [of.site for of in sites]:
         return known
     pair.infos[signature] = tuple(
-        [SiteInfo(of.site, of.kind, *((None, None) if of.kind == "observed" else ("sampled", reason))) for of in sites]
+        [SiteInfo(of.site, of.kind, *((None, None) if of.kl is None else of.kl[:2])) for of in sites]
     )
     return pair.infos[signature]
 

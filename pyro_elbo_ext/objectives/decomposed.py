@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_elbo_ext.bounds import Gradient, bounds
 from pyro_elbo_ext.bounds.gradients import GradientName
@@ -40,6 +42,9 @@ from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 from pyro_elbo_ext.terms.kl import KLChoice, KLPrior
 from pyro_elbo_ext.terms.terms import read_sites, stack_particles
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class DecomposedELBO(KLObjective):
@@ -143,6 +148,41 @@ class DecomposedELBO(KLObjective):
         if len(self._last) > 1:
             return stack_particles([Terms({term.site: term for term in particle.terms}) for particle in self._last])
         return Terms({term.site: term for term in self._last[0].terms}, self.num_particles)
+
+    # Discrete sites that are summed over
+
+    def marginals(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> xr.Dataset:
+        """Probabilities of the states of the discrete sites that are summed over, labelled; at one new draw per particle.
+
+        See :meth:`pyro_elbo_ext.terms.Terms.marginals`, which ``elbo.last`` has for the last evaluation.
+        """
+        before = self._last
+        try:
+            with torch.no_grad():
+                self._evaluate(model, guide, args, kwargs, with_gradient=False)
+            terms = self.last
+            assert terms is not None
+            return terms.marginals()
+        finally:
+            self._last = before
+
+    def compute_marginals(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> dict[str, Distribution]:
+        """Pyro's own: the marginal distribution of each site that the model sums out; see :meth:`marginals`."""
+        found: dict[str, Distribution] = self._pyros_own().compute_marginals(model, guide, *args, **kwargs)
+        return found
+
+    def sample_posterior(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """Pyro's own: runs the model with the sites that it sums out drawn from their posterior; returns what it returns."""
+        return self._pyros_own().sample_posterior(model, guide, *args, **kwargs)
+
+    def _pyros_own(self) -> TraceEnum_ELBO:
+        vectorized = self.vectorize_particles is True and self.num_particles > 1
+        return TraceEnum_ELBO(
+            num_particles=self.num_particles,
+            max_plate_nesting=self.max_plate_nesting - vectorized,
+            vectorize_particles=vectorized,
+            strict_enumeration_warning=False,
+        )
 
     # One evaluation
 

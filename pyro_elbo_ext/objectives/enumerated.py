@@ -14,26 +14,31 @@ from torch import Tensor
 from pyro_elbo_ext.history.history import SiteInfo
 from pyro_elbo_ext.objectives.evaluation import Args, Kwargs, Pair, Program, signature_of
 from pyro_elbo_ext.objectives.kl_choice import Evaluated, KLObjective
-from pyro_elbo_ext.particles.estimate import Ledger, Particle, Slots, check_path, num_observations, scale_of
+from pyro_elbo_ext.particles.estimate import (
+    Ledger,
+    Particle,
+    Slots,
+    check_path,
+    num_observations,
+    scale_of,
+    with_mask_of_plates,
+)
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_draws
 from pyro_elbo_ext.terms import Term
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
-from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, Row, Rows
+from pyro_elbo_ext.terms.enumeration.rows import JOINT, MARGINALIZED, PairOfTraces, Row, Rows, is_summed_out, joint_name
 from pyro_elbo_ext.terms.enumeration.traces import check_enumerated, enumerated_pairs, pack
 from pyro_elbo_ext.terms.kl import KLPrior, Structure
 from pyro_elbo_ext.terms.terms import Kind, Site, read_sites
 
-MARGINALIZED = KLPrior(
-    "marginalized", "summed out in the model: its guide is the exact posterior given the other sites"
-)
 ENUMERATED = KLPrior("enumerated", "summed over its values in the guide")
 INSIDE_A_SUM = KLPrior("sampled", "its prior depends on a site that is summed out in the model")
 
 
 def exact_kl(site: Site, pair: PairOfTraces) -> KLPrior | None:
     """How the ``kl_prior`` of a latent site is computed if enumeration decides it; else None."""
-    if not site.q:
+    if is_summed_out(site):
         return MARGINALIZED
     infer = site.q[-1]["infer"]
     if infer.get("num_samples") is None and ("_enumerate_dim" in infer or "_enum_total" in infer):
@@ -65,19 +70,14 @@ def entries(sites: Sequence[Site], kls: Sequence[KLPrior | None], rows: Rows) ->
             of_group.append(row)
             if len(of_group) < len(group):
                 continue
-            row = Row(_total([one.log_p.sum() for one in of_group if one.log_p is not None]), (rows.joint[group],))
-            kl = MARGINALIZED._replace(
-                reason=f"summed out in the model, {len(group)} sites at once: their posterior does not split by site"
+            row = Row(
+                _total([one.log_p.sum() for one in of_group if one.log_p is not None]), (rows.joint[group].sum(),)
             )
+            kl = JOINT
         name = site.name if group is None else joint_name(group)
         node = site.p or site.q[-1]
         found.append(Entry(name, site.kind, node, site.is_point, kl, row))
     return found
-
-
-def joint_name(group: Sequence[str]) -> str:
-    """The name of a row of several sites."""
-    return ", ".join(group) if len(group) <= 4 else f"{group[0]}, {group[1]}, ..., {group[-1]}"
 
 
 def added(branches: Sequence[Sequence[Entry]]) -> list[Entry]:
@@ -119,7 +119,7 @@ def enter(found: Sequence[Entry], ledger: Ledger, *, counts_latent: bool) -> Par
         scale: float | int = scale_of(node, ledger)
         count: float | int = 0.0
         if log_p is not None and (kl is None or (counts_latent and not entry.is_point)):
-            count = num_observations(_with_mask_of_plates(node, log_p), log_p, ledger)
+            count = num_observations(with_mask_of_plates(node, log_p), log_p, ledger)
         of_site = None if kl is None else entry.name
         sign = 1.0 if kl_value is None else None
         p_at = None if log_p is None else ledger.add(log_p, sign, of_site)
@@ -138,22 +138,10 @@ def enter(found: Sequence[Entry], ledger: Ledger, *, counts_latent: bool) -> Par
                 node["cond_indep_stack"],
                 node["scale"].detach() if isinstance(node["scale"], Tensor) else node["scale"],
                 node["mask"],
+                () if entry.row.states is None else (entry.row.states,),
             )
         )
     return Particle(terms, slots)
-
-
-def _with_mask_of_plates(node: Node, log_p: Tensor) -> Node:
-    """The node with a mask that fits its row: what counts under some of the enumerated values is taken to count."""
-    mask = node["mask"]
-    if not isinstance(mask, Tensor):
-        return node
-    while mask.dim() > log_p.dim():
-        mask = mask.any(0)
-    for dim in range(-mask.dim(), 0):
-        if mask.shape[dim] > log_p.shape[dim]:
-            mask = mask.any(dim, keepdim=True)
-    return {**node, "mask": mask}
 
 
 def infos_of(found: Sequence[Entry]) -> tuple[SiteInfo, ...]:

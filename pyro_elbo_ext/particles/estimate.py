@@ -281,6 +281,19 @@ def num_observations(node: Node, log_p: Tensor, ledger: Ledger) -> float | int:
     return ledger.add(counted.detach().expand(log_p.shape), None)
 
 
+def with_mask_of_plates(node: Node, log_p: Tensor) -> Node:
+    """The node with a mask that fits its row: what counts under some of the enumerated values is taken to count."""
+    mask = node["mask"]
+    if not isinstance(mask, Tensor):
+        return node
+    while mask.dim() > log_p.dim():
+        mask = mask.any(0)
+    for dim in range(-mask.dim(), 0):
+        if mask.shape[dim] > log_p.shape[dim]:
+            mask = mask.any(dim, keepdim=True)
+    return {**node, "mask": mask}
+
+
 def row(slots: Sequence[Slots], kinds: Sequence[SiteInfo], host: Sequence[float]) -> list[tuple[float, ...]]:
     """Values of one particle, by site, in the columns that :class:`pyro_elbo_ext.history.history.History` takes."""
     values: list[tuple[float, ...]] = []

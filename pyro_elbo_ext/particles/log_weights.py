@@ -6,7 +6,7 @@ gives one column of shape ``(K, *B)`` for each; ``log w = log p(x, z) - log q(z)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from pyro_elbo_ext.particles.placement import Placement
 from pyro_elbo_ext.particles.plate_costs import PlateScores, Stack
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.terms.enumeration.rows import Row
 from pyro_elbo_ext.terms.terms import Site
 
 
@@ -55,6 +56,7 @@ def read_densities(
     gradient: Gradient,
     max_plate_nesting: float,
     particle_dim: int | None,
+    rows: Mapping[str, Row],
 ) -> Densities:
     """Log densities of the sites at one draw, summed over the dims that the bound is not taken over.
 
@@ -66,17 +68,25 @@ def read_densities(
         For Pyro's validation of shapes; ``inf`` if unknown.
     particle_dim
         The (negative) dim of the particle plate; None if the particles are looped over.
+    rows
+        From :func:`~pyro_elbo_ext.particles.summed_out.summed_out`: what stands for the densities of some sites.
     """
     densities = Densities([], [], [], [], [], [])
     for site, is_local in zip(sites, placement.local, strict=True):
         kept = _kept(placement, is_local, particle_dim)
         log_p: Tensor | None = None
+        row = rows.get(site.name)
         if site.p is not None:
-            value = log_prob(site.p, draw.model_trace, max_plate_nesting)
+            in_sum = None if row is None else row.log_p
+            value = log_prob(site.p, draw.model_trace, max_plate_nesting) if in_sum is None else in_sum
             densities.columns.append(Column(site.name, site.kind == "latent", 1.0, True, False, is_local))
             densities.values.append(_reduce(value, kept))
             log_p = value.detach()
         log_qs: list[Tensor] = []
+        for log_q in () if row is None else row.log_q:
+            densities.columns.append(Column(site.name, False, -1.0, True, False, is_local))
+            densities.values.append(_reduce(log_q, kept))
+            log_qs.append(log_q.detach())
         for node in site.q:
             log_q, score, correction = _log_q(node, draw, gradient, max_plate_nesting)
             is_direct = isinstance(node["fn"], Delta) or node["is_observed"]
@@ -133,7 +143,8 @@ def plate_scores(densities: Densities, sites: Sequence[Site], kl_weights: SiteWe
         weight = 1.0 if site.kind == "observed" else kl_weights.of(site.name)
         if site.p is not None and log_p is not None:
             costs.append((vectorized(site.p), weight * log_p))
-        costs.extend((vectorized(node), -weight * log_q) for node, log_q in zip(site.q, log_qs, strict=True))
+        nodes = site.q or (site.p,) * len(log_qs)  # what the model sums out is in its own plates
+        costs.extend((vectorized(node), -weight * log_q) for node, log_q in zip(nodes, log_qs, strict=True) if node)
     return PlateScores(costs, densities.scored_nodes)
 
 

@@ -28,6 +28,9 @@ from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_point_mass
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
+
+    from pyro_elbo_ext.terms.states import States
 
 Kind = Literal["observed", "latent", "auxiliary"]
 Method = Literal["analytic", "sampled", "enumerated", "marginalized"]
@@ -140,6 +143,8 @@ class Term:
         Weight of the site, e.g. data size over batch size.
     mask : bool, Tensor or None
         Which elements count.
+    states : tuple of States
+        Of a discrete site that is summed over: its states and their weights, for each looped particle.
     """
 
     site: str
@@ -152,6 +157,7 @@ class Term:
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
     scale: float | Tensor
     mask: bool | Tensor | None
+    states: tuple[States, ...] = ()
 
     @property
     def log_q(self) -> Tensor | None:
@@ -256,6 +262,40 @@ class Terms(Mapping[str, Term]):
             frame["contribution"] = frame["site"].map(self.contributions)
         return frame
 
+    def marginals(self) -> xr.Dataset:
+        """Probabilities of the states of the discrete sites that are summed over, averaged over particles.
+
+        Returns
+        -------
+        xarray.Dataset
+            A variable for each such site: dims are its plates and ``{site}_state``, whose coordinates are the states, or
+            their numbers where they are vectors. Of a site that the model sums out these are posterior probabilities given
+            the draws of the other sites; of one that the guide enumerates, the guide's.
+        """
+        import xarray as xr  # as pandas: only when asked for
+
+        variables = {}
+        for name, term in self.by_site.items():
+            if not term.states:
+                continue
+            frames = sorted(
+                [frame for frame in term.cond_indep_stack if frame.vectorized], key=lambda frame: frame.dim or 0
+            )
+            each = []
+            for states in term.states:
+                table = states.probabilities
+                table = (
+                    table.reshape((1,) * (1 - (frames[0].dim or 0) - table.dim()) + table.shape) if frames else table
+                )
+                table = table.reshape(*[table.shape[frame.dim - 1] for frame in frames if frame.dim], table.shape[-1])
+                if frames and frames[0].name == PARTICLE_PLATE:
+                    table = table.mean(0)
+                each.append(table)
+            dims = [frame.name for frame in frames if frame.name != PARTICLE_PLATE] + [f"{name}_state"]
+            labels = {f"{name}_state": term.states[0].labels.cpu().numpy()}
+            variables[name] = xr.DataArray(torch.stack(each).mean(0).cpu().numpy(), labels, dims)
+        return xr.Dataset(variables)
+
     def __repr__(self) -> str:
         head = f"Terms(elbo={self.elbo:.4f}, reconstruction={self.reconstruction:.4f}, kl_prior={self.kl_prior:.4f})"
         if not self.by_site:
@@ -296,6 +336,7 @@ def stack_particles(particles: list[Terms]) -> Terms:
             log_p=_join([None if term is None else term.log_p for term in present]),
             log_q_parts=() if log_q is None else (log_q,),
             analytic_kl_prior=_join(analytic),
+            states=tuple([states for term in present if term is not None for states in term.states]),
         )
     return Terms(joined, len(particles))
 

@@ -18,7 +18,7 @@ from pyro.ops.rings import MarginalRing
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_elbo_ext.terms.enumeration.packing import Ordinal, broadcast, dims_of, named, summed_to
+from pyro_elbo_ext.terms.packing import Ordinal, broadcast, dims_of, named, summed_to
 
 
 class GuideWeights:
@@ -30,6 +30,7 @@ class GuideWeights:
             tuple[Ordinal, float]
         ] = []  # log of how often a sequential enumeration repeats what is elsewhere
         self._shared: dict[object, object] = {}  # intermediate results of the sums
+        self._joint: dict[tuple[Ordinal, frozenset[str]], Tensor] = {}
         for name, node in guide_trace.nodes.items():
             if node["type"] == "sample":
                 factor, count = compute_site_dice_factor(node)
@@ -93,7 +94,14 @@ class GuideWeights:
             summed = {dim for term in log_weights for dim in dims_of(term)} - ordinal
             ring.sumproduct(log_weights, summed)._pyro_backward()
         results = {key: (query, query._pyro_backward_result) for key, query in queries.items()}  # type: ignore[attr-defined]
-        return {key: named(log_probability.exp(), dims_of(query)) for key, (query, log_probability) in results.items()}
+        found = {key: named(log_probability.exp(), dims_of(query)) for key, (query, log_probability) in results.items()}
+        self._joint.update({(ordinal, key): found[key] for key in found})
+        return found
+
+    def joint(self, ordinal: Ordinal, cost: Tensor) -> Tensor:
+        """The probability of the values that a cost has had the expectation taken over, detached; packed."""
+        probability = self._joint[ordinal, frozenset(dims_of(cost))]
+        return named(probability.detach(), dims_of(probability))
 
 
 def _scaled(cost: Tensor, scale: float) -> Tensor:

@@ -24,7 +24,7 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
-from pyro_elbo_ext.terms.enumeration.packing import Ordinal, dims_of, named, spread, summed_to
+from pyro_elbo_ext.terms.packing import Ordinal, broadcast, dims_of, named, spread, summed_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,20 @@ class Group:
     log_p : dict of str to Tensor
         Of each site: the expectation under ``r`` of its log factor, scaled; packed, with the dims of the site's plates.
     log_q : dict of str to Tensor, or Tensor
-        Of each summed-out site: the expectation of ``log r``, alike; a scalar where it is known for all of them only.
-    joint : dict of str to (Tensor, str)
+        Of each summed-out site: the expectation of ``log r``, alike; where it is known for all of them only, in total, with
+        the dims of the plates that all of the group are in.
+    ordinal : frozenset of str
+        Those plates.
+    joint : dict of str to Tensor
         Of each summed-out site: the posterior weight of its values together with its parents', times the scale; packed,
-        detached; and the symbol of the site's own dim.
+        detached.
     """
 
     names: tuple[str, ...]
     log_p: dict[str, Tensor]
     log_q: dict[str, Tensor] | Tensor
-    joint: dict[str, tuple[Tensor, str]]
+    ordinal: Ordinal
+    joint: dict[str, Tensor]
 
 
 def sum_out(
@@ -107,16 +111,12 @@ def _sum_out(
         ordinal, log_sum = _contract(factors, leaves, summed)
         log_sum = packed.scale_and_mask(log_sum, scale=scale)
         (expected,) = guide.expected(ordinal, [log_sum])
-        value = expected.sum()
-        weights = torch.autograd.grad(value, leaves, create_graph=differentiable)
-        if not differentiable:
-            value = value.detach()
-            if not guide.is_trivial:  # what remains of its gradient is that of the guide's weights
-                (expected,) = guide.expected(ordinal, [named(log_sum.detach(), dims_of(log_sum))])
-                value = expected.sum()
+        weights = torch.autograd.grad(expected.sum(), leaves, create_graph=differentiable)
+        if not differentiable:  # what remains of its gradient is that of the guide's weights
+            (expected,) = guide.expected(ordinal, [named(log_sum.detach(), dims_of(log_sum))])
 
     log_p: dict[str, Tensor] = {}
-    joint: dict[str, tuple[Tensor, str]] = {}
+    joint: dict[str, Tensor] = {}
     log_q: dict[str, Tensor] = {}
     for factor, density, weight in zip(factors, densities, weights, strict=True):
         dims = dims_of(density)
@@ -124,20 +124,20 @@ def _sum_out(
         product = weight * density.masked_fill(weight.detach() == 0, 0.0)
         log_p[factor.site] = summed_to(named(product, dims), factor.ordinal)
         if factor.own is not None:
-            joint[factor.site] = named(weight.detach(), dims), factor.own
+            joint[factor.site] = named(weight.detach(), dims)
             given_parents = weight.sum(dims.index(factor.own), keepdim=True)
             product = weight * (_log(weight) - _log(given_parents))
             log_q[factor.site] = summed_to(named(product, dims), factor.ordinal)
     names = tuple(log_q)
-    whole = torch.stack([term.sum() for term in log_p.values()]).sum()
-    if not differentiable:
-        whole = whole.detach()
     if not _splits(factors, summed):
-        return Group(names, log_p, whole - value, joint)
-    if not differentiable and value.requires_grad:
-        of_first = log_q[names[0]]
+        shares = broadcast(expected, *[summed_to(term, ordinal) for term in log_p.values()])
+        whole = torch.stack(shares[1:]).sum(0)
+        total = named((whole if differentiable else whole.detach()) - shares[0], dims_of(shares[0]))
+        return Group(names, log_p, total, ordinal, joint)
+    if not differentiable and expected.requires_grad:
+        of_first, value = log_q[names[0]], expected.sum()
         log_q[names[0]] = named(of_first - (value - value.detach()) / of_first.numel(), dims_of(of_first))
-    return Group(names, log_p, log_q, joint)
+    return Group(names, log_p, log_q, ordinal, joint)
 
 
 def _with_guide_dims(factors: Sequence[Factor], others: set[str]) -> list[Tensor]:

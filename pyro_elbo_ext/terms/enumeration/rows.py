@@ -14,9 +14,17 @@ from torch import Tensor
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
 from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, sum_out
-from pyro_elbo_ext.terms.enumeration.packing import Ordinal, unpacked
 from pyro_elbo_ext.terms.kl import KLPrior
+from pyro_elbo_ext.terms.packing import Ordinal, unpacked
+from pyro_elbo_ext.terms.states import States, values_of
 from pyro_elbo_ext.terms.terms import Site
+
+MARGINALIZED = KLPrior(
+    "marginalized", "summed out in the model: its guide is the exact posterior given the other sites"
+)
+JOINT = KLPrior(
+    "marginalized", "summed out in the model, several sites at once: their posterior does not split by site"
+)
 
 
 @dataclass(slots=True)
@@ -26,6 +34,7 @@ class Row:
     log_p: Tensor | None = None
     log_q: tuple[Tensor, ...] = ()
     kl_prior: Tensor | None = None  # where it is analytic
+    states: States | None = None  # of a site that is summed over
 
 
 @dataclass(slots=True)
@@ -36,11 +45,22 @@ class Rows:
     ----------
     by_site : dict of str to Row
     joint : dict of tuple of str to Tensor
-        Sites of the model that are summed out together, to their ``log q``, a scalar, where it does not split.
+        Sites of the model that are summed out together, to their ``log q`` where it does not split: with the dims of the
+        plates that all of them are in.
     """
 
     by_site: dict[str, Row] = field(default_factory=dict)
     joint: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+
+
+def is_summed_out(site: Site) -> bool:
+    """Whether a site is latent in the model, and its guide the exact posterior."""
+    return site.kind == "latent" and not site.q
+
+
+def joint_name(group: Sequence[str]) -> str:
+    """The name of a row of several sites."""
+    return ", ".join(group) if len(group) <= 4 else f"{group[0]}, {group[1]}, ..., {group[-1]}"
 
 
 class PairOfTraces:
@@ -81,19 +101,13 @@ class PairOfTraces:
         rows = Rows({site.name: Row() for site in sites})
         guide = GuideWeights(self.guide_trace, self._ordering)
         costs: dict[tuple[Ordinal, str | None], list[tuple[Row, str, Tensor]]] = {}
-        factors: list[Factor] = []
 
         def expect(name: str, what: str, cost: Tensor, without: str | None = None) -> None:
             costs.setdefault((self._ordering[name], without), []).append((rows.by_site[site.name], what, cost))
 
         for site, kl in zip(sites, kls, strict=True):
-            if site.p is not None:
-                density = self._in_sum(site.p)
-                if density is None:
-                    expect(site.name, "log_p", site.p["packed"]["log_prob"])
-                else:
-                    own = site.p["infer"].get("_enumerate_symbol") if not site.q and kl is not None else None
-                    factors.append(Factor(site.name, self._ordering[site.name], density, own))
+            if site.p is not None and self._in_sum(site.p) is None:
+                expect(site.name, "log_p", site.p["packed"]["log_prob"])
             for node in site.q:
                 expect(node["name"], "log_q", node["packed"]["log_prob"])
             if kl is not None and kl.value is not None:
@@ -103,16 +117,44 @@ class PairOfTraces:
             for (row, what, _), value in zip(of_ordinal, expected, strict=True):
                 value = unpacked(value, self._symbols)
                 setattr(row, what, (*row.log_q, value) if what == "log_q" else value)
+        for site in sites:
+            if site.q and "_enumerate_dim" in site.q[-1]["infer"]:
+                rows.by_site[site.name].states = self._states_in_guide(site.q[-1], guide)
+        self.enter_sums(sites, rows, guide, differentiable=differentiable)
+        return rows
+
+    def _states_in_guide(self, node: Node, guide: GuideWeights) -> States | None:
+        if node["infer"].get("num_samples") is not None:
+            return None
+        ordinal = self._ordering[node["name"]]
+        return self._states(node, guide.joint(ordinal, node["packed"]["log_prob"]))
+
+    def _states(self, node: Node, joint: Tensor) -> States:
+        infer = node["infer"]
+        values = values_of(node["value"], infer["_enumerate_dim"], node["fn"].event_dim)
+        own: str = infer["_enumerate_symbol"]
+        return States(joint, own, self._ordering[node["name"]], self._symbols, values)
+
+    def enter_sums(self, sites: Sequence[Site], rows: Rows, guide: GuideWeights, *, differentiable: bool) -> None:
+        """Enter the rows of what is summed out in the model, and of what depends on it."""
+        factors = []
+        for site in sites:
+            density = None if site.p is None else self._in_sum(site.p)
+            if density is not None:
+                assert site.p is not None
+                own = site.p["infer"].get("_enumerate_symbol") if is_summed_out(site) else None
+                factors.append(Factor(site.name, self._ordering[site.name], density, own))
         plates = set(self.model_trace.plate_to_symbol.values())
         for group in sum_out(factors, self._summed, plates, self._scale, guide, differentiable=differentiable):
             self._enter(group, rows)
-        return rows
 
     def _enter(self, group: Group, rows: Rows) -> None:
         for name, value in group.log_p.items():
             rows.by_site[name].log_p = unpacked(value, self._symbols)
+        for name, joint in group.joint.items():
+            rows.by_site[name].states = self._states(self.model_trace.nodes[name], joint)
         if isinstance(group.log_q, Tensor):
-            rows.joint[group.names] = group.log_q
+            rows.joint[group.names] = unpacked(group.log_q, self._symbols)
         else:
             for name, value in group.log_q.items():
                 rows.by_site[name].log_q = (unpacked(value, self._symbols),)

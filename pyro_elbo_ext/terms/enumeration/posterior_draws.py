@@ -12,9 +12,9 @@ from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import LogRing, SampleRing
 from torch import Tensor
 
-from pyro_elbo_ext.enumeration.at_draws import AtDraws, Discrete, Factors
-from pyro_elbo_ext.enumeration.over_draws import OverDraws
 from pyro_elbo_ext.programs.given import run_given, values_of
+from pyro_elbo_ext.terms.enumeration.at_draws import AtDraws, Discrete, Factors
+from pyro_elbo_ext.terms.enumeration.over_draws import OverDraws
 
 
 @torch.no_grad()

@@ -21,12 +21,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.enumeration.over_draws import OverDraws
 from pyro_elbo_ext.programs.densities import check_densities
 from pyro_elbo_ext.programs.given import Given, check_full, run_given
 from pyro_elbo_ext.programs.nodes import Node, is_data, is_latent
 from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import trace_program
+from pyro_elbo_ext.terms.enumeration.over_draws import OverDraws
 
 NUMBERS_AT_ONCE = 8_000_000  # log factors of all draws that are computed at once
 

@@ -1,1 +1,0 @@
-"""Discrete latents that are summed out: traces under enumeration, exact expectations, exact conditional posteriors."""
