@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,12 @@ def test_floor_and_too_few_draws() -> None:
     row = compare_to_mcmc({"x": normal(1.0)}, {"x": mcmc}).table.loc["x"]
     assert row["mean_diff_floor"] == pytest.approx((mcmc[:2].mean() - mcmc[2:].mean()) / mcmc[2:].std(ddof=1))
     assert row["verdict"] == "not enough draws to tell"
-    few = compare_to_mcmc({"x": normal(shape=(1, 20))}, {"x": normal(seed=1, shape=(1, 20))})
+    few = compare_to_mcmc({"x": normal(shape=(1, 20))}, {"x": normal(seed=1, shape=(1, 30))})
     assert few.table.loc["x", "verdict"] == "not enough draws to tell"
+    # errors near sqrt(1/20 + 1/30) = 0.29, and a floor between halves of 15 draws, against the threshold 0.1
+    times = re.search(r"To tell takes about (\d+) times the 20 draws of approx and 30 of mcmc", few.verdict)
+    assert times is not None and 8 <= int(times[1]) <= 400
+    assert "To tell" not in compare_to_mcmc({"x": normal()}, {"x": normal(seed=1)}).verdict
 
 
 def test_labels_and_display() -> None:

@@ -37,6 +37,10 @@ def conjugate(y: torch.Tensor) -> None:
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
+def groups_of(data: Any) -> set[str]:
+    return set(getattr(data, "children", None) or data.groups())
+
+
 def short(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return run_nuts(model, *args, **{"num_samples": 40, "warmup": 40, "chains": 2, "progress": False} | kwargs)
 
@@ -66,6 +70,75 @@ def test_sample_stats(backend: str) -> None:
     mu = data.posterior["mu"]
     lp = -0.5 * mu**2 - 2 * math.log(2 * math.pi) - 0.5 * sum((float(y) - mu) ** 2 for y in Y)
     np.testing.assert_allclose(stats["lp"], lp, rtol=1e-10)
+
+
+def test_log_likelihood_is_that_of_each_observation_and_arviz_takes_it() -> None:
+    data = short(conjugate, Y, backend="pyro", compile=False, log_likelihood=True)
+    mu = data.posterior["mu"].values[..., None]
+    found = dataset_of(data, "log_likelihood")["y"]
+    assert found.dims == ("chain", "draw", "row")
+    np.testing.assert_allclose(found, dist.Normal(torch.as_tensor(mu), 1.0).log_prob(Y), rtol=1e-12)
+    assert np.isfinite(getattr(az.loo(data), "elpd", None) or az.loo(data).elpd_loo)
+    assert not {"log_likelihood", "posterior_predictive"} & set(groups_of(short(conjugate, Y, compile=False)))
+
+
+def test_predictions_in_float64_of_a_float32_model_are_repeatable() -> None:
+    """A product of float32 data with draws: the model itself does not run at draws in float64."""
+    x = torch.linspace(-1, 1, 6).reshape(3, 2)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("row", 3):
+            pyro.sample("y", dist.Normal(x @ w, 0.0078125), obs=Y)
+
+    options = {"backend": "pyro", "compile": False, "posterior_predictive": True, "log_likelihood": True}
+    data, again = short(model, **options), short(model, **options)
+    drawn = dataset_of(data, "posterior_predictive")["y"]
+    assert drawn.dims == ("chain", "draw", "row")
+    means = data.posterior["w"].values @ x.double().numpy().T
+    # 240 draws: the largest is beyond six standard deviations with a probability of 5e-7
+    assert 0 < np.abs(drawn.values - means).max() < 0.06
+    np.testing.assert_array_equal(drawn, dataset_of(again, "posterior_predictive")["y"])
+    np.testing.assert_allclose(
+        dataset_of(data, "log_likelihood")["y"],
+        dist.Normal(torch.as_tensor(means), 0.0078125).log_prob(Y.double()),
+        rtol=1e-9,
+    )
+
+
+def test_predictions_of_a_partly_observed_site() -> None:
+    """What is masked out is no observation; what depends on a missing value is given the value of the draw."""
+    seen = torch.tensor([True, False, True])
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            y = pyro.sample("y", dist.Normal(mu, 1.0), obs=Y, obs_mask=seen)
+            pyro.sample("z", dist.Normal(y, 0.0078125), obs=Y)
+
+    data = short(model, backend="pyro", compile=False, log_likelihood=True, posterior_predictive=True)
+    likelihood = dataset_of(data, "log_likelihood")
+    assert likelihood["y_observed"].shape == (2, 40, 2)
+    z = likelihood["z"].values
+    exact = dist.Normal(torch.as_tensor(data.posterior["y"].values), 0.0078125).log_prob(Y.double())
+    np.testing.assert_allclose(z, exact, rtol=1e-8)
+    drawn = dataset_of(data, "posterior_predictive")
+    missing = drawn["z"].values - data.posterior["y"].values
+    assert 0 < np.abs(missing[..., 1]).max() < 0.06
+
+
+def test_predictions_need_draws_of_all_sites() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.25), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=torch.tensor(0.5))
+
+    with pytest.raises(
+        ValueError, match=r"log_likelihood=True needs draws of all latent sites, but \['k'\] are summed out"
+    ):
+        short(model, compile=False, log_likelihood=True)
+    with pytest.raises(TypeError, match="posterior_predictive must be True or False, got 1"):
+        short(conjugate, Y, compile=False, posterior_predictive=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyro_elbo_ext.inference_data.names import named_as
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
+UNTOLD = "not enough draws to tell"
 REPLICATES = 50  # block bootstrap replicates behind each Monte Carlo error
 NAMED = 5  # scalars that a sentence names
 ROUNDING = 1e-6  # relative range of draws that are one number
@@ -55,8 +57,19 @@ class Comparison:
         row = self.table.loc[worst]
         return (
             f"{len(self.table)} parameters: {parts}. Worst: {worst}, mean off by {row['mean_diff']:+.2f} MCMC sd, "
-            f"log sd ratio {row['log_sd_ratio']:+.2f}{self._about_constant()}"
+            f"log sd ratio {row['log_sd_ratio']:+.2f}{self._about_draws()}{self._about_constant()}"
         )
+
+    def _about_draws(self) -> str:
+        """How many draws would tell, where there are not enough: noise falls with their square root."""
+        open_ = self.table[self.table["verdict"] == UNTOLD]
+        if open_.empty:
+            return ""
+        threshold = np.where(open_[["mean_diff", "log_sd_ratio"]].abs().max(axis=1) > BAD, BAD, GOOD)
+        noise = open_[[f"{name}_{what}" for name in FIGURES[:2] for what in ("error", "floor")]].abs().max(axis=1)
+        times = math.ceil(float((noise / threshold).max()) ** 2)
+        ours, theirs = (next(iter(side.values())).size for side in (self.approx, self.mcmc))
+        return f". To tell takes about {times} times the {ours} draws of approx and {theirs} of mcmc"
 
     def _about_constant(self) -> str:
         if not self.constant:
@@ -315,7 +328,7 @@ def _row(a: np.ndarray, b: np.ndarray) -> dict[str, float | str]:
 def _verdict(mean_diff: float, log_sd_ratio: float, noise: float) -> str:
     bad = max(mean_diff, log_sd_ratio) > BAD
     if noise > (BAD if bad else GOOD):
-        return "not enough draws to tell"
+        return UNTOLD
     if bad:
         return "bad"
     if mean_diff < GOOD:

@@ -63,8 +63,8 @@ def compare_predictive(
     Parameters
     ----------
     approx, mcmc
-        ArviZ data with the group ``log_likelihood``, as of ``from_pyro_svi`` and ``from_pyro_mcmc``, and
-        ``posterior_predictive`` if predictions are to be compared. With ArviZ 1.x and ``log_p`` and ``log_q`` in
+        ArviZ data with the group ``log_likelihood``, as of ``from_pyro_svi``, ``from_pyro_mcmc`` and
+        ``run_nuts(..., log_likelihood=True)``, and ``posterior_predictive`` if predictions are to be compared. With ArviZ 1.x and ``log_p`` and ``log_q`` in
         ``sample_stats``, the approximation's leave-one-out densities are of the exact posterior by importance weights,
         so that they should agree where k-hat is low; otherwise they are of the approximation taken as the posterior.
     var_names
@@ -86,7 +86,7 @@ def compare_predictive(
     Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian Leave-One-Out Cross-Validation for Large Data.
     """
     sides = {"approx": approx, "mcmc": mcmc}
-    likelihoods = {side: dataset_of(data, "log_likelihood") for side, data in sides.items()}
+    likelihoods = {side: _likelihood(data, side) for side, data in sides.items()}
     if var_names is None:
         names = [str(name) for name in likelihoods["mcmc"].data_vars]
     else:
@@ -122,6 +122,16 @@ def compare_predictive(
     columns[2:2] = ["difference", "difference_error"]
     table = pd.DataFrame.from_dict(rows, orient="index")[columns].rename_axis("observed")
     return PredictiveComparison(table, pointwise, _predictions(approx, mcmc, names) if predictions else None)
+
+
+def _likelihood(data: Any, side: str) -> xr.Dataset:
+    try:
+        return dataset_of(data, "log_likelihood")
+    except KeyError as error:
+        raise KeyError(
+            f"{side}: {error.args[0]}. run_nuts makes it with log_likelihood=True, from_pyro_svi and from_pyro_mcmc "
+            "unless told not to"
+        ) from None
 
 
 def _predictions(approx: Any, mcmc: Any, names: list[str]) -> Comparison | None:

@@ -274,6 +274,14 @@ class LogDensity:
             for name, value in zip(self.names, sites, strict=True)
         }
 
+    def at_each(self, u: Any, function: Graph, what: str) -> tuple[Tensor, ...]:
+        """What ``function`` computes of one point, at each of many: by one graph over all of them where there is one."""
+        x = self._points(u)
+        with isolated(0), torch.no_grad():
+            graph = trace(function, self.program.points, self._rtol, what)
+            rows = self._batch(x.reshape(-1, self.dim), graph, graph)
+        return tuple(row.reshape(x.shape[:-1] + row.shape[1:]).detach() for row in rows)
+
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """The point at which the sites have the given values: the inverse of `constrain`.
 

@@ -12,7 +12,6 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_elbo_ext.programs.densities import log_prob
-from pyro_elbo_ext.programs.faults import data_at_fault
 from pyro_elbo_ext.programs.given import sample_sites
 from pyro_elbo_ext.programs.nodes import is_data
 
@@ -38,8 +37,6 @@ def pointwise_log_likelihood(trace: Trace) -> dict[str, tuple[Tensor, Tensor]]:
             if mask is not None:
                 counts = counts & torch.as_tensor(mask, device=counts.device)
         density = unscaled.masked_fill(~counts, 0.0)
-        if bool(density.isnan().any()) and (sentence := data_at_fault(node)):
-            raise ValueError(sentence)
         found[name] = (density, counts)
     return found
 

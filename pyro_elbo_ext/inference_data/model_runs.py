@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.inference_data.draws import Columns, pointwise_log_likelihood, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.programs.faults import data_at_fault
 from pyro_elbo_ext.programs.given import data_of, run_given, values_of
 from pyro_elbo_ext.programs.running import signature_of_callable
 
@@ -44,13 +45,9 @@ class ModelRuns:
         """Take one draw: the model's trace at it, and its latent sites' values."""
         self.first = self.first or trace
         if self.pointwise:
-            try:
-                pointwise = pointwise_log_likelihood(trace)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}\nPass log_likelihood=False to do without pointwise log likelihoods."
-                ) from error
-            for name, (density, counts) in pointwise.items():
+            for name, (density, counts) in pointwise_log_likelihood(trace).items():
+                if bool(density.isnan().any()) and (sentence := data_at_fault(trace.nodes[name])):
+                    raise ValueError(f"{sentence}\nPass log_likelihood=False to do without pointwise log likelihoods.")
                 self.likelihood.put(index, name, density)
                 counted = to_numpy(counts)
                 self.counts[name] = self.counts[name] | counted if name in self.counts else counted

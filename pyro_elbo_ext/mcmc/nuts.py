@@ -16,6 +16,7 @@ import numpy as np
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.mcmc.predictions import Predictions
 from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
 from pyro_elbo_ext.programs.nodes import base_distribution
 from pyro_elbo_ext.programs.randomness import isolated
@@ -37,6 +38,8 @@ def run_nuts(
     init: float | Mapping[str, Any] = 2.0,
     compile: bool | Literal["auto"] = "auto",
     cores: int | None = None,
+    log_likelihood: bool = False,
+    posterior_predictive: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Draw from a Pyro model's posterior by NUTS.
@@ -86,6 +89,11 @@ def run_nuts(
         runs as a graph of torch operations, and a message at level INFO of the logger ``pyro_elbo_ext`` says why.
     cores
         Chains that run at the same time, at most; as many as there are cores if None.
+    log_likelihood
+        Whether to have the group ``log_likelihood`` too, as of `from_pyro_svi`: what ``arviz.loo``, ``arviz.compare`` and
+        `compare_predictive` need. It takes 8 bytes for each draw and observation.
+    posterior_predictive
+        Whether to have the group ``posterior_predictive`` too, for which the model runs once per draw.
 
     Returns
     -------
@@ -95,7 +103,7 @@ def run_nuts(
         ``sample_stats`` (``diverging``, ``tree_depth``, ``n_steps``, ``energy``, ``acceptance_rate``, ``step_size``,
         ``lp``; all of shape (chain, draw)) and ``observed_data``. ``lp`` is the log density on unconstrained space,
         Jacobian included. ``energy`` is the Hamiltonian of the draw for nutpie; Pyro keeps only the one that its
-        trajectory starts from, which differs by the integration error.
+        trajectory starts from, which differs by the integration error. Beside these, the groups that are asked for.
 
     Raises
     ------
@@ -164,6 +172,8 @@ def run_nuts(
         )
         sites = density.program.sites
         labels = Labels(nodes=sites)
+        predictions = Predictions(log_likelihood, posterior_predictive)
+        predictions.check(density)
         labels.check({name: site for name, site in sites.items() if name in density.names or site["is_observed"]})
         began = time.perf_counter()
         sample = sample_nutpie if library == "nutpie" else sample_pyro
@@ -172,6 +182,7 @@ def run_nuts(
         elapsed = time.perf_counter() - began
         kept, points, stats = drawn.rectangle()
         values = density.constrain(points)
+    predicted = predictions.groups(density, points, values, labels, seed, progress)
 
     attrs = {
         "inference_library": library,
@@ -194,6 +205,7 @@ def run_nuts(
     groups = {
         "posterior": labels.dataset({name: values[name] for name in density.names}, sites, attrs=attrs),
         "sample_stats": labels.dataset(stats, {}, attrs=attrs),
+        **predicted,
     }
     groups = {name: group.assign_coords(chain=kept) for name, group in groups.items()}
     return to_arviz({**groups, "observed_data": labels.dataset(observed, sites, ())})
