@@ -63,7 +63,8 @@ def test_floor_and_too_few_draws() -> None:
     assert few.table.loc["x", "verdict"] == "not enough draws to tell"
     # errors near sqrt(1/20 + 1/30) = 0.29, and a floor between halves of 15 draws, against the threshold 0.1
     times = re.search(r"To tell takes about (\d+) times the 20 draws of approx and 30 of mcmc", few.verdict)
-    assert times is not None and 8 <= int(times[1]) <= 400
+    assert times is not None
+    assert 8 <= int(times[1]) <= 400
     assert "To tell" not in compare_to_mcmc({"x": normal()}, {"x": normal(seed=1)}).verdict
 
 

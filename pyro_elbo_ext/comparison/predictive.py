@@ -64,9 +64,10 @@ def compare_predictive(
     ----------
     approx, mcmc
         ArviZ data with the group ``log_likelihood``, as of ``from_pyro_svi``, ``from_pyro_mcmc`` and
-        ``run_nuts(..., log_likelihood=True)``, and ``posterior_predictive`` if predictions are to be compared. With ArviZ 1.x and ``log_p`` and ``log_q`` in
-        ``sample_stats``, the approximation's leave-one-out densities are of the exact posterior by importance weights,
-        so that they should agree where k-hat is low; otherwise they are of the approximation taken as the posterior.
+        ``run_nuts(..., log_likelihood=True)``, and ``posterior_predictive`` if predictions are to be compared. With ArviZ
+        1.x and ``log_p`` and ``log_q`` in ``sample_stats``, the approximation's leave-one-out densities are of the exact
+        posterior by importance weights, so that they should agree where k-hat is low; otherwise they are of the
+        approximation taken as the posterior.
     var_names
         Observed sites; by default all of ``mcmc``'s log likelihoods.
     predictions
