@@ -55,6 +55,6 @@ def log_likelihoods(density: LogDensity, u: NDArray[Any]) -> dict[str, Pointwise
     rows = density.at_each(u, compute, "log likelihood")
     batch = tuple(range(np.ndim(u) - 1))
     return {
-        name: Pointwise(to_numpy(values), to_numpy(counts).astype(bool).any(batch))
+        name: Pointwise(to_numpy(values), np.asarray(to_numpy(counts).astype(bool).any(batch)))
         for name, values, counts in zip(names, rows[::2], rows[1::2], strict=True)
     }
