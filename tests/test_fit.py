@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_elbo_ext import AdaptiveStopping, Callback, CompiledSVI, DecomposedELBO, Patience
+from pyro_elbo_ext import AdaptiveStopping, Callback, CompiledSVI, Decision, DecomposedELBO, Patience
 from pyro_elbo_ext.bounds.weighting import Geco, LinearWarmup
 from pyro_elbo_ext.training.data.batches import Batches
 from pyro_elbo_ext.training.fit import fit
@@ -665,6 +665,8 @@ def test_save_and_load(fitted: FitResult, tmp_path: Path) -> None:
             FitResult.load(path, line, AutoNormal(line), X, Z)
     with pytest.raises(FileNotFoundError):
         FitResult.load(tmp_path / "none.pt", schools, fitted.guide, Y, SIGMA)
+    with pytest.raises(TypeError, match=r"missing a required argument: 'y'.*Give the data that the fit had"):
+        FitResult.load(path, schools, fitted.guide)
 
 
 def test_plot_and_summary(fitted: FitResult) -> None:
@@ -885,3 +887,29 @@ def test_an_argument_of_another_kind_is_named(argument: str, value: Any) -> None
 
     with pytest.raises((TypeError, ValueError), match=f"^{argument} must be"):
         fit(program, program, torch.zeros(3), **{argument: value})
+
+
+def test_a_stopping_rule_that_lacks_something_is_told_what_before_training() -> None:
+    class Level:
+        converged, every = False, 10
+
+        def observe(self, step: int, iterate: Tensor, losses: Any) -> Decision:
+            return Decision("stop", reason="level")
+
+    class Starts(Level):
+        def start(self, parameters: Any, **rest: Any) -> None: ...
+
+    def program(*args: Any) -> None:
+        raise AssertionError("must not be run")
+
+    rule: Any = Level()
+    with pytest.raises(TypeError, match=r"^stopping needs every, converged, start, observe; Level lacks start$"):
+        fit(program, program, stopping=rule)
+    rule = Starts()
+    with pytest.raises(
+        TypeError, match=r"^stopping with checkpoint= needs .*; Starts lacks state_dict, load_state_dict$"
+    ):
+        fit(program, program, stopping=rule, checkpoint="fit.pt")
+    pyro.clear_param_store()
+    result = fit(line, AutoNormal(line), X, Z, stopping=rule, compiled=False, progress=False)
+    assert (result.num_steps, result.reason) == (10, "level")

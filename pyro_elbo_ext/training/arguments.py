@@ -12,6 +12,9 @@ from pyro.optim import PyroOptim
 
 from pyro_elbo_ext.training.stopping.rules import check_count
 
+RULE = ("every", "converged", "start", "observe")  # what the loop cannot do without, see `StoppingRule`
+OF_CHECKPOINTS = ("state_dict", "load_state_dict")
+
 
 def check_counts(least: int = 1, **counts: Any) -> None:
     """Raise TypeError for one that is no integer, as a truth value is, ValueError for one below ``least``; None passes."""
@@ -39,6 +42,13 @@ def check_kinds(
         raise TypeError(f"optim must be an optimizer of pyro.optim or torch, not {_said(optim)}")
     if stopping is not None and (isinstance(stopping, type) or not hasattr(stopping, "observe")):
         raise TypeError(f"stopping must be a rule, such as Patience(), not {_said(stopping)}")
+    needed = RULE if checkpoint is None else RULE + OF_CHECKPOINTS
+    lacks = [] if stopping is None else [name for name in needed if name not in dir(stopping)]
+    if lacks:
+        where = "" if checkpoint is None else " with checkpoint="
+        raise TypeError(
+            f"stopping{where} needs {', '.join(needed)}; {type(stopping).__name__} lacks {', '.join(lacks)}"
+        )
     if not isinstance(callbacks, Iterable):
         raise TypeError(f"callbacks must be a list of Callback objects, not {_said(callbacks)}")
     if not (checkpoint is None or isinstance(checkpoint, str | os.PathLike)):

@@ -22,6 +22,7 @@ from pyro_elbo_ext.inference_data import from_pyro_svi
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.points import point_estimate
 from pyro_elbo_ext.programs.randomness import untouched
+from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training.guide_draws import draw_guide
 from pyro_elbo_ext.training.state import checkpoints
 from pyro_elbo_ext.training.state.ownership import Ownership, said
@@ -255,6 +256,15 @@ class FitResult:
                 f"{path} is a checkpoint, not a saved result: pass it to fit as checkpoint= with resume=True"
             )
         checkpoints.check_parts(content, ("type", "parameters"), Path(path))
+        try:
+            if callable(model):
+                check_callable(model, "model", args, kwargs)
+            if callable(guide):
+                check_callable(guide, "guide", args, kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{error}. Give the data that the fit had: FitResult.load(path, model, guide, *data)"
+            ) from None
         of: type[FitResult] = content["type"]
         return of._read(content, str(path), model, guide, args, kwargs)
 
@@ -296,6 +306,8 @@ class FitResult:
 
     def summary(self, window: int | None = None) -> pd.DataFrame:
         """Mean of every site's part in the ELBO over the last steps: :meth:`pyro_elbo_ext.History.summary`.
+
+        These are no posterior means: for those see `draws` and `to_arviz`.
 
         Raises
         ------
