@@ -504,3 +504,128 @@ def test_an_infinite_kl_is_an_error_that_says_so(family: Any, way: str, kl: Any)
     with pytest.raises(ValueError, match=r"^the KL of the guide to the prior is infinite at site 'rate'.*LogNormal"):
         ways[way]()
     assert pyro.param("one").item() == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In single precision
+
+NEAR = "near"  # the guide is close to the prior, so that the KL is a small rest of large terms
+
+
+def _positive(least: float = -4.0, most: float = 6.0) -> Callable[[int], Tensor]:
+    return lambda n: 10 ** (least + (most - least) * torch.rand(n))
+
+
+def _vectors(least: float, most: float) -> Callable[[int], Tensor]:
+    return lambda n: 10 ** (least + (most - least) * torch.rand(n, 4))
+
+
+def _locations(n: int) -> Tensor:
+    return torch.randn(n) * _positive(-3, 5)(n)
+
+
+def _logits(n: int) -> Tensor:
+    return 4 * torch.randn(n)
+
+
+WIDE: dict[str, tuple[Callable[..., Any], list[Callable[[int], Tensor]]]] = {
+    "Normal": (dist.Normal, [_locations, _positive()]),
+    "Laplace": (dist.Laplace, [_locations, _positive()]),
+    "Gumbel": (dist.Gumbel, [_locations, _positive(-2, 3)]),
+    "Cauchy": (dist.Cauchy, [_locations, _positive()]),
+    "LogNormal": (dist.LogNormal, [lambda n: 5 * torch.randn(n), _positive(-4, 0.5)]),
+    "Gamma": (dist.Gamma, [_positive(), _positive()]),
+    "Chi2": (dist.Chi2, [_positive()]),
+    "Exponential": (dist.Exponential, [_positive()]),
+    "InverseGamma": (dist.InverseGamma, [_positive(0.4, 6), _positive()]),
+    "Weibull": (dist.Weibull, [_positive(), _positive(-1, 4)]),
+    "HalfNormal": (dist.HalfNormal, [_positive()]),
+    "HalfCauchy": (dist.HalfCauchy, [_positive()]),
+    "Pareto": (dist.Pareto, [_positive(), _positive()]),
+    "Beta": (dist.Beta, [_positive(), _positive()]),
+    "Uniform": (dist.Uniform, [lambda n: -_positive()(n), _positive()]),
+    "Dirichlet": (dist.Dirichlet, [_vectors(-4, 6)]),
+    "Poisson": (dist.Poisson, [_positive()]),
+    "Bernoulli": (lambda logits: dist.Bernoulli(logits=logits), [_logits]),
+    "Bernoulli(probs)": (dist.Bernoulli, [lambda n: _logits(n).sigmoid()]),
+    "ContinuousBernoulli": (lambda logits: dist.ContinuousBernoulli(logits=logits), [_logits]),
+    "Geometric": (lambda logits: dist.Geometric(logits=logits), [_logits]),
+    "Geometric(probs)": (dist.Geometric, [lambda n: _logits(n).sigmoid()]),
+    "Binomial": (lambda logits: dist.Binomial(10**6, logits=logits), [_logits]),
+    "Categorical": (lambda logits: dist.Categorical(logits=logits), [_vectors(-3, 1)]),
+    "Multinomial": (lambda logits: dist.Multinomial(10**4, logits=logits), [_vectors(-3, 1)]),
+    "MultivariateNormal": (
+        lambda loc, factor: dist.MultivariateNormal(loc, scale_tril=factor.tril()),
+        [
+            _vectors(-2, 2),
+            lambda n: (torch.randn(n, 4, 4) / 2 + 4 * torch.eye(4)).abs() * _positive()(n)[:, None, None],
+        ],
+    ),
+    "LowRankMultivariateNormal": (
+        dist.LowRankMultivariateNormal,
+        [_vectors(-2, 2), lambda n: torch.randn(n, 4, 2) * _positive(-2, 1)(n)[:, None, None], _vectors(-3, 1)],
+    ),
+    "Normal.to_event(1)": (lambda loc, scale: dist.Normal(loc, scale).to_event(1), [_vectors(-2, 2), _vectors(-3, 3)]),
+    "Laplace.to_event(1)": (
+        lambda loc, scale: dist.Laplace(loc, scale).to_event(1),
+        [_vectors(-2, 2), _vectors(-3, 3)],
+    ),
+}
+
+
+def in_both_precisions(guide: str, prior: str, near: bool) -> list[list[Tensor]]:
+    """Value and ``parameter * gradient`` of a thousand pairs from parameters of single precision: in double, in single."""
+    pyro.set_rng_seed(0)
+    make_q, of_q = WIDE[guide]
+    make_p, of_p = WIDE[prior]
+    at_q = [draw(1000) for draw in of_q]
+    at_p = [draw(1000) for draw in of_p] if not near else [x * (1 + 1e-3 * torch.rand_like(x)) for x in at_q]
+    if near and guide.endswith("(probs)"):
+        at_p = [x.clamp(max=1 - 1e-6) for x in at_p]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        parameters = [x.to(dtype).requires_grad_() for x in (*at_q, *at_p)]
+        value, _ = kl_prior(make_q(*parameters[: len(at_q)]), make_p(*parameters[len(at_q) :]), ONE, ONE)
+        assert value.dtype == dtype
+        gradients = torch.autograd.grad(value.sum(), parameters, allow_unused=True, materialize_grads=True)
+        found.append(
+            [value.detach().double(), *((x.detach() * g).double() for x, g in zip(parameters, gradients, strict=True))]
+        )
+    return found
+
+
+def _pairs_in_single_precision() -> Iterator[Any]:
+    for guide, (make_q, of_q) in WIDE.items():
+        for prior, (make_p, of_p) in WIDE.items():
+            with pyro.validation_enabled(False):
+                try:
+                    value, _ = kl_prior(make_q(*(x(5) for x in of_q)), make_p(*(x(5) for x in of_p)), ONE, ONE)
+                except NotImplementedError:
+                    continue
+            if not value.isfinite().any() and "Uniform" not in (guide, prior):
+                continue  # whatever the parameters
+            yield pytest.param(guide, prior, False, id=f"{guide}-{prior}")
+            if guide == prior:
+                yield pytest.param(guide, prior, True, id=f"{guide}-{prior}-{NEAR}")
+
+
+@pytest.mark.parametrize(("guide", "prior", "near"), list(_pairs_in_single_precision()))
+def test_single_precision_loses_nothing(guide: str, prior: str, near: bool) -> None:
+    """Parameters of single precision give the value and gradient that double precision has at the same parameters."""
+    with pyro.validation_enabled(False):
+        expected, found = in_both_precisions(guide, prior, near)
+    value = expected[0]
+    counts = value.abs() < 1e30
+    for i, (exact, single) in enumerate(zip(expected, found, strict=True)):
+        size = value.abs().reshape(-1, *[1] * (exact.dim() - 1)) + exact.abs() + 1
+        error = ((exact - single).abs() / size)[counts & (exact.abs().reshape(len(value), -1).amax(-1) < 1e30)]
+        # the constructor of a Multinomial normalizes its logits in their own precision
+        tolerance = 1e-3 if guide == "Multinomial" else 2e-5
+        assert (error < tolerance).all(), (i, error.max())
+
+
+def test_a_sharp_beta_in_single_precision() -> None:
+    """The example by which it was found: 5.25 in single precision."""
+    q, p = dist.Beta(torch.tensor(1e5), torch.tensor(1e5)), dist.Beta(torch.tensor(1.0), torch.tensor(1.0))
+    assert float(kl_prior(q, p, ONE, ONE)[0]) == pytest.approx(5.377246, abs=1e-5)
+    assert float(kl_prior(q, p, ONE, Weight(0.0, None))[0]) == pytest.approx(5.377246, abs=1e-5)  # the negative entropy

@@ -43,6 +43,7 @@ from torch.distributions import transforms as T
 from torch.distributions.kl import _KL_REGISTRY, _dispatch_kl
 
 from pyro_elbo_ext.terms import positive
+from pyro_elbo_ext.terms.double import in_double
 
 Scale = float | Tensor
 Mask = bool | Tensor | None
@@ -200,9 +201,9 @@ def _forms(q: Bare, p: Bare) -> _Forms:
             if product.event_dims != vector.event_dims + 1 or vector.masks or product.masks:
                 break
             if vector is q:
-                return _Forms(_kl_vector(q.leaf, p.leaf), q.leaf.entropy, vector.event_dims)
+                return _Forms(in_double(_kl_vector, q.leaf, p.leaf), _entropy_of(q.leaf), vector.event_dims)
             if isinstance(q.leaf, Normal):
-                kl = _kl_gaussians(q.leaf, p.leaf)
+                kl = in_double(_kl_gaussians, q.leaf, p.leaf)
                 return _Forms(kl, lambda: q.leaf.entropy().sum(-1), vector.event_dims)
     if q.event_dims != p.event_dims:
         raise NotImplementedError(f"{_name(q.leaf)} and {_name(p.leaf)} have events of different structure")
@@ -235,7 +236,7 @@ def _entropy_of(leaf: Distribution) -> Callable[[], Tensor]:
     def entropy() -> Tensor:
         if not has_density_of_its_class(leaf, "entropy"):
             raise NotImplementedError
-        return positive.entropy(leaf)
+        return in_double(positive.entropy, leaf)
 
     return entropy
 
@@ -252,6 +253,10 @@ def _kl_leaves(q: Distribution, p: Distribution) -> Tensor:
                 raise NotImplementedError("masked base distributions under a transform")
             forms = _forms(base_q, base_p)
             return sum_rightmost(forms.kl, forms.event_dims)
+    return in_double(_kl_families, q, p)
+
+
+def _kl_families(q: Distribution, p: Distribution) -> Tensor:
     simple_q, simple_p = (positive.simplified(fn, has_density_of_its_class) for fn in (q, p))
     if simple_q is not q or simple_p is not p:
         return _kl_leaves(simple_q, simple_p)
@@ -279,11 +284,11 @@ def registered_kl(q: Distribution, p: Distribution) -> Tensor | None:
     pair = _registered_pair(*classes, len(_KL_REGISTRY))
     if pair is None:
         return None
+    function: Callable[..., Tensor] = _KL_REGISTRY[pair]
     try:
-        kl: Tensor = _KL_REGISTRY[pair](q, p)
+        return in_double(function, q, p) if _is_of_library(function) else function(q, p)
     except NotImplementedError:
         return None
-    return kl
 
 
 @functools.lru_cache(maxsize=1024)
@@ -309,8 +314,8 @@ def _owner(cls: type, method: str) -> type:
     return next(parent for parent in cls.__mro__ if method in vars(parent))
 
 
-def _is_of_library(cls: type) -> bool:
-    return cls.__module__.startswith(("torch.distributions.", "pyro.distributions."))
+def _is_of_library(what: type | Callable[..., Any]) -> bool:
+    return what.__module__.startswith(("torch.distributions.", "pyro.distributions."))
 
 
 def has_density_of_its_class(leaf: Distribution, method: str = "log_prob") -> bool:
