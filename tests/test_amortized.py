@@ -358,7 +358,7 @@ def test_the_surgery_needs_one_prior() -> None:
 
 
 def test_arguments_out_of_range() -> None:
-    with pytest.raises(ValueError, match="num_draws must be an integer of at least 2, not 1"):
+    with pytest.raises(ValueError, match="num_draws must be at least 2, not 1"):
         elbo_surgery(scalar_model, scalar_guide, LOC, SCALE, num_draws=1)
     with pytest.raises(ValueError, match="chunk_elements must be"):
         elbo_surgery(scalar_model, scalar_guide, LOC, SCALE, chunk_elements=0)

@@ -627,10 +627,10 @@ def test_mcmc_bad_input() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),
-        ({"num_samples": -3}, ValueError, "num_samples must be at least 1, got -3"),
-        ({"num_samples": 2.5}, TypeError, "num_samples must be an integer, got 2.5"),
-        ({"num_samples": True}, TypeError, "num_samples must be an integer, got True"),
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1, not 0"),
+        ({"num_samples": -3}, ValueError, "num_samples must be at least 1, not -3"),
+        ({"num_samples": 2.5}, TypeError, "num_samples must be an integer, not 2.5"),
+        ({"num_samples": True}, TypeError, "num_samples must be an integer, not True"),
         ({"history": [1.0]}, TypeError, "history must be a History, .* got list"),
         (
             {"z": 1},

@@ -277,7 +277,7 @@ def test_without_asking_at_construction_there_is_none() -> None:
     [
         ({"gradient_snr": "step"}, "must be 'steps', 'particles' or None, not 'step'"),
         ({"gradient_snr": True}, "must be 'steps', 'particles' or None, not True"),
-        ({"gradient_snr": "steps", "gradient_window": 1}, "gradient_window must be at least 2 steps, not 1"),
+        ({"gradient_snr": "steps", "gradient_window": 1}, "gradient_window must be at least 2, not 1"),
     ],
 )
 def test_bad_construction(arguments: dict[str, Any], message: str) -> None:

@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_counts_on() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LinearWarmup(0), "num_steps must be a positive integer"),
+        (lambda: LinearWarmup(0), "num_steps must be at least 1"),
         (lambda: LinearWarmup(5, 1.5), "start must be from 0 to 1"),
         (lambda: LinearWarmup(5, math.nan), "start"),
         (lambda: CyclicalWarmup(4, ramp=0.9), "no step of a cycle has weight 1"),

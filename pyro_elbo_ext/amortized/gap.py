@@ -18,13 +18,13 @@ from pyro_elbo_ext.amortized.free_distribution import FreeDistribution
 from pyro_elbo_ext.amortized.local_sites import (
     LocalRun,
     check_all_data,
-    check_draws,
     check_finite,
     distribution,
     run_local,
 )
 from pyro_elbo_ext.amortized.surgery import standard_error
 from pyro_elbo_ext.inference_data.draws import to_numpy
+from pyro_elbo_ext.programs.arguments import check_count, check_number, check_seed
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.given import run_given
 from pyro_elbo_ext.programs.randomness import untouched
@@ -205,10 +205,12 @@ def amortization_gap(
     Cremer, Li and Duvenaud (2018), "Inference suboptimality in variational autoencoders".
     Roeder, Wu and Duvenaud (2017), "Sticking the landing".
     """
-    check_draws(num_steps, "num_steps", 1)
-    check_draws(num_draws, "num_draws", 2)
+    check_count("num_steps", num_steps, 1)
+    check_seed(seed)
+    check_count("num_draws", num_draws, 2)
     if evidence_draws is not None:
-        check_draws(evidence_draws, "evidence_draws", 2)
+        check_count("evidence_draws", evidence_draws, 2)
+    check_number("lr", lr)
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a positive number, not {lr!r}")
     with untouched(seed):

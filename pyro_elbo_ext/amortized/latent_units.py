@@ -16,12 +16,12 @@ from torch.distributions import Distribution, MultivariateNormal, Normal
 from pyro_elbo_ext.amortized.local_sites import (
     as_batches,
     check_cover,
-    check_draws,
     check_finite,
     distribution,
     run_local,
 )
 from pyro_elbo_ext.inference_data.draws import to_numpy
+from pyro_elbo_ext.programs.arguments import check_count, check_number, check_seed
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.terms import closed_forms
 from pyro_elbo_ext.terms.closed_forms import Weight
@@ -169,7 +169,9 @@ def active_units(
     ----------
     Burda, Grosse and Salakhutdinov (2016), "Importance weighted autoencoders".
     """
-    check_draws(num_draws, "num_draws", 2)
+    check_seed(seed)
+    check_count("num_draws", num_draws, 2)
+    check_number("threshold", threshold)
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold must be a finite number, at least 0, not {threshold!r}")
     with untouched(seed):

@@ -13,6 +13,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_elbo_ext.programs.arguments import names_of
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
 from pyro_elbo_ext.programs.pairs import check_pair
@@ -170,7 +171,7 @@ def run_again(
 def _names(site: str | Sequence[str] | None) -> tuple[str, ...]:
     if site is None:
         return ()
-    names = (site,) if isinstance(site, str) else tuple(site)
+    names = tuple(names_of("site", site))
     if not names:
         raise ValueError("site names no site: give the name of a latent site, or None for all in the plate")
     return names
@@ -270,12 +271,6 @@ def check_cover(runs: Sequence[LocalRun], given_in_batches: bool) -> None:
             f"'{runs[0].plate.name}' with {full} data: each datum must come once. Pass indices to the plate, "
             "pyro.plate(name, size, subsample=indices)."
         )
-
-
-def check_draws(value: int, name: str, least: int) -> None:
-    """Raise a ValueError unless the number is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
 def check_finite(value: Tensor, what: str) -> None:

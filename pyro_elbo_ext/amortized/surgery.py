@@ -17,13 +17,13 @@ from pyro_elbo_ext.amortized.local_sites import (
     LocalRun,
     as_batches,
     check_cover,
-    check_draws,
     check_finite,
     distribution,
     run_again,
     run_local,
 )
 from pyro_elbo_ext.inference_data.draws import to_numpy
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.terms import closed_forms
@@ -185,8 +185,9 @@ def elbo_surgery(
     ----------
     Hoffman and Johnson (2016), "ELBO surgery: yet another way to carve up the variational evidence lower bound".
     """
-    check_draws(num_draws, "num_draws", 2)
-    check_draws(chunk_elements, "chunk_elements", 1)
+    check_seed(seed)
+    check_count("num_draws", num_draws, 2)
+    check_count("chunk_elements", chunk_elements, 1)
     parts = as_batches(args, batches)
     with untouched(seed):
         first = runs = [run_local(model, guide, part, kwargs, site, plate) for part in parts]

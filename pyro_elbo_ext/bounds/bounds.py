@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_elbo_ext.programs.arguments import check_number
+
 Side = Literal["lower", "upper"]
 
 
@@ -153,6 +155,7 @@ class Renyi(_LogPowerMean):
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
+        check_number("alpha", self.alpha)
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be a finite number, not {self.alpha!r}")
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pyro_elbo_ext.programs.arguments import check_count
+
 Schedule = Callable[[int], float]
 KLWeight = float | Schedule | Mapping[str, float | Schedule]
 FreeBits = float | Mapping[str, float]
@@ -66,7 +68,7 @@ class LinearWarmup:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_count(self.num_steps, "num_steps")
+        check_count("num_steps", self.num_steps)
         _check_fraction(self.start, "start")
 
     def __call__(self, step: int) -> float:
@@ -110,9 +112,9 @@ class CyclicalWarmup:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_count(self.period, "period")
+        check_count("period", self.period)
         if self.num_cycles is not None:
-            _check_count(self.num_cycles, "num_cycles")
+            check_count("num_cycles", self.num_cycles)
         _check_fraction(self.ramp, "ramp")
         _check_fraction(self.start, "start")
         if self.ramp == 0:
@@ -293,7 +295,7 @@ def check_reaches_one(kl_weight: KLWeight, num_steps: int, *, first_step: int = 
     ValueError
         The weight at the last step is below 1; says which it is and what to change.
     """
-    _check_count(num_steps, "num_steps")
+    check_count("num_steps", num_steps)
     last = operator.index(first_step) + num_steps - 1
     of_sites: Iterable[tuple[str | None, float | Schedule]]
     of_sites = kl_weight.items() if isinstance(kl_weight, Mapping) else [(None, kl_weight)]
@@ -361,11 +363,6 @@ def checked_weight(weight: float, name: str) -> float:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _check_count(count: int, name: str) -> None:
-    if isinstance(count, bool) or operator.index(count) < 1:
-        raise ValueError(f"{name} must be a positive integer, not {count!r}")
 
 
 def _check_fraction(value: float, name: str) -> None:

@@ -20,6 +20,7 @@ from pyro_elbo_ext.calibration.files import Folder
 from pyro_elbo_ext.calibration.simulation import Failed, Job, Ranked, data_of_simulation, prior_run, run_simulation
 from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.programs.arguments import check_count, names_of
 from pyro_elbo_ext.programs.given import data_of
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import check_callable
@@ -108,14 +109,11 @@ def simulate_calibration(
     Calibration. Yao, Vehtari, Simpson, Gelman (2018), Yes, but Did It Work?: Evaluating Variational Inference.
     """
     for name, value, least in (("num_simulations", num_simulations, 1), ("num_draws", num_draws, 2), ("seed", seed, 0)):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if operator.index(value) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_count(name, value, least)
     check_callable(model, "model", args, kwargs)
     if not callable(recipe):
         raise TypeError(f"recipe must be callable, got {type(recipe).__name__}")
-    observed = tuple([observed_sites] if isinstance(observed_sites, str) else observed_sites or ())
+    observed = tuple(names_of("observed_sites", () if observed_sites is None else observed_sites))
     with untouched(seed % 2**32):
         truth, data, trace = prior_run(model, args, kwargs, observed)
         data_arguments = _data_arguments(data_of(poutine.trace(model).get_trace(*args, **kwargs)), args, kwargs)
@@ -206,7 +204,7 @@ def _parameters(truth: Mapping[str, Any], nodes: Mapping[str, Any], var_names: I
     if var_names is None:
         names = [name for name in truth if not nodes[name]["infer"].get("_deterministic")]
     else:
-        names = [var_names] if isinstance(var_names, str) else list(var_names)
+        names = names_of("var_names", var_names)
         for name in names:
             if name not in truth:
                 raise ValueError(f"var_names has '{name}', which is none of the model's parameters: {', '.join(truth)}")

@@ -12,6 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
+from pyro_elbo_ext.programs.arguments import check_count
 
 
 class TrainGuide:
@@ -49,8 +50,9 @@ class TrainGuide:
     ) -> None:
         if not isinstance(optim, pyro.optim.PyroOptim):
             raise TypeError(f"optim must be an optimizer of pyro.optim, got {type(optim).__name__}")
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if not callable(guide_factory):
+            raise TypeError(f"guide_factory must be callable, as AutoNormal is, got {type(guide_factory).__name__}")
+        check_count("num_steps", num_steps)
         self.guide_factory, self.optim, self.num_steps = guide_factory, optim, num_steps
         self.loss = Trace_ELBO() if loss is None else loss
         self.compiled = compiled

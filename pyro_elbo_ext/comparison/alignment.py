@@ -11,6 +11,7 @@ import xarray as xr
 
 from pyro_elbo_ext.comparison.reference_draws import read_draws
 from pyro_elbo_ext.inference_data.export import dataset_of
+from pyro_elbo_ext.programs.arguments import check_mapping, names_of
 
 SIDES = ("approx", "mcmc")
 Transformed = Mapping[str, Callable[[xr.Dataset], Any]]
@@ -65,6 +66,7 @@ def with_transformed(approx: xr.Dataset, mcmc: xr.Dataset, transformed: Transfor
         If both sides have a variable of that name, or if the function does not return draws.
     """
     sides = [approx, mcmc]
+    check_mapping("transformed", transformed)
     for name, function in transformed.items():
         if all(name in side for side in sides):
             raise ValueError(f"transformed has '{name}', which approx and mcmc both have: give it another name")
@@ -106,9 +108,7 @@ def aligned(
     ValueError
         If shapes or labels differ. Both say what is only here, what only there, which shapes differ and what to do.
     """
-    names = (
-        list(mcmc.data_vars) if var_names is None else [var_names] if isinstance(var_names, str) else list(var_names)
-    )
+    names = list(mcmc.data_vars) if var_names is None else names_of("var_names", var_names)
     if not names:
         raise ValueError("there is no variable to compare")
     pairs, problems, missing = {}, [], False

@@ -14,6 +14,7 @@ from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
 from pyro_elbo_ext.inference_data.labels import scalar_label
 from pyro_elbo_ext.inference_data.names import named_as
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
@@ -128,6 +129,13 @@ class Comparison:
             "mmd": lambda a, b: mmd(a, b, num_permutations, seed=seed),
             "classifier": lambda a, b: classifier_accuracy(a, b, classifier, seed),
         }
+        for what, count in (
+            ("max_draws", max_draws),
+            ("num_projections", num_projections),
+            ("num_permutations", num_permutations),
+        ):
+            check_count(what, count)
+        check_seed(seed)
         for name in distances:
             if name not in functions:
                 raise ValueError(f"unknown distance '{name}'; there are {', '.join(functions)}")

@@ -12,6 +12,7 @@ import xarray as xr
 from pyro_elbo_ext.comparison.marginal import Comparison, compare_to_mcmc
 from pyro_elbo_ext.inference_data.arviz_statistics import leave_one_out
 from pyro_elbo_ext.inference_data.export import dataset_of
+from pyro_elbo_ext.programs.arguments import names_of
 
 
 class PredictiveComparison:
@@ -88,10 +89,8 @@ def compare_predictive(
     """
     sides = {"approx": approx, "mcmc": mcmc}
     likelihoods = {side: _likelihood(data, side) for side, data in sides.items()}
-    if var_names is None:
-        names = [str(name) for name in likelihoods["mcmc"].data_vars]
-    else:
-        names = [var_names] if isinstance(var_names, str) else list(var_names)
+    chosen = likelihoods["mcmc"].data_vars if var_names is None else names_of("var_names", var_names)
+    names = [str(name) for name in chosen]
     if not names:
         raise ValueError("there is no observed site to compare")
     for name in names:

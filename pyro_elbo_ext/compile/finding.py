@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ from pyro_elbo_ext.compile.tracing.first_look import FirstLook
 from pyro_elbo_ext.compile.tracing.losses import TracedLoss, traced_loss
 from pyro_elbo_ext.compile.updates import Unsupported, check_evaluates_once
 from pyro_elbo_ext.objectives.objective import Objective
+from pyro_elbo_ext.programs.arguments import check_count
 from pyro_elbo_ext.programs.replay import OwnIndices
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,10 @@ class CompiledCalls(SVI):
         options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if steps_per_call is not None and operator.index(steps_per_call) < 1:
-            raise ValueError(f"steps_per_call must be at least 1, not {steps_per_call!r}")
+        if steps_per_call is not None:
+            check_count("steps_per_call", steps_per_call)
+        if not (options is None or isinstance(options, Mapping)):
+            raise TypeError(f"options must be a mapping from options of Inductor to values, not {options!r}")
         if isinstance(optim, torch.optim.Optimizer):
             optim = WholeOptimizer(optim)
         super().__init__(model, guide, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)

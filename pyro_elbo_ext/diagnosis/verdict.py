@@ -29,12 +29,13 @@ from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws
 from pyro_elbo_ext.diagnosis.reasons import findings_of
 from pyro_elbo_ext.diagnosis.reliability import on_chains, on_comparison, on_history, on_scalars_left_out
 from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample, evidence_bounds, psis_khat
-from pyro_elbo_ext.evidence.importance import BATCH_SIZE, check_count
+from pyro_elbo_ext.evidence.importance import BATCH_SIZE
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.names import named_as, site_of
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
 from pyro_elbo_ext.programs.faults import discrete_latent
 from pyro_elbo_ext.programs.given import imputation
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
@@ -127,6 +128,7 @@ def diagnose(
     Welandawe, Andersen, Huggins, Vehtari (2021), Challenges and opportunities in high dimensional variational inference.
     """
     check_count("num_draws", num_draws, LEAST_DRAWS)
+    check_seed(seed)
     record = _record_of(history)
     if seed is None:
         seed = int(torch.randint(2**31, ()))

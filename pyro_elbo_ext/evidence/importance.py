@@ -20,6 +20,7 @@ from pyro_elbo_ext.inference_data.arviz_statistics import pareto_smoothed
 from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.inference_data.export import attributes, to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
 from pyro_elbo_ext.programs.given import imputation
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import Node
@@ -185,6 +186,8 @@ class ImportanceSample:
             raise ValueError(
                 f"num_draws={size} is above the {np.count_nonzero(weights)} draws with a positive weight: use replace=True"
             )
+        if seed is not None and not isinstance(seed, np.random.Generator):
+            check_count("seed", seed, 0)
         rng = np.random.default_rng(seed)
         index = rng.choice(self.num_draws, size=size, replace=replace, p=weights / weights.sum())
         rows = torch.from_numpy(index)
@@ -304,6 +307,7 @@ def psis_khat(
     """
     check_count("num_draws", num_draws, 1)
     check_count("batch_size", batch_size, 1)
+    check_seed(seed)
     with untouched(seed):
         scorer = Scorer(model, guide, args, kwargs, batch_size, progress)
         return importance_sample(scorer, num_draws)
@@ -362,11 +366,3 @@ def about_khat(khat: float, ess: float, num_draws: int) -> str:
 def khat_threshold(num_draws: int) -> float:
     """``min(1 - 1 / log10(S), 0.7)``; 0 up to ten draws."""
     return min(1 - 1 / math.log10(num_draws), 0.7) if num_draws > 10 else 0.0
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_elbo_ext.evidence import estimates
 from pyro_elbo_ext.evidence.annealing import CannotAnneal, annealed
 from pyro_elbo_ext.evidence.estimates import Estimate
-from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, check_count, importance_sample
+from pyro_elbo_ext.evidence.importance import BATCH_SIZE, ImportanceSample, importance_sample
 from pyro_elbo_ext.evidence.ledger import Bound, EvidenceBounds, Interval
 from pyro_elbo_ext.evidence.scores import Array
 from pyro_elbo_ext.evidence.scoring import Scorer
@@ -27,6 +27,7 @@ from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.inference_data.names import by_site, found_in
 from pyro_elbo_ext.objectives import DecomposedELBO
+from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import untouched
 
@@ -132,7 +133,7 @@ def evidence_bounds(
     normalizing constants. Frühwirth-Schnatter (2004), Estimating marginal likelihoods for mixture and Markov switching
     models. Grosse, Ghahramani, Adams (2015), Sandwiching the marginal likelihood using bidirectional Monte Carlo.
     """
-    _check(num_draws, ladder, level, fallback, batch_size)
+    _check(num_draws, ladder, level, fallback, batch_size, seed)
     draws = None if posterior is None else read_posterior(posterior)
     with untouched(seed):
         scorer = Scorer(model, guide, args, kwargs, batch_size, progress)
@@ -370,12 +371,14 @@ def _interval(entries: Sequence[_Entry], base: Estimate | None, level: float, no
     return Interval(float(max(limits["lower"], default=-math.inf)), float(min(limits["upper"], default=math.inf)))
 
 
-def _check(num_draws: Any, ladder: Any, level: Any, fallback: Any, batch_size: Any) -> None:
+def _check(num_draws: Any, ladder: Any, level: Any, fallback: Any, batch_size: Any, seed: Any) -> None:
     check_count("num_draws", num_draws, LEAST_DRAWS)
     check_count("batch_size", batch_size, 1)
+    check_seed(seed)
+    if not isinstance(ladder, Iterable) or isinstance(ladder, str):
+        raise TypeError(f"ladder must be a sequence of integers, not {ladder!r}")
     for k in ladder:
         check_count("every K of ladder", k, 1)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}")
+    check_fraction("level", level)
     if fallback not in ("auto", "ais", None):
         raise ValueError(f"fallback must be 'auto', 'ais' or None, got {fallback!r}")

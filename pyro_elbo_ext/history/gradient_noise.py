@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyro_elbo_ext.programs.arguments import check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,8 +62,7 @@ class GradientNoise:
     def __init__(self, mode: Mode, window: int) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"gradient_snr must be 'steps', 'particles' or None, not {mode!r}")
-        if operator.index(window) < 2:
-            raise ValueError(f"gradient_window must be at least 2 steps, not {window}")
+        check_count("gradient_window", window, 2)
         self.mode = mode
         self.window = window
         self.clear()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pyro_elbo_ext.programs.arguments import check_count
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -62,8 +64,8 @@ class Record:
     """
 
     def __init__(self, max_steps: int | None = 10_000) -> None:
-        if max_steps is not None and (operator.index(max_steps) < 4):
-            raise ValueError(f"max_steps must be at least 4, or None to keep every step; got {max_steps}")
+        if max_steps is not None:  # which keeps every step
+            check_count("max_steps", max_steps, 4)
         self.max_steps = max_steps
         self._begin()
 

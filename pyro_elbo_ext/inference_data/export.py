@@ -22,6 +22,7 @@ from pyro_elbo_ext.inference_data.draws import Columns, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.model_runs import ModelRuns
 from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data
 from pyro_elbo_ext.programs.given import check_full, run_given, values_of
@@ -181,16 +182,13 @@ def from_pyro_svi(
     Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian Leave-One-Out Cross-Validation for Large Data: what
     ``log_p`` and ``log_q`` are for.
     """
-    if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__"):
-        raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    size = check_count("num_samples", num_samples)
+    check_seed(seed)
     if history is not None and not isinstance(history, History):
         raise TypeError(f"history must be a History, such as DecomposedELBO.history, got {type(history).__name__}")
     check_callable(model, "model", args, kwargs)
     check_callable(guide, "guide", args, kwargs)
 
-    size = int(num_samples)
     posterior, stats = Columns(size), Columns(size)
     rest = ModelRuns(model, args, kwargs, size, posterior_predictive, prior, log_likelihood)
     with untouched(seed):

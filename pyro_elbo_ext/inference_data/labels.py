@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pyro.poutine.util import site_is_subsample
 
 from pyro_elbo_ext.inference_data.names import SAMPLE_DIMS, SITE, variables_of, written
+from pyro_elbo_ext.programs.arguments import check_mapping
 from pyro_elbo_ext.programs.nodes import Node
 
 
@@ -37,6 +38,9 @@ class Labels:
         dims: Mapping[str, Sequence[str | None]] | None = None,
         nodes: Mapping[str, Any] | None = None,
     ) -> None:
+        for what, given in (("coords", coords), ("dims", dims)):
+            if given is not None:
+                check_mapping(what, given)
         self.coords = dict(coords or {})
         self.dims = dict(dims or {})
         self._sizes: dict[str, tuple[int, str]] = {}  # dim -> its size, and the site that set it

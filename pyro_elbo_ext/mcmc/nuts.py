@@ -18,6 +18,7 @@ from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.mcmc.predictions import Predictions
 from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
+from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed
 from pyro_elbo_ext.programs.nodes import base_distribution
 from pyro_elbo_ext.programs.randomness import isolated
 
@@ -136,18 +137,12 @@ def run_nuts(
         ("num_samples", num_samples, 1),
         ("warmup", warmup, 0),
         ("chains", chains, 1),
-        ("seed", seed, 0),
         ("max_tree_depth", max_tree_depth, 1),
         ("cores", cores, 1),
     ):
-        if isinstance(number, bool) or not isinstance(number, numbers.Integral):
-            raise TypeError(f"{name} must be an integer, got {number!r}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    if seed >= 2**32:
-        raise ValueError(f"seed must be below 2**32, got {seed}")
-    if not 0 < target_accept < 1:
-        raise ValueError(f"target_accept must be between 0 and 1, got {target_accept}")
+        check_count(name, number, least)
+    check_seed(seed, needed=True)
+    check_fraction("target_accept", target_accept)
     if not isinstance(init, Mapping) and not (isinstance(init, numbers.Real) and 0 <= init < np.inf):
         raise ValueError(f"init must be a radius of at least 0 or a mapping from site to value, got {init!r}")
     if backend not in ("auto", "pyro", "nutpie"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from pyro.infer import ELBO
+
+from pyro_elbo_ext.programs.arguments import check_count, check_number
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -48,8 +49,8 @@ def checked_arguments(loss: ELBO, args: tuple[Any, ...], options: Mapping[str, A
     named = dict(given.arguments)
     del named["self"]
     count, nesting, vectorize = named["num_particles"], named["max_plate_nesting"], named["vectorize_particles"]
-    if isinstance(count, bool) or operator.index(count) < 1:
-        raise ValueError(f"num_particles must be a positive integer, not {count!r}")
+    check_count("num_particles", count)
+    check_number("max_plate_nesting", nesting)
     if not nesting >= 0:
         raise ValueError(f"max_plate_nesting must be at least 0, not {nesting!r}")
     if not isinstance(vectorize, bool) and vectorize != "vmap":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack
 
 from pyro_elbo_ext.bounds import CUBO, IWAE, TVO, Bound, Gradient, Renyi
@@ -216,4 +216,6 @@ class ThermodynamicELBO(MultiSampleELBO):
         side: Side = "lower",
         **options: Any,
     ) -> None:
+        if not isinstance(betas, Iterable):
+            raise TypeError(f"betas must be a sequence of numbers from 0 to 1, not {betas!r}")
         super().__init__(TVO(tuple(betas), side), num_particles, *args, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
-from pyro_elbo_ext.training.stopping.rules import check_count
+from pyro_elbo_ext.compile import CompiledSVI
+from pyro_elbo_ext.programs.arguments import check_count
+from pyro_elbo_ext.training.distributed import DistributedSVI
 
 RULE = ("every", "converged", "start", "observe")  # what the loop cannot do without, see `StoppingRule`
 OF_CHECKPOINTS = ("state_dict", "load_state_dict")
@@ -19,17 +22,8 @@ OF_CHECKPOINTS = ("state_dict", "load_state_dict")
 def check_counts(least: int = 1, **counts: Any) -> None:
     """Raise TypeError for one that is no integer, as a truth value is, ValueError for one below ``least``; None passes."""
     for name, value in counts.items():
-        if isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, not {value!r}")
         if value is not None:
-            check_count(value, name, least)
-
-
-def check_seed(seed: Any) -> None:
-    """Raise unless ``seed`` is None or an integer that ``pyro.set_rng_seed`` takes."""
-    check_counts(0, seed=seed)
-    if seed is not None and seed >= 2**32:
-        raise ValueError(f"seed must be below 2**32, not {seed!r}")
+            check_count(name, value, least)
 
 
 def check_kinds(
@@ -53,9 +47,15 @@ def check_kinds(
         raise TypeError(f"callbacks must be a list of Callback objects, not {_said(callbacks)}")
     if not (checkpoint is None or isinstance(checkpoint, str | os.PathLike)):
         raise TypeError(f"checkpoint must be the path of a file, not {_said(checkpoint)}")
-    for name, value in (("compiled", compiled), ("distributed", distributed)):
-        if not (value is None or isinstance(value, bool | Mapping)):
+    for name, value, taker in (("compiled", compiled, CompiledSVI), ("distributed", distributed, DistributedSVI)):
+        if not (isinstance(value, bool | Mapping) or (value is None and name == "distributed")):
             raise TypeError(f"{name} must be True, False or a mapping of keyword arguments, not {_said(value)}")
+        if isinstance(value, Mapping):
+            parameters = inspect.signature(taker).parameters.values()
+            known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+            for key in value:
+                if key not in known:
+                    raise TypeError(f"{name} has {key!r}; of {taker.__name__} it can set {', '.join(known)}")
 
 
 def _said(value: Any) -> str:

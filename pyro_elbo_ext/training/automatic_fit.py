@@ -22,6 +22,7 @@ from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
 from pyro_elbo_ext.objectives import DecomposedELBO
+from pyro_elbo_ext.programs.arguments import check_seed
 from pyro_elbo_ext.programs.randomness import isolated, seeded
 from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training.callbacks import CallbackList
@@ -186,6 +187,7 @@ def fit_automatically(
     began = time.monotonic()
     if family not in FAMILIES:
         raise ValueError(f"guide must be a Pyro guide or one of {', '.join(map(repr, FAMILIES))}, not {family!r}")
+    check_seed(seed)
     density = _density(model, args, kwargs)
     if seed is None:
         seed = int(torch.randint(2**31, ()))

@@ -23,10 +23,11 @@ from pyro_elbo_ext.compile.tracing.first_look import look
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import Objective
+from pyro_elbo_ext.programs.arguments import check_seed
 from pyro_elbo_ext.programs.points import point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.training import processes
-from pyro_elbo_ext.training.arguments import check_counts, check_kinds, check_seed
+from pyro_elbo_ext.training.arguments import check_counts, check_kinds
 from pyro_elbo_ext.training.automatic_fit import fit_automatically
 from pyro_elbo_ext.training.callbacks import Callback, CallbackList
 from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
@@ -224,8 +225,11 @@ def fit(
     data, args = _data(args, kwargs, batches)
     batched = isinstance(data, Batches)
     call = data.first()
+    held_out = None if validation is None else Validation(validation, args if batched else (), kwargs)
     check_callable(guide, "guide", *call)
     check_callable(model, "model", *call)
+    if held_out is not None:
+        held_out.check(model)
     loss = DecomposedELBO() if loss is None else loss
     there = set(pyro.get_param_store().keys())
     parameters = _look_at(model, guide, loss, call)
@@ -252,7 +256,7 @@ def fit(
         max_steps=most,
         rule=stopping,
         not_before=_warm_up(weight),
-        validation=None if validation is None else Validation(validation, args if batched else (), kwargs),
+        validation=held_out,
         validate_every=validate_every,
         callbacks=listeners if processes.is_main() else CallbackList(()),
         log_every=log_every,

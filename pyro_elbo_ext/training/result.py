@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from pyro_elbo_ext.diagnosis import Diagnosis, diagnose
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data import from_pyro_svi
 from pyro_elbo_ext.objectives import DecomposedELBO
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
 from pyro_elbo_ext.programs.points import point_estimate
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import check_callable
@@ -170,8 +170,8 @@ class FitResult:
         UserWarning
             Where the guide is a point mass at a site: its draws are all the same.
         """
-        if operator.index(num_draws) < 1:
-            raise ValueError(f"the number of draws must be at least 1, not {num_draws!r}")
+        check_count("num_draws", num_draws)
+        check_seed(seed)
         if self.point_sites:
             warnings.warn(point_estimate(self.point_sites), stacklevel=2)
         with self.own_parameters(), untouched(seed):

@@ -66,16 +66,7 @@ class Batches:
     """
 
     def __init__(self, source: Iterable[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if isinstance(source, Tensor | str | bytes | Mapping) or not hasattr(source, "__iter__"):
-            raise TypeError(
-                f"batches must be a DataLoader or an iterable of batches, not a {type(source).__name__}. A tensor with all "
-                "the data is an argument of the model."
-            )
-        if hasattr(source, "__next__"):
-            raise TypeError(
-                "batches is an iterator, which one epoch uses up and no run can be resumed on. Pass a list, a DataLoader, "
-                "or an object whose __iter__ starts anew."
-            )
+        check_source(source, "batches")
         self.source, self.args, self.kwargs = source, args, kwargs
         self.epoch, self.index = 0, 0  # of the next batch
         self.check: Callable[[Call, Rows], None] | None = None  # called with the first batch of each size
@@ -168,15 +159,26 @@ class Batches:
 
     def first(self) -> Call:
         """A batch to look at model and guide with; the random state and the order of the epochs stay as they are."""
+        try:
+            self.first_batch = self.first_raw()
+        except StopIteration:
+            raise ValueError("batches is empty: there is nothing to fit to") from None
+        return self._call(self.first_batch)
+
+    def first_raw(self) -> Any:
+        """The first batch as the source gives it; the random state and the order of the epochs stay as they are.
+
+        Raises
+        ------
+        StopIteration
+            If there is none.
+        """
         generator = self._generator_state()
         try:
             with random_state_kept():
-                for batch in self.source:
-                    self.first_batch = batch
-                    return self._call(batch)
+                return next(iter(self.source))
         finally:
             self._set_generator_state(generator)
-        raise ValueError("batches is empty: there is nothing to fit to")
 
     def next(self) -> Call:
         """The next batch; after the last one the first of the next epoch."""
@@ -268,6 +270,19 @@ class Batches:
             self.source.generator.set_state(state)  # type: ignore[attr-defined]
 
 
+def check_source(source: Any, name: str) -> None:
+    """Raise a TypeError, which names the argument, for what are no batches that come again and again."""
+    if isinstance(source, Tensor | str | bytes | Mapping) or not hasattr(source, "__iter__"):
+        advice = " A tensor with all the data is an argument of the model." if isinstance(source, Tensor) else ""
+        kind = type(source).__name__
+        raise TypeError(f"{name} must be a DataLoader or an iterable of batches, not a {kind}.{advice}")
+    if hasattr(source, "__next__"):
+        raise TypeError(
+            f"{name} is an iterator, which one epoch uses up and no run can be resumed on. Pass a list, a DataLoader, or an "
+            "object whose __iter__ starts anew."
+        )
+
+
 class Order(Enum):
     """Whether epochs have the same batches, rows and all."""
 
@@ -318,6 +333,10 @@ def rows_of(batch: Any) -> Rows:
 
 def as_call(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> Call:
     """A batch with the fixed arguments that follow it; ``what`` is its name in errors."""
+    if batch is None:
+        raise TypeError(
+            f"{what} is None: a batch is a tensor, a tuple or list of arguments, or a mapping of them by name"
+        )
     if isinstance(batch, Mapping):
         call = args, {**{str(key): value for key, value in batch.items()}, **kwargs}
     elif isinstance(batch, list | tuple):

@@ -13,7 +13,6 @@ Where no latent site is outside the plate of the rows, s_k need only be the same
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
+from pyro_elbo_ext.programs.arguments import check_count
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_latent
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.training.data.batches import Batches, Call, Order, Rows, named_arguments
@@ -186,16 +186,8 @@ def check_whole(model: Callable[..., Any], guide: Callable[..., Any], call: Call
 
 def check_dataset_size(size: Any) -> None:
     """Raise unless ``size`` is None or a number of data: a TypeError for what is no integer, a ValueError below 1."""
-    if size is None:
-        return
-    try:
-        if isinstance(size, bool):
-            raise TypeError
-        size = operator.index(size)
-    except TypeError:
-        raise TypeError(f"dataset_size must be an integer, the number of data, not {size!r}") from None
-    if size < 1:
-        raise ValueError(f"dataset_size must be at least 1, not {size!r}")
+    if size is not None:
+        check_count("dataset_size", size)
 
 
 def _check_size(size: int | None, found: _Scale) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.programs.randomness import seeded
+from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training import processes
-from pyro_elbo_ext.training.data.batches import Batches, Call, as_call, batch_length
+from pyro_elbo_ext.training.data.batches import Batches, Call, as_call, batch_length, check_source
 from pyro_elbo_ext.training.state.state import training_modes
 
 _SEED = 20_220_314  # the same random numbers each time, so that two evaluations differ by the parameters alone
@@ -33,8 +34,17 @@ class Validation:
         if isinstance(data, Tensor | tuple | Mapping):
             self._batches: Iterable[Any] = [data]
         else:
-            Batches(data, (), {})  # the same demands, the same errors
+            check_source(data, "validation")
             self._batches = data
+
+    def check(self, model: Any) -> None:
+        """Raise if there are no held-out data, or the model cannot be called with the first of them."""
+        source = Batches(self._batches, (), {})
+        try:
+            batch = source.first_raw()
+        except StopIteration:
+            raise ValueError("validation is empty: there is no held-out data") from None
+        check_callable(model, "model with the held-out data", *self._call(batch, 0))
 
     def elbo(self, svi: SVI, objective: Any) -> float:
         """Evaluate once, in nats."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.objective import Objective
+from pyro_elbo_ext.programs.arguments import check_seed
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.data.batches import Batches
 from pyro_elbo_ext.training.data.scaling import ScaleCheck
@@ -106,6 +107,7 @@ class LightningELBO(LightningModule):
         super().__init__()
         self._optim = _optimizer_of(optim)
         self._kwargs = dict(kwargs or {})
+        check_seed(seed)
         seed = int(torch.randint(1 << 31, ())) if seed is None else seed
         loss = DecomposedELBO() if loss is None else loss
         self._joint = _OfModules(model, guide, loss, RandomStreams(seed, 0, shared_draws))

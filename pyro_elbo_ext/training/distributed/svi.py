@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pyro_elbo_ext.compile.binding import WholeOptimizer
 from pyro_elbo_ext.objectives.not_finite import NotFinite
 from pyro_elbo_ext.objectives.objective import Objective
+from pyro_elbo_ext.programs.arguments import check_seed
 from pyro_elbo_ext.terms.registration import check_registered
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.distributed.joint_loss import JointLoss, Run
@@ -114,6 +115,7 @@ class DistributedSVI(SVI):
                 "History(gradient_snr='particles') needs gradients by particle, which are not averaged over processes. Use "
                 "gradient_snr='steps'."
             )
+        check_seed(seed)
         processes.start(timeout)
         if seed is None:
             seed = int(torch.randint(1 << 31, ())) if processes.is_main() else 0

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
 from pyro_elbo_ext.inference_data.draws import to_numpy
+from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_number
 from pyro_elbo_ext.training.stopping.guide_moments import GuideMoments, symmetrized_kl
 from pyro_elbo_ext.training.stopping.iterates import LONGEST, Iterates, Window, best_window, largest_r_hat, smallest_ess
 from pyro_elbo_ext.training.stopping.power_law import fit_power_law, predicted_steps
-from pyro_elbo_ext.training.stopping.rules import CONTINUE, Decision, Rule, check_count, check_iterate
+from pyro_elbo_ext.training.stopping.rules import CONTINUE, Decision, Rule, check_iterate
 
 _BETWEEN_LOOKS = 1.15  # a look costs as much as all steps of a phase in a fixed proportion, so looks grow rarer
 _BLOCKS = 8  # of a window, whose averages' scatter gives the Monte Carlo standard error of the whole average
@@ -125,15 +126,16 @@ class AdaptiveStopping(Rule):
         every: int = 20,
     ) -> None:
         for name, value in (("accuracy", accuracy), ("elbo_tolerance", elbo_tolerance), ("inefficiency", inefficiency)):
+            check_number(name, value)
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value!r}")
-        if not 0 < factor < 1:
-            raise ValueError(f"factor must be between 0 and 1, not {factor!r}")
+        check_fraction("factor", factor)
+        check_number("r_hat", r_hat)
         if not r_hat > 1:
             raise ValueError(f"r_hat must be more than 1, not {r_hat!r}")
         self.accuracy, self.elbo_tolerance = float(accuracy), float(elbo_tolerance)
         self.factor, self.inefficiency, self.r_hat = float(factor), float(inefficiency), float(r_hat)
-        self.min_ess, self.every = check_count(min_ess, "min_ess"), check_count(every, "every")
+        self.min_ess, self.every = check_count("min_ess", min_ess), check_count("every", every)
         self.measure = ""
         self._parameters: dict[str, Tensor] = {}
         self._moments: GuideMoments | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_elbo_ext.programs.arguments import check_count, check_number
 from pyro_elbo_ext.training.stopping.guide_moments import flatten
 
 
@@ -113,17 +113,6 @@ def check_iterate(step: int, iterate: Tensor, parameters: Mapping[str, Tensor]) 
         start += parameter.numel()
 
 
-def check_count(value: int, name: str, least: int = 1) -> int:
-    """An integer of at least ``least``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
-    return number
-
-
 class Rule:
     """What the rules here have in common: how they begin. A rule of your own needs no base, see `StoppingRule`."""
 
@@ -175,7 +164,7 @@ class FixedSteps(Rule):
     def __init__(self, num_steps: int, average: Literal["tail"] | None = None, *, every: int = 20) -> None:
         if average not in (None, "tail"):
             raise ValueError(f'average must be None or "tail", not {average!r}')
-        self.num_steps, self.every = check_count(num_steps, "num_steps"), check_count(every, "every")
+        self.num_steps, self.every = check_count("num_steps", num_steps), check_count("every", every)
         self.converged = False  # nothing is looked at
         self._tail = average == "tail"
         self._parameters: dict[str, Tensor] = {}
@@ -238,9 +227,10 @@ class Patience(Rule):
     """
 
     def __init__(self, patience: int = 10, min_delta: float = 0.0, *, relative: bool = False, every: int = 20) -> None:
+        check_number("min_delta", min_delta)
         if not (math.isfinite(min_delta) and min_delta >= 0):
             raise ValueError(f"min_delta must be finite and at least 0, not {min_delta!r}")
-        self.patience, self.every = check_count(patience, "patience"), check_count(every, "every")
+        self.patience, self.every = check_count("patience", patience), check_count("every", every)
         self.min_delta, self.relative = float(min_delta), relative
         self.converged = False
         self._parameters: dict[str, Tensor] = {}
