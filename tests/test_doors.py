@@ -449,7 +449,17 @@ OUTSIDE: dict[str, tuple[Callable[[torch.Tensor], Any], torch.Tensor, str]] = {
     "Dirichlet": (
         lambda mean: dist.Dirichlet(mean.exp().unsqueeze(-1).expand(N, 2)),
         torch.full((N, 2), 0.4),
-        "Dirichlet",
+        r"Dirichlet, .*: \[0.4, 0.4\]",
+    ),
+    "Multinomial": (
+        lambda mean: dist.Multinomial(3, logits=mean.unsqueeze(-1).expand(N, 2)),
+        torch.tensor([[1.0, 2.0], [1.5, 1.5], [3.0, 0.0], [0.0, 3.0]]),
+        r"Multinomial, .*: \[1.5, 1.5\]",
+    ),
+    "Categorical": (
+        lambda mean: dist.Categorical(logits=mean.unsqueeze(-1).expand(N, 2)),
+        torch.tensor([0.0, 1.0, 0.7, 1.0]),
+        r"Categorical, .*: 0.7",
     ),
 }
 
@@ -463,6 +473,22 @@ def test_data_that_have_a_density_outside_the_support(name: str, way: str) -> No
         enter(way, Bad(name, regression(fn), guide, "", (X, y)))
     with pyro.validation_enabled(False):
         enter(way, Bad(name, regression(fn), guide, "", (X, y)))
+
+
+@pytest.mark.parametrize("way", [*WITH_GUIDE, "compiled_log_density"])
+def test_rows_of_a_multinomial_may_have_totals_of_their_own(way: str) -> None:
+    """As torch has it: total_count is the most that a row may have, and no part of the density; more is an error."""
+
+    def counts(mean: torch.Tensor) -> Any:
+        return dist.Multinomial(3, logits=torch.stack([mean, -mean], -1))
+
+    y = torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.0, 2.0], [0.0, 3.0]])
+    enter(way, Bad("", regression(counts), guide, "", (X, y)))
+    y[1] += 2
+    with pytest.raises(
+        ValueError, match=r"^observed site 'y' has data outside the support of its Multinomial.*\[3, 2\]"
+    ):
+        enter(way, Bad("", regression(counts), guide, "", (X, y)))
 
 
 @pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
@@ -485,9 +511,15 @@ def test_a_draw_may_leave_data_outside_its_support(validate: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [[0.1, 0.2, 0.3, 0.4], np.zeros(4), 0.5], ids=["list", "array", "number"])
-def test_data_that_are_no_tensor(value: Any) -> None:
-    for way in ("DecomposedELBO", "psis_khat", "from_pyro_svi", "compiled_log_density"):
-        with pytest.raises(TypeError, match=f"^at site 'y', the value is a {type(value).__name__} and no tensor"):
+@pytest.mark.parametrize("validate", [True, False], ids=["validated", "not validated"])
+def test_data_that_are_no_tensor(value: Any, validate: bool) -> None:
+    for way in (*WITH_GUIDE, *WITHOUT_GUIDE):
+        if way.startswith("CompiledSVI") and isinstance(value, np.ndarray):  # says that arguments must be tensors
+            continue
+        with (
+            pyro.validation_enabled(validate),
+            pytest.raises(TypeError, match=f"^at site 'y', the value is a {type(value).__name__} and no tensor"),
+        ):
             enter(way, Bad("", regression(normal), guide, "", (X, value)))
 
 

@@ -259,6 +259,63 @@ def test_it_goes_on_with_what_is_given_now_if_that_is_asked_for(
         assert rates == [0.1, 0.1]
 
 
+def scaled(scale: float = 10.0, family: Any = dist.Normal, name: str = "mu", plate: str = "data") -> Any:
+    def changed(y: torch.Tensor) -> None:
+        mu = pyro.sample(name, family(0.0, scale))
+        with pyro.plate(plate, len(DATA), subsample=y):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    return changed
+
+
+def located(scale: float = 0.5) -> Any:
+    def changed(y: torch.Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.randn(()))  # which starts elsewhere in each process
+        pyro.sample("mu", dist.Normal(loc, scale))
+
+    return changed
+
+
+PROGRAMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "prior": ({"scale": 1.0}, {}, r"log densities of the model, mu, was -\d.* and is now -\d.* at the same parameters"),
+    "guide": ({}, {"scale": 0.4}, r"log densities of the guide, mu, was -?\d.* and is now"),
+    "family": ({"family": dist.Laplace}, {}, r"model, mu was 'Normal \(\) \(\)' and is now 'Laplace \(\) \(\)'"),
+    "plate": (
+        {"plate": "rows"},
+        {},
+        r"model, y was 'Normal \(24,\) \(\) in data, observed' and is now .* in rows, observed'",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", PROGRAMS)
+@pytest.mark.parametrize("batches", [False, True], ids=["whole", "batches"])
+def test_other_programs_with_the_same_parameters_are_told_apart(change: str, batches: bool, tmp_path: Path) -> None:
+    of_model, of_guide, message = PROGRAMS[change]
+    path = tmp_path / "run.pt"
+    given: dict[str, Any] = {"optim": adam(), "seed": 3, "checkpoint": path, "compiled": False, "progress": False}
+    args = () if batches else (DATA,)
+    if batches:
+        given["batches"] = loader()
+        message = message.replace(r" \(24,\) \(\)", "").replace(r" \(\) \(\)", "")
+
+    def run(model: Any, guide: Any, num_steps: int, **options: Any) -> Any:
+        pyro.clear_param_store()
+        return fit(model, guide, *args, num_steps=num_steps, **given, **options)
+
+    run(scaled(), located(), 6)
+    before = path.read_bytes()
+    assert run(scaled(), located(), 8, resume=True).num_steps == 8  # the same again, written anew
+    path.write_bytes(before)
+    if batches and change in ("prior", "guide"):  # numbers are not compared where each run sees another batch first
+        assert run(scaled(**of_model), located(**of_guide), 8, resume=True).num_steps == 8
+        return
+    with pytest.raises(ValueError, match=message):
+        run(scaled(**of_model), located(**of_guide), 8, resume=True)
+    assert path.read_bytes() == before
+    assert run(scaled(**of_model), located(**of_guide), 8, resume="anyway").num_steps == 8
+
+
 def test_an_optimizer_of_torch_may_be_the_same_object(tmp_path: Path) -> None:
     pyro.clear_param_store()
     guide = AutoNormal(model)

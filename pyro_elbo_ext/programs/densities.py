@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_elbo_ext.programs.faults import (
     REMEDY,
     check_data,
+    counts_at_fault,
     data_at_fault,
     described,
     draw_outside,
@@ -47,6 +48,8 @@ def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> T
             unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
         except (ValueError, RuntimeError) as error:
             raise _at_site(error, node, trace, of_model=True) from error
+        if is_validation_enabled() and (sentence := counts_at_fault(node)):
+            raise ValueError(sentence)
         node["unscaled_log_prob"] = unscaled
         node["log_prob"] = scale_and_mask(unscaled, node["scale"], node["mask"])
         _check_shape(node, max_plate_nesting)

@@ -15,7 +15,7 @@ from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, constraints
 
 from pyro_elbo_ext.programs.nodes import (
     PARTICLE_PLATE,
@@ -151,6 +151,16 @@ def _data_outside(node: Node) -> str | None:
         f"observed site '{node['name']}' has data outside the support of its {base_distribution(node['fn'])}, "
         f"{_support(node)}: {outside}. Look for wrong units or codes in the data, or use another distribution."
     )
+
+
+def counts_at_fault(node: Node) -> str | None:
+    """Data of a Multinomial that are no whole numbers, which alone torch does not ask for; None where they are."""
+    if not is_data(node) or not node["value"].is_floating_point() or is_masked(node):
+        return None
+    support = node["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return _data_outside(node) if isinstance(support, type(constraints.multinomial(1))) else None
 
 
 def dtype_at_fault(node: Node) -> str | None:
@@ -341,13 +351,17 @@ def _outside(node: Node) -> str | None:
     """A value that is outside the support, as text."""
     value = node["value"]
     try:
-        inside = node["fn"].support.check(value)
+        support = node["fn"].support
+        inside = support.check(value)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # no support, or of another shape
         return None
+    if support.is_discrete and value.is_floating_point():  # torch does not ask a Multinomial's counts to be whole
+        whole = value == value.round()
+        inside = inside & (whole.flatten(inside.dim()).all(-1) if whole.dim() > inside.dim() else whole)
     if bool(inside.all()):
         return None
-    bad = value[~inside] if inside.shape == value.shape else value
-    return f"{bad.reshape(-1)[0].item():.6g}" if inside.shape == value.shape else f"shape {tuple(value.shape)}"
+    some = [f"{number:.6g}" for number in value[~inside][0].reshape(-1)[:6].tolist()]
+    return some[0] if inside.shape == value.shape else f"[{', '.join(some)}]"
 
 
 def _dtypes(trace: Trace, where: str) -> str:

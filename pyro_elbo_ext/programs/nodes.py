@@ -40,10 +40,10 @@ def is_random(node: Node) -> bool:
 
 
 def is_point_mass(fn: Any) -> bool:
-    """Whether a distribution is a Delta, through ``to_event``, ``expand``, ``mask``, transforms and masked mixtures."""
+    """Whether a distribution is a Delta, if only for some elements, through ``to_event``, ``mask``, transforms and so on."""
     fn = innermost(fn)
     if isinstance(fn, MaskedMixture):
-        return is_point_mass(fn.component0) and is_point_mass(fn.component1)
+        return is_point_mass(fn.component0) or is_point_mass(fn.component1)
     return isinstance(fn, Delta)
 
 

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from pyro import validation_enabled
+from pyro.distributions.util import scale_and_mask
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from pyro_elbo_ext.compile.binding import WholeOptimizer
-from pyro_elbo_ext.training.data.batches import Batches, Whole
+from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
+from pyro_elbo_ext.programs.nodes import Node, base_distribution, is_subsample
+from pyro_elbo_ext.programs.randomness import seeded
+from pyro_elbo_ext.programs.running import trace_pair
+from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.settings import name_of
 
 Fingerprint = dict[str, Any]
 
 _DEPTH = 5
+_LEVEL = 0.1  # of every unconstrained parameter, where programs are compared
+_TOLERANCE = 1e-4  # of a log density, which is summed in another order on another machine
 _NOT_OF_THE_RESULT = ("history", "max_plate_nesting", "max_iarange_nesting", "retain_graph", "ignore_jit_warnings")
 
 
 def fingerprint(
-    optim: Any, loss: Any, data: Whole | Batches, rule: Any, validation: Any, seed: int | None
+    optim: Any,
+    loss: Any,
+    data: Whole | Batches,
+    rule: Any,
+    validation: Any,
+    seed: int | None,
+    programs: Mapping[str, Any],
 ) -> Fingerprint:
     """By what `fit` calls it: a number, text, or a mapping or list of them. Of arrays shape, dtype and a digest.
 
@@ -43,13 +58,70 @@ def fingerprint(
         "stopping": described(rule),
         "validation": described(validation),
         "seed": seed,
+        "programs": dict(programs),
     }
+
+
+def of_programs(
+    model: Any, guide: Any, call: Call, parameters: Mapping[str, Tensor], data: Whole | Batches
+) -> dict[str, Any]:
+    """What model and guide are: at each site the distribution and its plates, and what they compute.
+
+    The latter is the log density of every site with all parameters at one level and under one seed, so that it does not
+    depend on how they start or how far they have come. Where the arguments are another batch in each run, it is left out,
+    and shapes are.
+    """
+    is_whole = isinstance(data, Whole)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    found: dict[str, Any] = {}
+    try:
+        with nothing_changed((model, guide)), torch.no_grad(), seeded(0), validation_enabled(False):
+            for parameter in parameters.values():
+                parameter.fill_(_LEVEL)
+            try:
+                traces = trace_pair(model, guide, *call)
+            except (ValueError, RuntimeError):  # not at this level
+                return {}
+            for where, trace in zip(("model", "guide"), traces, strict=True):
+                sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+                found[where] = {name: _site(node, is_whole) for name, node in sites.items() if not is_subsample(node)}
+                if is_whole and all(parameter.device.type == "cpu" for parameter in parameters.values()):
+                    found[f"log densities of the {where}"] = _densities(sites)
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+    return found
+
+
+def _site(node: Node, is_whole: bool) -> str:
+    fn = node["fn"]
+    plates = sorted(frame.name for frame in node["cond_indep_stack"])
+    shapes = f" {tuple(fn.batch_shape)} {tuple(fn.event_shape)}" if is_whole else ""
+    within = f" in {', '.join(plates)}" if plates else ""
+    return f"{base_distribution(fn)}{shapes}{within}{', observed' if node['is_observed'] else ''}"
+
+
+def _densities(sites: Mapping[str, Node]) -> dict[str, Any]:
+    """Log density of each site that has one."""
+    found = {}
+    for name, node in sites.items():
+        try:
+            value = node["fn"].log_prob(node["value"])
+        except (ValueError, RuntimeError, NotImplementedError):
+            continue
+        found[name] = {"about": float(scale_and_mask(value, node["scale"], node["mask"]).sum())}
+    return found
 
 
 def differences(then: Fingerprint, now: Fingerprint) -> dict[str, list[str]]:
     """What differs, by what `fit` calls it, in words."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for name in now:
+        if name not in then or (name == "programs" and not (then[name] and now[name])):  # not known
+            continue
+        if name == "programs" and "data" in found:  # which are what they compute
+            continue
         if name == "seed" and now[name] is None:  # none is asked for: the run goes on with its own random numbers
             continue
         said = list(_differences(then.get(name), now[name], name))
@@ -59,7 +131,11 @@ def differences(then: Fingerprint, now: Fingerprint) -> dict[str, list[str]]:
 
 
 def _differences(then: Any, now: Any, path: str) -> Any:
-    if isinstance(then, dict) and isinstance(now, dict) and then.get("class") == now.get("class"):
+    if isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys() == {"about"}:
+        a, b = then["about"], now["about"]
+        if not (math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) or (a != a and b != b)):
+            yield f"{path}, was {a:.6g} and is now {b:.6g} at the same parameters and draws"
+    elif isinstance(then, dict) and isinstance(now, dict) and then.get("class") == now.get("class"):
         for key in dict.fromkeys([*then, *now]):
             yield from _differences(then.get(key), now.get(key), f"{path}, {key}")
     elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):

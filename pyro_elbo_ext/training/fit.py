@@ -34,7 +34,7 @@ from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
 from pyro_elbo_ext.training.data.scaling import ScaleCheck, check_dataset_size, check_whole
 from pyro_elbo_ext.training.data.validation import Validation, true_objective
 from pyro_elbo_ext.training.distributed.replica import start_alike
-from pyro_elbo_ext.training.fingerprint import fingerprint
+from pyro_elbo_ext.training.fingerprint import fingerprint, of_programs
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
@@ -132,9 +132,10 @@ def fit(
         Steps between checkpoints, about a minute by default. One is written at the end and after Ctrl-C in any case.
     resume
         Go on from ``checkpoint`` if it is there, with the same arguments. The resumed run equals the uninterrupted one bit
-        for bit: parameters, optimizer, schedules, random numbers, order of the batches, history. Another optimizer, loss,
-        stopping rule, seed or data, with their settings, is an error that says what differs, and so is a ``num_steps`` that
-        has been passed already. "anyway": go on with what is given now; an optimizer or rule that differs begins anew.
+        for bit: parameters, optimizer, schedules, random numbers, order of the batches, history. Other programs, another
+        optimizer, loss, stopping rule, seed or data, with their settings, are an error that says what differs, and so is a
+        ``num_steps`` that has been passed already. "anyway": go on with what is given now; an optimizer or rule that
+        differs begins anew.
     compiled
         Whether to take the steps by :class:`CompiledSVI`, which goes by Pyro where a program cannot be compiled; or keyword
         arguments for it. The result's ``uncompiled`` says why not.
@@ -247,6 +248,10 @@ def fit(
     weight = getattr(loss, "kl_weight", 1.0)
     if isinstance(loss, Objective):
         check_reaches_one(weight, most, first_step=loss.num_steps)
+    described = {}
+    if checkpoint is not None:
+        programs = of_programs(model, guide, call, parameters, data)
+        described = fingerprint(optim, loss, data, stopping, validation, seed, programs)
     loop = Loop(
         what_steps(model, guide, optim, loss, compiled, distributed),
         loss,
@@ -267,7 +272,7 @@ def fit(
         settings=describe_run(
             model, guide, loss, optim, stopping, num_steps=num_steps, max_steps=most, seed=seed, compiled=bool(compiled)
         ),
-        fingerprint={} if checkpoint is None else fingerprint(optim, loss, data, stopping, validation, seed),
+        fingerprint=described,
     )
     start_alike({**loop.state.parameters, **loop.state.buffers})
     if loop.checkpoint is not None and processes.from_main(loop.checkpoint.exists()):

@@ -54,12 +54,12 @@ class FirstLook:
             try:
                 with poutine.trace(param_only=True) as called:
                     loss = self._inner(model, guide, *args, **kwargs)
-            except (ValueError, RuntimeError, ZeroDivisionError):
+            except (TypeError, ValueError, RuntimeError, ZeroDivisionError):
                 look(self._loss, model, guide, args, kwargs)  # which may say better what is wrong
                 raise
             try:
                 look(self._loss, model, guide, args, kwargs)
-            except (ValueError, RuntimeError):
+            except (TypeError, ValueError, RuntimeError):
                 zero_grads([site["value"].unconstrained() for site in called.trace.nodes.values()])
                 raise
         for warning in caught:
