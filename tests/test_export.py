@@ -601,9 +601,12 @@ def test_mcmc_with_an_enumerated_site() -> None:
             pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y)
 
     mcmc = run_mcmc(model, DATA)
+    data = from_pyro_mcmc(mcmc)
+    assert list(dataset_of(data).data_vars) == ["mu", "z"]
+    unmarked = pyro.poutine.infer_config(model, lambda site: {"enumerate": None} if site["name"] == "z" else {})
     with pytest.raises(ValueError, match=r"'z' of the model has no draws in mcmc.*log_likelihood=False"):
-        from_pyro_mcmc(mcmc)
-    data = from_pyro_mcmc(mcmc, log_likelihood=False)
+        from_pyro_mcmc(mcmc, unmarked, DATA)
+    data = from_pyro_mcmc(mcmc, unmarked, DATA, log_likelihood=False)
     assert list(dataset_of(data).data_vars) == ["mu"]
 
 

@@ -127,16 +127,7 @@ def test_predictions_of_a_partly_observed_site() -> None:
     assert 0 < np.abs(missing[..., 1]).max() < 0.06
 
 
-def test_predictions_need_draws_of_all_sites() -> None:
-    def model() -> None:
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        k = pyro.sample("k", dist.Bernoulli(0.25), infer={"enumerate": "parallel"})
-        pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=torch.tensor(0.5))
-
-    with pytest.raises(
-        ValueError, match=r"log_likelihood=True needs draws of all latent sites, but \['k'\] are summed out"
-    ):
-        short(model, compile=False, log_likelihood=True)
+def test_predictions_of_other_kinds_are_named() -> None:
     with pytest.raises(TypeError, match="posterior_predictive must be True or False, got 1"):
         short(conjugate, Y, compile=False, posterior_predictive=1)
 

@@ -265,13 +265,17 @@ class LogDensity:
             Site to array or tensor of shape ``(*batch, *site shape)``, in the site's own dtype, or float64 where the model
             is computed in it.
         """
+        found = self.all_values(u)
+        return {name: found[name] if isinstance(u, Tensor) else found[name].cpu().numpy() for name in self.names}
+
+    def all_values(self, u: Any) -> dict[str, Tensor]:
+        """What `constrain` gives, as tensors, and the other continuous latent sites: missing elements of observed ones."""
         x = self._points(u)
         with torch.no_grad():
             values = self._batch(x.reshape(-1, self.dim), self._values, self._values)
-        sites = [value.reshape(x.shape[:-1] + value.shape[1:]).detach() for value in values]
         return {
-            name: value if isinstance(u, Tensor) else value.cpu().numpy()
-            for name, value in zip(self.names, sites, strict=True)
+            name: value.reshape(x.shape[:-1] + value.shape[1:]).detach()
+            for name, value in zip(self.program.all_names, values, strict=True)
         }
 
     def at_each(self, u: Any, function: Graph, what: str) -> tuple[Tensor, ...]:

@@ -173,11 +173,13 @@ class UnconstrainedModel:
             name
             for name, site in self.sites.items()
             if (name in self.layout and not _imputes(site))
-            or (site["infer"].get("_deterministic") and self._evaluator is None)
+            or (site["infer"].get("_deterministic") and not self.has_discrete)
         ]
-        skipped = [name for name, site in self.sites.items() if site["infer"].get("_deterministic")]
-        if self._evaluator is not None and skipped:
-            logger.info("deterministic sites %s are left out: the model has enumerated sites", skipped)
+
+    @property
+    def has_discrete(self) -> bool:
+        """Whether discrete sites are summed out: deterministic sites may depend on them, and have no value then."""
+        return self._evaluator is not None
 
     @contextmanager
     def precision(self, validate: bool = False) -> Iterator[None]:
@@ -262,9 +264,14 @@ class UnconstrainedModel:
         return value.detach(), gradient
 
     def values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Values of the sites ``names`` at ``x``."""
+        """Values of the sites ``names`` at ``x``, and of the other continuous latent sites after them."""
         trace, _ = self.run_at(x)
-        return tuple(trace.nodes[name]["value"] for name in self.names)
+        return tuple(trace.nodes[name]["value"] for name in self.all_names)
+
+    @property
+    def all_names(self) -> list[str]:
+        """The sites of `values`: ``names``, and those that stand for missing elements of partly observed ones."""
+        return [*self.names, *(name for name in self.layout if name not in self.names)]
 
     def _prototype(self) -> dict[str, Any]:
         with handlers_are_heard() as raised:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyro.distributions import MaskedDistribution
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.densities import counted, log_prob
 from pyro_elbo_ext.programs.given import sample_sites
 from pyro_elbo_ext.programs.nodes import is_data
 
@@ -28,14 +28,7 @@ def pointwise_log_likelihood(trace: Trace) -> dict[str, tuple[Tensor, Tensor]]:
             continue
         log_prob(node, trace)
         unscaled = node["unscaled_log_prob"]
-        counts = torch.ones_like(unscaled, dtype=torch.bool)
-        fn, masks = node["fn"], [node["mask"]]
-        while isinstance(fn, MaskedDistribution):
-            masks.append(fn._mask)
-            fn = fn.base_dist
-        for mask in masks:
-            if mask is not None:
-                counts = counts & torch.as_tensor(mask, device=counts.device)
+        counts = counted(node, unscaled)
         density = unscaled.masked_fill(~counts, 0.0)
         found[name] = (density, counts)
     return found
@@ -49,6 +42,13 @@ def to_numpy(value: Any) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:  # numpy has no such type
         tensor = tensor.float()
     return tensor.resolve_conj().cpu().numpy()
+
+
+def as_integers(states: NDArray[Any]) -> NDArray[Any]:
+    """States as integers, where they are whole numbers: a model gives those of Bernoulli and Binomial sites as floats."""
+    if states.dtype.kind == "b" or (states.dtype.kind == "f" and (states == np.round(states)).all()):
+        return states.astype(np.int64)
+    return states
 
 
 class Columns:
@@ -86,11 +86,18 @@ class Columns:
         self.arrays[name][index] = array
         self._filled[name] = index + 1
 
-    def by_chain(self, chains: int) -> dict[str, NDArray[Any]]:
-        """The arrays, shape ``(chains, size / chains, *shape)``."""
+    def full(self) -> dict[str, NDArray[Any]]:
+        """The arrays, once every draw is there."""
         for name, filled in self._filled.items():
             if filled != self.size:
                 raise ValueError(f"site '{name}' is not in every draw: a model whose sites vary has no array of draws")
-        return {
-            name: array.reshape(chains, len(array) // chains, *array.shape[1:]) for name, array in self.arrays.items()
-        }
+        return self.arrays
+
+    def by_chain(self, chains: int) -> dict[str, NDArray[Any]]:
+        """The arrays, shape ``(chains, size / chains, *shape)``."""
+        return by_chain(self.full(), chains)
+
+
+def by_chain(arrays: Mapping[str, NDArray[Any]], chains: int) -> dict[str, NDArray[Any]]:
+    """Arrays with the draws of all chains in front, shape ``(chains, draws / chains, *shape)``."""
+    return {name: array.reshape(chains, len(array) // chains, *array.shape[1:]) for name, array in arrays.items()}

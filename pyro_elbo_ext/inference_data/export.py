@@ -13,24 +13,21 @@ import pyro
 import xarray as xr
 from numpy.typing import NDArray
 from pyro.infer import MCMC
-from pyro.poutine import Trace
-from torch import Tensor
-from tqdm import tqdm
 
 from pyro_elbo_ext.history import History
-from pyro_elbo_ext.inference_data.draws import Columns, to_numpy
+from pyro_elbo_ext.inference_data.draws import by_chain, to_numpy
+from pyro_elbo_ext.inference_data.guide_runs import guide_runs
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.model_runs import ModelRuns
 from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
+from pyro_elbo_ext.inference_data.summed_out import SummedOut
 from pyro_elbo_ext.programs.arguments import check_count, check_seed
-from pyro_elbo_ext.programs.densities import log_prob, score_parts
-from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data
-from pyro_elbo_ext.programs.given import check_full, run_given, values_of
-from pyro_elbo_ext.programs.nodes import is_latent
-from pyro_elbo_ext.programs.points import point_estimate, point_sites
-from pyro_elbo_ext.programs.randomness import untouched
-from pyro_elbo_ext.programs.running import check_callable, run_pair
-from pyro_elbo_ext.terms.terms import latent_values, read_sites
+from pyro_elbo_ext.programs.given import check_full, run_given
+from pyro_elbo_ext.programs.points import point_estimate
+from pyro_elbo_ext.programs.randomness import torch_kept, untouched
+from pyro_elbo_ext.programs.running import check_callable
+from pyro_elbo_ext.terms.enumeration.marks import latent_names
+from pyro_elbo_ext.terms.enumeration.pointwise import Together
 
 
 def to_arviz(groups: Mapping[str, xr.Dataset]) -> Any:
@@ -146,7 +143,9 @@ def from_pyro_svi(
 
         ``posterior``
             Latent sites in their constrained space, and ``pyro.deterministic`` sites, shape ``(1, S, *plates, *event)``. A
-            site with ``obs_mask`` is there completed, under its own name.
+            site with ``obs_mask`` is there completed, under its own name. A discrete site that is marked for enumeration
+            is drawn by the guide, or, where the guide leaves it to be summed out, from its exact posterior given the
+            guide's draw and the data; its states are integers.
         ``posterior_predictive``
             Observed sites drawn anew at each draw of the posterior, same shape; without ``pyro.factor``.
         ``prior``, ``prior_predictive``
@@ -156,10 +155,14 @@ def from_pyro_svi(
             ``(1, S, *plates)``, so that ``arviz.loo`` counts each observation once, whatever ``poutine.scale`` says.
             Observations masked out in all draws are left out: a site that has any has, in place of the plates' dims,
             ``{site}_unmasked`` with coordinates ``{site}_{plate}``. Where the mask differs between draws, an
-            observation has 0 in those that mask it, and ``arviz.loo`` has no meaning.
+            observation has 0 in those that mask it, and ``arviz.loo`` has no meaning. Discrete sites that are marked and
+            not in the guide are summed out, so that it is ``log sum_k p(k) p(x_i | k, z)``. Where they tie observations
+            together, as in a sequence, it is that of all of them, by the plates that are left, and the variable's
+            ``attrs["of"]`` says so; where no plate is left it is refused.
         ``sample_stats``
             ``log_p`` and ``log_q``, the log densities of model and guide at each draw, in nats, shape (1, S), scaled
-            and masked as in the ELBO, which is the mean of their difference. ``arviz.loo_approximate_posterior(data,
+            and masked as in the ELBO, which is the mean of their difference; what is summed out is summed out in
+            ``log_p`` too. ``arviz.loo_approximate_posterior(data,
             data["sample_stats"]["log_p"], data["sample_stats"]["log_q"])`` of ArviZ 1.x takes them.
         ``observed_data``
             Observed sites' values, masked or not.
@@ -189,36 +192,20 @@ def from_pyro_svi(
     check_callable(model, "model", args, kwargs)
     check_callable(guide, "guide", args, kwargs)
 
-    posterior, stats = Columns(size), Columns(size)
-    rest = ModelRuns(model, args, kwargs, size, posterior_predictive, prior, log_likelihood)
+    make = {"posterior_predictive": posterior_predictive, "prior": prior, "log_likelihood": log_likelihood}
     with untouched(seed):
-        for index in tqdm(range(size), desc="draws", disable=not progress):
-            model_trace, guide_trace = run_pair(model, guide, args, kwargs)
-            log_p, log_q = _log_densities(model_trace, guide_trace, index)
-            if index == 0:
-                check_full(guide_trace)
-                check_full(model_trace)
-                first = model_trace
-                check_data(model_trace)
-                points = point_sites(model_trace, guide_trace, model, guide, args, kwargs)
-                if not any(is_latent(node) for node in model_trace.nodes.values()):
-                    raise ValueError(NO_LATENT)
-                Labels(coords, dims, first.nodes).check(first.nodes)
-            for name, value in values_of(model_trace).items():
-                posterior.put(index, name, value, allow_nan=model_trace.nodes[name]["is_observed"])
-            stats.put(index, "log_p", log_p)
-            stats.put(index, "log_q", log_q)
-            rest.add(index, model_trace, latent_values(model_trace, guide_trace))
-
-    labels = Labels(coords, dims, first.nodes)
+        runs = guide_runs(
+            model, guide, args, kwargs, size, make, lambda nodes: Labels(coords, dims, nodes).check(nodes), progress
+        )
+    labels = Labels(coords, dims, runs.nodes)
     attrs = attributes()
-    if points:
-        warnings.warn(point_estimate(points), stacklevel=2)
-        attrs["point_estimates"] = ", ".join(points)
+    if runs.points:
+        warnings.warn(point_estimate(runs.points), stacklevel=2)
+        attrs["point_estimates"] = ", ".join(runs.points)
     groups = {
-        "posterior": labels.dataset(posterior.by_chain(1), first.nodes, attrs=attrs),
-        "sample_stats": labels.dataset(stats.by_chain(1), {}, attrs=attrs),
-        **rest.groups(1, labels, attrs),
+        "posterior": labels.dataset(by_chain(runs.posterior, 1), runs.nodes, attrs=attrs),
+        "sample_stats": labels.dataset(by_chain(runs.stats, 1), {}, attrs=attrs),
+        **runs.rest.groups(1, labels, attrs),
     }
     labels.check_used()
     if history is not None:
@@ -256,8 +243,8 @@ def from_pyro_mcmc(
     -------
     arviz.InferenceData or xarray.DataTree
         Groups as of :func:`from_pyro_svi`, with the chains and draws of ``mcmc``; ``sample_stats`` has ``diverging``
-        instead of ``log_p`` and ``log_q``. Deterministic sites are left out of ``posterior`` if a latent site that the
-        model needs for them has no draws, as an enumerated one.
+        instead of ``log_p`` and ``log_q``. Sites that were summed out are drawn from their exact posterior given the others.
+        Deterministic sites are left out of ``posterior`` if another latent site that the model needs for them has no draws.
 
     Raises
     ------
@@ -303,31 +290,33 @@ def from_pyro_mcmc(
         return to_arviz(groups)
 
     check_callable(model, "model", args, kwargs)
-    flat = mcmc.get_samples(group_by_chain=False)
+    latents = dict(mcmc.get_samples(group_by_chain=False))
     size = chains * draws
-    completed = Columns(size)
-    rest = ModelRuns(model, args, kwargs, size, posterior_predictive, prior, log_likelihood)
+    make = {"posterior_predictive": posterior_predictive, "prior": prior, "log_likelihood": log_likelihood}
     with untouched(seed):
-        for index in tqdm(range(size), desc="draws", disable=not progress):
-            latents = {name: value[index] for name, value in flat.items()}
-            trace = run_given(model, args, kwargs, latents)
-            if index == 0:
-                check_full(trace)
-                first, missing = trace, _missing(trace, latents)
-                Labels(coords, dims, first.nodes).check(first.nodes)
-                if missing and (log_likelihood or posterior_predictive):
-                    option = "log_likelihood" if log_likelihood else "posterior_predictive"
-                    raise ValueError(
-                        f"latent site '{missing}' of the model has no draws in mcmc (enumerated, or not saved), so "
-                        f"that {option} would be at a value from the prior. Pass {option}=False."
-                    )
-            if not missing:
-                for name, value in values_of(trace).items():
-                    completed.put(index, name, value, allow_nan=trace.nodes[name]["is_observed"])
-            rest.add(index, trace, latents)
-
-    if not missing:
-        posterior = completed.by_chain(chains)
+        with torch_kept():
+            first = run_given(model, args, kwargs, {name: value[0] for name, value in latents.items()})
+        check_full(first)
+        Labels(coords, dims, first.nodes).check(first.nodes)
+        missing = [name for name in latent_names(first) if name not in latents]
+        known: list[tuple[Together, NDArray[Any]]] = []
+        summed = None
+        if missing and all(first.nodes[name]["infer"].get("enumerate") for name in missing):
+            summed, missing = SummedOut(model, args, kwargs, latents, size), []
+            latents = {**latents, **summed.states}
+            known = summed.log_likelihoods() if log_likelihood else []
+        if missing and (log_likelihood or posterior_predictive):
+            option = "log_likelihood" if log_likelihood else "posterior_predictive"
+            raise ValueError(
+                f"latent site '{missing[0]}' of the model has no draws in mcmc, and is not marked to be summed out, so that "
+                f"{option} would be at a value from the prior. Pass {option}=False."
+            )
+        rest = ModelRuns(model, args, kwargs, size, **make, summed_out=known)
+        values = rest.add_all(latents, progress)
+    if summed is not None:
+        posterior = by_chain(summed.posterior(), chains)
+    elif not missing:
+        posterior = values.by_chain(chains)
     labels = Labels(coords, dims, first.nodes)
     groups = {
         "posterior": labels.dataset(posterior, first.nodes, attrs=attrs),
@@ -336,34 +325,6 @@ def from_pyro_mcmc(
     }
     labels.check_used()
     return to_arviz(groups)
-
-
-def _log_densities(model_trace: Trace, guide_trace: Trace, index: int) -> tuple[float, float]:
-    """Log densities of model and guide at one draw, scaled and masked, summed in float64."""
-    sums = [0.0, 0.0]
-    for site in read_sites(model_trace, guide_trace):
-        nodes = [(0, site.p, model_trace)] if site.p is not None else []
-        nodes += [(1, node, guide_trace) for node in site.q]
-        for which, node, trace in nodes:
-            density = log_prob(node, trace) if which == 0 else score_parts(node, trace).log_prob
-            term = float(to_numpy(density).sum(dtype=np.float64))
-            if np.isnan(term):
-                where = "guide" if which else "model"
-                reason = cause(model_trace, guide_trace)
-                raise ValueError(
-                    ("" if reason is None else f"{reason}\n")
-                    + f"the log density of site '{site.name}' in the {where} is NaN at draw {index}"
-                )
-            sums[which] += term
-    return sums[0], sums[1]
-
-
-def _missing(trace: Trace, latents: Mapping[str, Tensor]) -> str | None:
-    """A latent site of the model without draws."""
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not node["is_observed"] and name not in latents:
-            return name
-    return None
 
 
 def _diverging(mcmc: MCMC, chains: int, draws: int) -> dict[str, NDArray[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ import xarray as xr
 from numpy.typing import NDArray
 from pyro.poutine import Trace
 from torch import Tensor
+from tqdm import tqdm
 
-from pyro_elbo_ext.inference_data.draws import Columns, pointwise_log_likelihood, to_numpy
+from pyro_elbo_ext.inference_data.draws import Columns, by_chain, pointwise_log_likelihood, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.inference_data.summed_out import label_likelihoods
 from pyro_elbo_ext.programs.faults import data_at_fault
 from pyro_elbo_ext.programs.given import data_of, run_given, values_of
 from pyro_elbo_ext.programs.running import signature_of_callable
+from pyro_elbo_ext.terms.enumeration.pointwise import Together
 
 
 class ModelRuns:
@@ -32,12 +35,14 @@ class ModelRuns:
         posterior_predictive: bool,
         prior: bool,
         log_likelihood: bool,
+        summed_out: Sequence[tuple[Together, NDArray[Any]]] = (),
     ) -> None:
         self.model, self.args, self.kwargs, self.size = model, args, kwargs, size
         self.redraw, self.from_prior, self.pointwise = posterior_predictive, prior, log_likelihood
         self.predictive, self.likelihood = Columns(size), Columns(size)
         self.prior, self.prior_predictive = Columns(size), Columns(size)
         self.counts: dict[str, NDArray[np.bool_]] = {}
+        self.summed_out = summed_out  # log likelihoods that are known, of sites from which others are summed out
         self.first: Trace | None = None
         self.first_prior: Trace | None = None
 
@@ -45,7 +50,10 @@ class ModelRuns:
         """Take one draw: the model's trace at it, and its latent sites' values."""
         self.first = self.first or trace
         if self.pointwise:
+            known = {site for together, _ in self.summed_out for site in together.sites}
             for name, (density, counts) in pointwise_log_likelihood(trace).items():
+                if name in known:
+                    continue
                 if bool(density.isnan().any()) and (sentence := data_at_fault(trace.nodes[name])):
                     raise ValueError(f"{sentence}\nPass log_likelihood=False to do without pointwise log likelihoods.")
                 self.likelihood.put(index, name, density)
@@ -63,6 +71,17 @@ class ModelRuns:
             for name, value in data_of(alone).items():
                 self.prior_predictive.put(index, name, value)
 
+    def add_all(self, latents: Mapping[str, Tensor], progress: bool = False) -> Columns:
+        """Run the model at all draws of all latent sites, and take them; values of latent and deterministic sites."""
+        values = Columns(self.size)
+        for index in tqdm(range(self.size), desc="draws", disable=not progress):
+            given = {name: draws[index] for name, draws in latents.items()}
+            trace = run_given(self.model, self.args, self.kwargs, given)
+            for name, value in values_of(trace).items():
+                values.put(index, name, value, allow_nan=trace.nodes[name]["is_observed"])
+            self.add(index, trace, given)
+        return values
+
     def groups(self, chains: int, labels: Labels, attrs: Mapping[str, Any]) -> dict[str, xr.Dataset]:
         assert self.first is not None
         nodes = self.first.nodes
@@ -71,7 +90,8 @@ class ModelRuns:
             groups["posterior_predictive"] = labels.dataset(self.predictive.by_chain(chains), nodes, attrs=attrs)
         if self.pointwise:
             arrays = self.likelihood.by_chain(chains)
-            groups["log_likelihood"] = labels.pointwise(arrays, self.counts, nodes, attrs)
+            known = [(of, next(iter(by_chain({"": array}, chains).values()))) for of, array in self.summed_out]
+            groups["log_likelihood"] = label_likelihoods(labels, arrays, self.counts, nodes, attrs, known)
         if self.from_prior:
             assert self.first_prior is not None
             theirs = self.first_prior.nodes

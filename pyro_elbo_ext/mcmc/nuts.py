@@ -14,8 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from pyro_elbo_ext.density import LogDensity
+from pyro_elbo_ext.density.completing import complete
+from pyro_elbo_ext.inference_data.draws import as_integers, to_numpy
 from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.inference_data.summed_out import is_marked_site
 from pyro_elbo_ext.mcmc.predictions import Predictions
 from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
 from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed
@@ -41,6 +44,7 @@ def run_nuts(
     cores: int | None = None,
     log_likelihood: bool = False,
     posterior_predictive: bool = False,
+    discrete: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Draw from a Pyro model's posterior by NUTS.
@@ -55,8 +59,9 @@ def run_nuts(
     matrix products, factorizations). The draws are the same either way. Interrupted by Ctrl-C, sampling ends with the draws
     so far, of the chains and in the length that keep most of them, and with a warning.
 
-    Sites marked for enumeration are summed out and not reported, nor are deterministic sites of such a model. For a
-    site with ``obs_mask`` the completed data are reported under the site's own name, ``name_unobserved`` is not.
+    Sites marked for enumeration are summed out while sampling. Then each draw of the others is completed by one of them,
+    from their exact posterior given it and the data, so that all are draws of the joint posterior. For a site with
+    ``obs_mask`` the completed data are reported under the site's own name, ``name_unobserved`` is not.
 
     Parameters
     ----------
@@ -95,12 +100,16 @@ def run_nuts(
         `compare_predictive` need. It takes 8 bytes for each draw and observation.
     posterior_predictive
         Whether to have the group ``posterior_predictive`` too, for which the model runs once per draw.
+    discrete
+        Whether to draw the sites that are marked for enumeration too. If not, neither they are reported nor the
+        deterministic sites of such a model.
 
     Returns
     -------
     arviz.InferenceData or xarray.DataTree
         Names that files cannot hold are changed as in `from_pyro_svi`. Groups
-        ``posterior`` (continuous latent and deterministic sites, shape ``(chain, draw, *plates, *event)``),
+        ``posterior`` (latent and deterministic sites, shape ``(chain, draw, *plates, *event)``, integers where a site is
+        marked for enumeration),
         ``sample_stats`` (``diverging``, ``tree_depth``, ``n_steps``, ``energy``, ``acceptance_rate``, ``step_size``,
         ``lp``; all of shape (chain, draw)) and ``observed_data``. ``lp`` is the log density on unconstrained space,
         Jacobian included. ``energy`` is the Hamiltonian of the draw for nutpie; Pyro keeps only the one that its
@@ -149,6 +158,8 @@ def run_nuts(
         raise ValueError(f"backend must be 'auto', 'pyro' or 'nutpie', got {backend!r}")
     if compile not in ("auto", True, False):
         raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
+    if not isinstance(discrete, bool):
+        raise TypeError(f"discrete must be True or False, got {discrete!r}")
     installed = importlib.util.find_spec("nutpie") is not None
     if backend == "nutpie" and not installed:
         raise ImportError('backend="nutpie" needs nutpie: pip install "pyro_elbo_ext[nuts]"')
@@ -166,10 +177,12 @@ def run_nuts(
             model if isinstance(model, LogDensity) else LogDensity(model, args, kwargs, seed, bool(compile), one_thread)
         )
         sites = density.program.sites
+        with_states = discrete and density.program.has_discrete
+        reported = _names_with_discrete(density) if with_states else density.names
         labels = Labels(nodes=sites)
         predictions = Predictions(log_likelihood, posterior_predictive)
-        predictions.check(density)
-        labels.check({name: site for name, site in sites.items() if name in density.names or site["is_observed"]})
+        predictions.check(density, with_states)
+        labels.check({name: site for name, site in sites.items() if name in reported or site["is_observed"]})
         began = time.perf_counter()
         sample = sample_nutpie if library == "nutpie" else sample_pyro
         asked = Asked(num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores)
@@ -177,7 +190,13 @@ def run_nuts(
         elapsed = time.perf_counter() - began
         kept, points, stats = drawn.rectangle()
         values = density.constrain(points)
-    predicted = predictions.groups(density, points, values, labels, seed, progress)
+        whole = (
+            {name: to_numpy(value) for name, value in complete(density, points, seed).items()}
+            if with_states
+            else values
+        )
+    predicted = predictions.groups(density, points, whole, labels, seed, progress)
+    values = {name: as_integers(value) if is_marked_site(sites[name]) else value for name, value in whole.items()}
 
     attrs = {
         "inference_library": library,
@@ -198,9 +217,19 @@ def run_nuts(
         if site["is_observed"] and not site["infer"].get("_deterministic") and base_distribution(site["fn"]) != "Unit"
     }
     groups = {
-        "posterior": labels.dataset({name: values[name] for name in density.names}, sites, attrs=attrs),
+        "posterior": labels.dataset({name: values[name] for name in reported}, sites, attrs=attrs),
         "sample_stats": labels.dataset(stats, {}, attrs=attrs),
         **predicted,
     }
     groups = {name: group.assign_coords(chain=kept) for name, group in groups.items()}
     return to_arviz({**groups, "observed_data": labels.dataset(observed, sites, ())})
+
+
+def _names_with_discrete(density: LogDensity) -> list[str]:
+    """The sites that a completed draw has, of which one is made: whether it can be is known before sampling then."""
+    try:
+        return list(complete(density, density.program.points[0], 0))
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{error}\nPass discrete=False to do without draws of the sites that are summed out."
+        ) from error

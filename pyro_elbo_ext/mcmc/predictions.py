@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pyro_elbo_ext.density import LogDensity
-from pyro_elbo_ext.density.pointwise import log_likelihoods
+from pyro_elbo_ext.density.pointwise import log_likelihoods, of_summed_out
 from pyro_elbo_ext.inference_data.draws import Columns
 from pyro_elbo_ext.inference_data.labels import Labels
+from pyro_elbo_ext.inference_data.summed_out import label_likelihoods
 from pyro_elbo_ext.programs.given import data_of, run_given
 from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.programs.randomness import isolated
@@ -25,19 +26,18 @@ class Predictions(NamedTuple):
     log_likelihood: bool
     posterior_predictive: bool
 
-    def check(self, density: LogDensity) -> None:
+    def check(self, density: LogDensity, complete: bool) -> None:
         """Raise ValueError, before sampling, where they cannot be had."""
         for name in self._fields:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        marked = [
-            name for name, site in density.program.sites.items() if is_latent(site) and site["infer"].get("enumerate")
-        ]
-        for name in self._fields:
-            if getattr(self, name) and marked:
-                raise ValueError(
-                    f"{name}=True needs draws of all latent sites, but {marked} are summed out: leave it out"
-                )
+        if self.posterior_predictive and density.program.has_discrete and not complete:
+            raise ValueError("posterior_predictive=True needs draws of all latent sites: leave out discrete=False")
+        if self.log_likelihood:
+            try:
+                of_summed_out(density, density.program.points[0].numpy()[None])
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(f"{error}\nPass log_likelihood=False to do without log likelihoods.") from error
 
     def groups(
         self,
@@ -51,9 +51,10 @@ class Predictions(NamedTuple):
         """The groups, at unconstrained ``points`` of shape (chain, draw, dim) and the sites' ``values`` there."""
         sites, groups = density.program.sites, {}
         if self.log_likelihood:
-            found = log_likelihoods(density, points)
+            summed_out = of_summed_out(density, points)
+            found = log_likelihoods(density, points, summed_out)
             arrays, counts = ({name: part[i] for name, part in found.items()} for i in range(2))
-            groups["log_likelihood"] = labels.pointwise(arrays, counts, sites)
+            groups["log_likelihood"] = label_likelihoods(labels, arrays, counts, sites, None, summed_out)
         if self.posterior_predictive:
             drawn = _redrawn(density, points.shape[0] * points.shape[1], values, seed, progress)
             groups["posterior_predictive"] = labels.dataset(drawn.by_chain(len(points)), sites)

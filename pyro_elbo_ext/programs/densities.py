@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -80,6 +80,19 @@ def _is_own_draw(fn: Delta, value: Tensor) -> bool:
     if value is fn.v:
         return True
     return value.data_ptr() == fn.v.data_ptr() and value.shape == fn.v.shape and value.stride() == fn.v.stride()
+
+
+def counted(node: Node, density: Tensor) -> Tensor:
+    """Which elements of a site's log density count: not what ``poutine.mask``, ``obs_mask`` or ``fn.mask`` leave out."""
+    counts = torch.ones_like(density, dtype=torch.bool)
+    fn, masks = node["fn"], [node["mask"]]
+    while isinstance(fn, MaskedDistribution):
+        masks.append(fn._mask)
+        fn = fn.base_dist
+    for mask in masks:
+        if mask is not None:
+            counts = counts & torch.as_tensor(mask, device=counts.device)
+    return counts
 
 
 def check_densities(trace: Trace, *, finite: bool = True) -> None:

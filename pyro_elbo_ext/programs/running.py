@@ -35,7 +35,11 @@ def run_pair(
     ValueError
         If a latent site of the model is missing from the guide, a site is marked for enumeration, or shapes disagree.
     """
-    model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+    return checked_pair(*trace_pair(model, guide, args, kwargs))
+
+
+def checked_pair(model_trace: Trace, guide_trace: Trace) -> tuple[Trace, Trace]:
+    """The traces without subsample sites, once it is known that they belong together; see :func:`run_pair`."""
     check_pair(model_trace, guide_trace)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace)

@@ -18,6 +18,7 @@ from pyro_elbo_ext.automatic.approximate import Approximation, approximate
 from pyro_elbo_ext.automatic.flow import Flow, FlowGuide
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.density import LogDensity
+from pyro_elbo_ext.density.completing import complete
 from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
@@ -90,7 +91,7 @@ class AutomaticFit(FitResult):
             return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, **options)
 
     def _draws(self, count: int) -> dict[str, Tensor]:
-        return self.density.constrain(self.approximation.guide.get_posterior().sample((count,)))
+        return complete(self.density, self.approximation.guide.get_posterior().sample((count,)))
 
     def plot(self, axes: Any = None) -> NDArray[np.object_]:
         """ELBO and predicted gain by gradient evaluations, and the terms at the fitted guide.

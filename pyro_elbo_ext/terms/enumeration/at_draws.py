@@ -6,8 +6,9 @@ draw's factors, and ``torch.vmap`` runs the model for many draws where that give
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -157,9 +158,7 @@ class AtDraws:
             self.marked = self._look(self.reference)
             check_densities(self.reference, finite=False)
             self.discrete: dict[str, Discrete] = {}
-            self.factors: list[Factor] = []
-            if self.marked:
-                self._enumerate(first)
+            self._enumerate(first)
 
     @property
     def looped(self) -> str | None:
@@ -193,8 +192,9 @@ class AtDraws:
 
     def _enumerate(self, first: Mapping[str, Tensor]) -> None:
         frames = [frame for node in self.reference.nodes.values() for frame in _frames(node)]
-        self._nesting = -min((frame.dim for frame in frames), default=0)
+        self.nesting = -min((frame.dim for frame in frames), default=0)
         trace = self._trace(first)
+        self.factors: list[Factor]
         self.factors, tensors, _ = self._read(trace)
         self.scale = next((self.reference.nodes[f.site]["scale"] for f in self.factors if f.kind == "states"), 1.0)
         self.sum_dims = set("".join(f.dims for f in self.factors)) - set(trace.plate_to_symbol.values())
@@ -217,7 +217,7 @@ class AtDraws:
 
     def _trace(self, values: Mapping[str, Tensor]) -> Trace:
         """The enumerated run at one draw, its log densities packed."""
-        model = _Enumerate(first_available_dim=-1 - self._nesting)(_Unmark(self.draws)(self.model))
+        model = _Enumerate(first_available_dim=-1 - self.nesting)(_Unmark(self.draws)(self.model))
         with Given(values):
             trace = prune_subsample_sites(trace_program(model, self.args, self.kwargs))
         trace.compute_log_prob()
@@ -262,7 +262,8 @@ class AtDraws:
     def _at(self, part: slice) -> Factors:
         values = {name: draws[part] for name, draws in self.draws.items()}
         *tensors, rest = self._run(values, part.stop - part.start)
-        return Factors(tensors, rest)
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors], torch.float16)
+        return Factors([t.to(dtype) for t in tensors], rest)  # states of float32 and data of float64, say
 
     def _one(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         factors, tensors, rest = self._read(self._trace(values))
@@ -275,14 +276,26 @@ class AtDraws:
             )
         return [*tensors, rest]
 
-    def tree(self, tensors: list[Tensor], keep: Callable[[Factor], bool] = lambda factor: True) -> Tree:
-        """The factors as Pyro's contractions take them, the draws being a plate around all others."""
+    def tree(self, tensors: list[Tensor], chosen: Collection[int] | None = None) -> Tree:
+        """The factors, all or those at the ``chosen`` positions, as Pyro's contractions take them.
+
+        The draws are a plate around all others.
+        """
         tree: Tree = OrderedDict()
-        for factor, tensor in zip(self.factors, tensors, strict=True):
-            if keep(factor):
+        for index, (factor, tensor) in enumerate(zip(self.factors, tensors, strict=True)):
+            if chosen is None or index in chosen:
                 tensor._pyro_dims = self.draws_symbol + factor.dims  # type: ignore[attr-defined]
                 tree.setdefault(factor.ordinal | {self.draws_symbol}, []).append(tensor)
         return tree
+
+    def by_plate(self, packed: Tensor, dims: str, depth: int) -> Tensor:
+        """A packed tensor with the draws in front, and ``depth`` dims for the plates behind, of size 1 where it has none."""
+        plates = sorted(set(dims) - {self.draws_symbol}, key=self.symbol_to_dim.__getitem__)
+        ordered = packed.permute([dims.index(symbol) for symbol in [self.draws_symbol, *plates]])
+        shape = [1] * depth
+        for symbol, size in zip(plates, ordered.shape[1:], strict=True):
+            shape[self.symbol_to_dim[symbol]] = size
+        return ordered.reshape(len(ordered), *shape)
 
 
 def _check_mark(node: Node) -> None:

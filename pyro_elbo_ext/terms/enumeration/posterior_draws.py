@@ -36,6 +36,8 @@ def draw_states(model: AtDraws, batch_size: int | None = None) -> dict[str, Tens
         Site to its states, shape ``(S, *batch_shape, *event_shape)``, in the dtype that the model gives them.
     """
     drawn: dict[str, list[Tensor]] = {name: [] for name in model.discrete}
+    if not drawn:
+        return {}
     for _, factors in model.chunks(batch_size):
         for name, index in _indices(model, factors).items():
             drawn[name].append(model.discrete[name].support[index])
@@ -67,18 +69,8 @@ def _indices(model: AtDraws, factors: Factors) -> dict[str, Tensor]:
             continue
         sample: Any = own[name]._pyro_backward_result  # type: ignore[attr-defined]
         row = sample[sample._pyro_sample_dims.index(site.symbol)]
-        found[name] = _by_plate(model, row, sample._pyro_dims[1:], len(site.batch_shape)).expand(shape)
+        found[name] = model.by_plate(row, sample._pyro_dims[1:], len(site.batch_shape)).expand(shape)
     return found
-
-
-def _by_plate(model: AtDraws, packed: Tensor, dims: str, depth: int) -> Tensor:
-    """A packed tensor with the draws in front, and ``depth`` dims for the plates behind, of size 1 where it has none."""
-    plates = sorted(set(dims) - {model.draws_symbol}, key=model.symbol_to_dim.__getitem__)
-    ordered = packed.permute([dims.index(symbol) for symbol in [model.draws_symbol, *plates]])
-    shape = [1] * depth
-    for symbol, size in zip(plates, ordered.shape[1:], strict=True):
-        shape[model.symbol_to_dim[symbol]] = size
-    return ordered.reshape(len(ordered), *shape)
 
 
 def state_probabilities(model: AtDraws, batch_size: int | None = None) -> dict[str, Tensor]:
@@ -116,7 +108,7 @@ def _marginal(model: AtDraws, gradient: Tensor, dims: str, site: Discrete) -> Te
     kept = "".join(symbol for i, symbol in enumerate(dims) if i not in parents)
     marginal = gradient.sum(parents) if parents else gradient
     states = marginal.movedim(kept.index(site.symbol), 0)
-    by_state = [_by_plate(model, one, kept.replace(site.symbol, ""), len(site.batch_shape)) for one in states]
+    by_state = [model.by_plate(one, kept.replace(site.symbol, ""), len(site.batch_shape)) for one in states]
     return torch.stack(by_state, -1).sum(0).expand(*site.batch_shape, len(site.support))
 
 
