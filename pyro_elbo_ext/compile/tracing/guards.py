@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_elbo_ext.compile.tracing.arrays import Arrays
 from pyro_elbo_ext.compile.tracing.holdings import CONTAINERS, MISSING, SIMPLE, are_same, contents, is_same, within
 from pyro_elbo_ext.compile.tracing.reads import Read, Recorder, is_library, read_cell
 
@@ -154,7 +155,7 @@ class Guards:
                 not self._mappings
                 or all(map(operator.is_, chain.from_iterable(map(dict.values, self._mappings)), self._of_keys))
             )
-            and (not self._arrays or list(map(np.ndarray.tobytes, self._arrays)) == self._bytes)
+            and (not self._arrays or self._arrays.are_same())
             and (not self._slow or all(map(are_same, map(contents, self._slow), self._in_slow)))
         )
 
@@ -173,8 +174,7 @@ class Guards:
         self._single = [self._dicts[place] for place in single], [self._keys[place] for place in single]
         self._values_of_single = [self._values[place] for place in single]
         containers = [inside.container for inside in self._inside]
-        self._arrays = [one for one in containers if isinstance(one, np.ndarray) and one.dtype != object]
-        self._bytes = [array.tobytes() for array in self._arrays]
+        self._arrays = Arrays([one for one in containers if isinstance(one, np.ndarray) and one.dtype != object])
         self._sized = [one for one in containers if isinstance(one, CONTAINERS)]
         self._slow = [one for one in containers if not isinstance(one, (*CONTAINERS, np.ndarray))]
         self._slow += [one for one in containers if isinstance(one, np.ndarray) and one.dtype == object]
