@@ -11,6 +11,7 @@ from pathlib import Path
 
 import evidence_oracles as oracles
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -25,7 +26,7 @@ from scipy.stats import norm
 
 from pyro_elbo_ext import DecomposedELBO, diagnose
 from pyro_elbo_ext.density.log_density import compiled_log_density
-from pyro_elbo_ext.diagnosis import Diagnosis, reliability, report
+from pyro_elbo_ext.diagnosis import Diagnosis, reasons, reliability, report
 from pyro_elbo_ext.diagnosis.many_chains import COLUMNS, run_chains, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import Scalars, by_chains
 from pyro_elbo_ext.evidence.importance import ImportanceSample
@@ -475,7 +476,8 @@ def test_one_thing_is_said_of_the_weights(spread: float, tail: float, upper: flo
     far, near = "far from the posterior" in sentence, "near the posterior" in sentence
     assert not (far and (upper < reliability.NEAR or sample.ess > 0.95 * sample.num_draws))
     assert not (near and upper > reliability.NEAR)
-    assert ("can be relied on" in sentence) == (sample.khat < sample.threshold and not sample.even)
+    assert ("can be " in sentence) == (sample.khat < sample.threshold and not sample.even)
+    assert ("can be relied on" in sentence) == (sample.khat < min(0.5, sample.threshold) and not sample.even)
     assert ("says nothing" in sentence) == sample.even
     row = next(what for name, _, what in report.summary(evidence) if name == "k-hat")
     assert ("says nothing" in row) == sample.even
@@ -592,3 +594,18 @@ def test_nothing_is_good_where_many_chains_have_two_modes() -> None:
     assert not (found.scalars["verdict"] == "good").any()
     assert not (found.scalars["verdict"] == "means only").any()
     assert "agree with the posterior" not in repr(found)
+
+
+def test_a_longer_run_is_no_remedy_where_the_elbo_is_level() -> None:
+    row = pd.Series({"mean_shift": 0.3, "log_sd_ratio": 0.2})
+    assert reasons._remedy(row, None, None, level=False).startswith("Longer run")
+    assert reasons._remedy(row, None, None, level=True).startswith("Richer guide")
+    record = DecomposedELBO().history
+    assert record is not None
+    assert not reliability.is_level(record)
+
+
+def test_the_larger_figure_comes_first() -> None:
+    row = {"mean_shift": 0.1, "log_sd_ratio": -1.0, "mean_shift_se": 0.01, "log_sd_ratio_se": 0.01, "robust": False}
+    assert reasons._statement(pd.Series(row)).startswith("The guide's sd is 2.72 times too small")
+    assert reasons._statement(pd.Series(row | {"mean_shift": -2.0})).startswith("The posterior's mean is -2.00")

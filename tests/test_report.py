@@ -372,6 +372,7 @@ def test_findings_on_the_whole_come_before_those_on_scalars(tmp_path: Path) -> N
         *(Finding(f"w[{i}]", "do not use", f"w[{i}] is off", f"Richer guide: for {i}.") for i in range(6)),
         Finding("w[0]", "do not use", "The chains disagree", "Run NUTS."),
         Finding("w", "do not use", "A funnel", "Non-centre it."),
+        Finding("w", "do not use", "Another funnel", "Non-centre it."),
         Finding("", "good", "The weights are heavy.", "Do not reweight."),
     )
     found = replace(diagnosis(table), findings=findings)
@@ -381,6 +382,11 @@ def test_findings_on_the_whole_come_before_those_on_scalars(tmp_path: Path) -> N
     assert "w[3] is off" not in text
     assert "The chains disagree" in text
     assert "... and 3 more on single scalars, in .findings" in text
+    assert text.count("-> Non-centre it.") == 1
+    assert text.index("Another funnel") < text.index("-> As for w.")
+    assert "spread is up to 1.00 times too large, and its mean up to 1.00 posterior sds off; from 1.65" in " ".join(
+        text.split()
+    )
     assert "[note] The weights are heavy." in text
     for page in (Page(found._repr_html_()), written(found, tmp_path)):
         assert "3 more on single scalars" in page.text

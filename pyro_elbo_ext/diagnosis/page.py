@@ -132,7 +132,7 @@ def page(diagnosis: Judgement, *, history: Any = None, title: str = "Did the fit
 
 def _verdict(diagnosis: Judgement) -> str:
     sign = {"good": "✓", "means only": "~", "do not use": "✗"}[diagnosis.verdict]
-    meaning = html.escape(report.MEANING[diagnosis.verdict])
+    meaning = html.escape(report.meaning(diagnosis))
     counts = f"Scalars: {report.counted(diagnosis.scalars)}. " if len(diagnosis.scalars) else ""
     return (
         f'<section class="verdict {diagnosis.verdict.replace(" ", "-")}"><strong>{sign} {diagnosis.verdict}</strong>'

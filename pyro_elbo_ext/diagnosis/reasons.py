@@ -14,6 +14,7 @@ from scipy import stats
 from pyro_elbo_ext.diagnosis.findings import NOT_KNOWN, Finding, worst_of
 from pyro_elbo_ext.diagnosis.marginals import GOOD, Scalars
 from pyro_elbo_ext.diagnosis.reliability import on_precision, on_weights
+from pyro_elbo_ext.diagnosis.report import times
 from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample
 
 Array = NDArray[np.float64]
@@ -35,6 +36,7 @@ def findings_of(
     posterior: Scalars | None,
     evidence: EvidenceBounds,
     sample: ImportanceSample,
+    level: bool = False,
 ) -> list[Finding]:
     """What the figures say, worst first, each scalar with the likeliest cause.
 
@@ -46,10 +48,12 @@ def findings_of(
         Draws behind it, shape ``(draws, n)``; a posterior of None is not known.
     evidence, sample
         Bounds and importance weights.
+    level
+        Whether the ELBO is known to rise no more, so that a longer run is no remedy.
     """
     pairs = {} if posterior is None else _pairs(scalars, guide, posterior)
     funnels = {} if posterior is None else _funnels(posterior, sample)
-    findings = _on_scalars(scalars, guide, posterior, pairs, funnels)
+    findings = _on_scalars(scalars, guide, posterior, pairs, funnels, level)
     if posterior is not None:
         findings += _on_funnels(scalars, funnels)
         findings += _on_joint(scalars, pairs)
@@ -103,6 +107,7 @@ def _on_scalars(
     posterior: Scalars | None,
     pairs: Mapping[str, _Pair],
     funnels: Mapping[str, _Funnel],
+    level: bool,
 ) -> list[Finding]:
     bad = scalars[~scalars["verdict"].isin(["good", NOT_KNOWN]) & scalars["mean_shift"].notna()]
     size = bad[["mean_shift", "log_sd_ratio"]].abs().max(axis=1)
@@ -113,7 +118,7 @@ def _on_scalars(
         i = place[str(name)]
         tails = None if posterior is None else (guide.draws[:, i], posterior.draws[:, i])
         children = [child for child, funnel in funnels.items() if row["site"] in (child, funnel.scale)]
-        remedy = _non_centre(children[0]) if children else _remedy(row, pairs.get(str(name)), tails)
+        remedy = _non_centre(children[0]) if children else _remedy(row, pairs.get(str(name)), tails, level)
         findings.append(Finding(str(name), row["verdict"], _statement(row), remedy))
     rest = bad.iloc[NAMED:]
     for site, rows in rest.groupby("site", sort=False):
@@ -142,17 +147,17 @@ def _on_scalars(
 
 def _statement(row: pd.Series) -> str:
     mean, spread = ("median", "half width of the central 68%") if row["robust"] else ("mean", "sd")
-    ratio = row["log_sd_ratio"]
-    factor = math.exp(min(abs(ratio), 700.0))
-    size = f"{factor:.2f}" if factor < 100 else f"{factor:.1e}"
-    return (
-        f"The posterior's {mean} is {row['mean_shift']:+.2f} ± {row['mean_shift_se']:.2f} posterior sds from the guide's; "
-        f"the guide's {spread} is {size} times too {'small' if ratio < 0 else 'large'} (log ratio {ratio:+.2f} ± "
-        f"{row['log_sd_ratio_se']:.2f})."
-    )
+    shift, ratio = row["mean_shift"], row["log_sd_ratio"]
+    said = [
+        f"the posterior's {mean} is {shift:+.2f} ± {row['mean_shift_se']:.2f} posterior sds from the guide's",
+        f"the guide's {spread} is {times(ratio)} times too {'small' if ratio < 0 else 'large'} (log ratio {ratio:+.2f} ± "
+        f"{row['log_sd_ratio_se']:.2f})",
+    ]
+    first, second = said if abs(shift) > abs(ratio) else said[::-1]  # what the verdict rests on comes first
+    return f"{first[0].upper()}{first[1:]}; {second}."
 
 
-def _remedy(row: pd.Series, pair: _Pair | None, tails: tuple[Array, Array] | None) -> str:
+def _remedy(row: pd.Series, pair: _Pair | None, tails: tuple[Array, Array] | None, level: bool) -> str:
     shift, ratio = row["mean_shift"], row["log_sd_ratio"]
     if abs(shift) > RUNAWAY or ratio > math.log(RUNAWAY):
         return (
@@ -174,6 +179,11 @@ def _remedy(row: pd.Series, pair: _Pair | None, tails: tuple[Array, Array] | Non
         return (
             "The sd has collapsed: train longer, with several particles and a step size that falls, from a larger "
             "init_scale."
+        )
+    if level:
+        return (
+            "Richer guide (full covariance, normalizing flow), or the average of the last iterates: the ELBO is level, and "
+            "a longer run alone moves little."
         )
     if abs(shift) > GOOD:
         return (

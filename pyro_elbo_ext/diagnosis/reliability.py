@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,13 +79,15 @@ def on_weights(evidence: EvidenceBounds, sample: ImportanceSample) -> list[Findi
             )
         )
     elif sample.khat < sample.threshold:
-        reliable = "" if sample.khat < 0.5 else "; above 0.5 their variance is infinite"
+        use, noise = (
+            ("relied on", "") if sample.khat < 0.5 else ("used after Pareto smoothing", ", with much noise above 0.5")
+        )
         findings.append(
             Finding(
                 "",
                 "good",
-                f"The importance weights can be relied on: k-hat {sample.khat:.2f}, below {sample.threshold:.2f} for "
-                f"{count} draws{reliable}.",
+                f"The importance weights can be {use}: k-hat {sample.khat:.2f}, below {sample.threshold:.2f} for "
+                f"{count} draws{noise}.",
             )
         )
     elif upper < NEAR:
@@ -211,26 +214,50 @@ def on_history(record: History | None) -> list[Finding]:
                 "A smaller step size, clipped gradients, or starting values nearer to the mode.",
             )
         )
-    last = np.flatnonzero(~broken & (steps > steps[-1] - max(1, (steps[-1] - steps[0]) // 4)))
-    if len(last) < WINDOW:
+    trend = _trend(record)
+    if trend is None:
         return findings
-    # means of four parts are little correlated, where single steps are
-    parts = [elbo[part] for part in np.array_split(last, 8)]
-    means = np.array([part.mean() for part in parts])
-    line = stats.linregress(np.arange(8), means)
-    rise, error = 7 * line.slope, 7 * line.stderr
-    if line.pvalue < 0.01 and abs(rise) > GOOD:
+    rise, error, moves, count = trend
+    if moves:
         word = "rising" if rise > 0 else "falling"
         findings.append(
             Finding(
                 "",
                 "good",
-                f"The ELBO was still {word}: by {rise:+.2f} ± {error:.2f} nats over the last {len(last)} recorded steps.",
+                f"The ELBO was still {word}: by {rise:+.2f} ± {error:.2f} nats over the last {count} recorded steps.",
                 "Longer run." if rise > 0 else "Smaller steps or more particles: it moves away from the optimum.",
             )
         )
     else:
         findings.append(
-            Finding("", "good", f"The ELBO was level over the last {len(last)} recorded steps, up to {error:.2f} nats.")
+            Finding("", "good", f"The ELBO was level over the last {count} recorded steps, up to {error:.2f} nats.")
         )
     return findings
+
+
+def is_level(record: History | None) -> bool:
+    """Whether the record is long enough to say that the ELBO rises no more."""
+    trend = None if record is None or len(record) == 0 else _trend(record)
+    return trend is not None and not trend.moves
+
+
+class _Trend(NamedTuple):
+    """Of the last quarter: rise of the ELBO in nats, its standard error, whether it is more than noise, steps."""
+
+    rise: float
+    error: float
+    moves: bool
+    steps: int
+
+
+def _trend(record: History) -> _Trend | None:
+    """None for too short a record."""
+    elbo, steps = record.elbo, record.steps
+    last = np.flatnonzero(np.isfinite(elbo) & (steps > steps[-1] - max(1, (steps[-1] - steps[0]) // 4)))
+    if len(last) < WINDOW:
+        return None
+    # means of eight parts are little correlated, where single steps are
+    means = np.array([elbo[part].mean() for part in np.array_split(last, 8)])
+    line = stats.linregress(np.arange(8), means)
+    rise, error = 7 * float(line.slope), 7 * float(line.stderr)
+    return _Trend(rise, error, bool(line.pvalue < 0.01 and abs(rise) > GOOD), len(last))

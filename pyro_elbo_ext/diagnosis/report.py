@@ -8,11 +8,13 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from pyro_elbo_ext.diagnosis.marginals import BAD
 from pyro_elbo_ext.evidence.ledger import Interval
 
 if TYPE_CHECKING:
@@ -130,6 +132,39 @@ def few(diagnosis: Judgement) -> tuple[list[Finding], list[Finding]]:
     return shown, rest
 
 
+def _each_remedy_once(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, with the name of the first one in place of a remedy that stands there already."""
+    first: dict[str, str] = {"": ""}
+    found = []
+    for finding in findings:
+        repeats = finding.remedy in first and finding.remedy
+        found.append(replace(finding, remedy=f"As for {first[finding.remedy] or 'the whole'}.") if repeats else finding)
+        first.setdefault(finding.remedy, finding.subject)
+    return found
+
+
+def meaning(diagnosis: Judgement) -> str:
+    """What a verdict says of the use of the guide, and how far off it is where it is not to be used."""
+    known = diagnosis.scalars[diagnosis.scalars["verdict"] == "do not use"] if len(diagnosis.scalars) else None
+    if diagnosis.verdict != "do not use" or known is None or known.empty:
+        return MEANING[diagnosis.verdict]
+    shift, ratios = float(known["mean_shift"].abs().max()), known["log_sd_ratio"]
+    ratio = float(ratios.loc[ratios.abs().idxmax()]) if ratios.notna().any() else math.nan
+    if math.isnan(shift) or math.isnan(ratio):
+        return MEANING[diagnosis.verdict]
+    return (
+        f"in the worst scalars the guide's spread is up to {times(ratio)} times too {'small' if ratio < 0 else 'large'}, "
+        f"and its mean up to {number(shift)} posterior sds off; from {math.exp(BAD):.2f} times or {BAD} sds on it is not "
+        "for use."
+    )
+
+
+def times(log_ratio: float) -> str:
+    """The factor that two numbers differ by."""
+    factor = math.exp(min(abs(log_ratio), 700.0))
+    return f"{factor:.2f}" if factor < 100 else f"{factor:.1e}"
+
+
 def counted(scalars: pd.DataFrame) -> str:
     """How many scalars have which verdict."""
     counts = scalars["verdict"].value_counts()
@@ -139,11 +174,11 @@ def counted(scalars: pd.DataFrame) -> str:
 
 def text(diagnosis: Judgement) -> str:
     """The whole in plain text: verdict, reasons with remedies, worst scalars, the ledger's intervals."""
-    lines = [f"Verdict: {diagnosis.verdict.upper()}", *_wrapped(f"That is, {MEANING[diagnosis.verdict]}"), ""]
+    lines = [f"Verdict: {diagnosis.verdict.upper()}", *_wrapped(f"That is, {meaning(diagnosis)}"), ""]
     shown, rest = few(diagnosis)
     if shown:
         lines.append("Reasons, worst first")
-        for finding in shown:
+        for finding in _each_remedy_once(shown):
             lines += _finding(finding)
         lines += [f"... and {len(rest)} more on single scalars, in .findings", ""] if rest else [""]
     scalars = worst_first(diagnosis.scalars)
@@ -169,7 +204,7 @@ def fragment(diagnosis: Judgement) -> str:
     scalars = worst_first(diagnosis.scalars)
     cut = f", the worst {SHOWN} below" if len(scalars) > SHOWN else ""
     parts = [
-        f"<p><strong>Verdict: {html.escape(diagnosis.verdict)}</strong> – {html.escape(MEANING[diagnosis.verdict])}</p>",
+        f"<p><strong>Verdict: {html.escape(diagnosis.verdict)}</strong> – {html.escape(meaning(diagnosis))}</p>",
         findings(diagnosis),
         f"<p>Scalars: {html.escape(counted(scalars))}{cut}</p>" if len(scalars) else "",
         table(displayed(scalars.iloc[:SHOWN])) if len(scalars) else "",
@@ -189,7 +224,7 @@ def findings(diagnosis: Judgement) -> str:
 
 def _items(findings: Sequence[Finding]) -> str:
     items = []
-    for finding in findings:
+    for finding in _each_remedy_once(findings):
         subject = f"<code>{html.escape(finding.subject)}</code>: " if finding.subject else ""
         remedy = f'<p class="remedy"><b>What to do:</b> {html.escape(finding.remedy)}</p>' if finding.remedy else ""
         items.append(

@@ -27,7 +27,7 @@ from pyro_elbo_ext.diagnosis.marginals import (
 )
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
 from pyro_elbo_ext.diagnosis.reasons import findings_of
-from pyro_elbo_ext.diagnosis.reliability import on_chains, on_comparison, on_history, on_scalars_left_out
+from pyro_elbo_ext.diagnosis.reliability import is_level, on_chains, on_comparison, on_history, on_scalars_left_out
 from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample, evidence_bounds, psis_khat
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS
@@ -145,7 +145,7 @@ def diagnose(
         sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
         found = None if mcmc is None else run.with_mcmc(mcmc, sample)
         found = found or run.with_weights(sample) or run.with_chains(sample, scorer)
-    findings = findings_of(found.scalars, found.guide, found.posterior, found.evidence, sample)
+    findings = findings_of(found.scalars, found.guide, found.posterior, found.evidence, sample, is_level(record))
     findings += [*found.findings, *on_history(record)]
     findings.sort(key=lambda finding: -VERDICTS.index(finding.verdict))
     verdict = findings[0].verdict if findings else "good"
