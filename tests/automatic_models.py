@@ -75,11 +75,11 @@ def funnel() -> None:
 
 
 def correlation() -> None:
-    factor = pyro.sample("factor", dist.LKJCholesky(4, _tensor(2.0)))
-    scale = pyro.sample("scale", dist.HalfNormal(_tensor(2.0)).expand([4]).to_event(1))
+    factor = pyro.sample("factor", dist.LKJCholesky(3, _tensor(2.0)))
+    scale = pyro.sample("scale", dist.HalfNormal(_tensor(2.0)).expand([3]).to_event(1))
     with pyro.plate("data", 200):
         pyro.sample(
-            "y", dist.MultivariateNormal(_tensor(np.zeros(4)), scale_tril=scale[:, None] * factor), obs=X[:, :4]
+            "y", dist.MultivariateNormal(_tensor(np.zeros(3)), scale_tril=scale[:, None] * factor), obs=X[:, :3]
         )
 
 

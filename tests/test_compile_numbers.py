@@ -75,7 +75,7 @@ def steps(make: Any, model: Any, data: Tensor, kind: Any = float, loss: Any = Tr
 
 
 def by_operator(*args: Any) -> CompiledSVI:
-    return CompiledSVI(*args, backend="eager")
+    return CompiledSVI(*args, backend="eager", steps_per_call=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

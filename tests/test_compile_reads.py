@@ -35,7 +35,7 @@ def adam() -> Any:
 
 
 def by_operator(*args: Any, **options: Any) -> CompiledSVI:
-    return CompiledSVI(*args, backend="eager", **options)
+    return CompiledSVI(*args, backend="eager", steps_per_call=2, **options)
 
 
 def observe(mean: Any, scale: Any, data: Tensor = Y) -> None:

@@ -910,7 +910,9 @@ def test_losses_are_plain_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_parameters_move_down_the_loss(name: str) -> None:
     # with few particles an upper bound is one from below, which falls as the guide moves away; with many others fall late
-    objective = OBJECTIVES[name](400 if name in ("chi", "bound") else 4, history=False)
+    many = {"vectorize_particles": True, "max_plate_nesting": 0}
+    particles, options = (400, many) if name in ("chi", "bound") else (4, {})
+    objective = OBJECTIVES[name](particles, history=False, **options)
     before = np.mean([objective.loss(model, guide) for _ in range(20)])
     optimizer = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), objective)
     for _ in range(40):

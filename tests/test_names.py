@@ -75,7 +75,7 @@ def written_and_read(data: Any, path: Path) -> dict[str, xr.Dataset]:
 def exports() -> dict[str, Any]:
     made = {
         backend: run_nuts(
-            odd, DATA, num_samples=80, warmup=80, chains=2, backend=backend, progress=False, compile=False, seed=1
+            odd, DATA, num_samples=40, warmup=40, chains=2, backend=backend, progress=False, compile=False, seed=1
         )
         for backend in ("pyro", "auto")
     }
