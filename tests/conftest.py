@@ -16,6 +16,27 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 SLOW = Path(__file__).parent / "slow.txt"  # seconds and test, as mark_slow.py measured them
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", metavar="FILE", help="add a line for each test: its seconds of processor time")
+
+
+def processor_time() -> float:
+    """Seconds, those of processes that have ended included."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What ``mark_slow.py`` reads, one line in one write, as several processes may write to it."""
+    file, began = item.config.getoption("--cpu-seconds"), processor_time()
+    found = yield
+    if file:
+        with open(file, "a", buffering=1) as lines:
+            lines.write(f"{processor_time() - began:.2f}\t{item.nodeid}\n")
+    return found
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One folder of compiled graphs for the run, which its processes share; empty at the start."""
     if not hasattr(config, "workerinput") and CACHE not in os.environ:

@@ -60,6 +60,14 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
 
 
+def scaled_schools(y: Tensor, sigma: Tensor) -> None:
+    """Two sites, of which one has an analytic KL and one has none."""
+    tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(5.0)))
+    with pyro.plate("schools", 8):
+        z = pyro.sample("z", dist.Normal(y.new_tensor(0.0), 1.0))
+        pyro.sample("y", dist.Normal(tau * z, sigma), obs=y)
+
+
 class Fit(NamedTuple):
     losses: list[float]
     parameters: dict[str, Tensor]
@@ -299,7 +307,8 @@ def test_losses_equal_eager_and_are_recorded(name: str, run: bool) -> None:
     results = []
     for make in (SVI, by_operator):
         loss = LOSSES[name]()
-        fit = train(make, eight_schools, AutoNormal(eight_schools), (Y, SIGMA), loss=loss, run=run and make is not SVI)
+        guide = AutoNormal(scaled_schools)
+        fit = train(make, scaled_schools, guide, (Y, SIGMA), loss=loss, run=run and make is not SVI)
         results.append((fit, getattr(loss, "history", None), loss))
     (theirs, history, _), (ours, own_history, loss) = results
     assert_equal(ours, theirs, 1e-5)

@@ -46,7 +46,7 @@ def killed_runs(case: str, folder: Path, kills: int, number: str = "SIGKILL") ->
         ("batches", 3, "SIGKILL"),
         ("batches", 3, "SIGINT"),
         pytest.param("batches", 17, "SIGKILL", marks=pytest.mark.slow),
-        pytest.param("schools", 3, "SIGKILL", marks=pytest.mark.slow),
+        pytest.param("schools", 2, "SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_killed_runs_end_identically(case: str, kills: int, number: str, tmp_path: Path) -> None:
