@@ -913,3 +913,33 @@ def test_a_stopping_rule_that_lacks_something_is_told_what_before_training() -> 
     pyro.clear_param_store()
     result = fit(line, AutoNormal(line), X, Z, stopping=rule, compiled=False, progress=False)
     assert (result.num_steps, result.reason) == (10, "level")
+
+
+def test_programs_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `fit`, and with a loss of Pyro's not again by the first compiled step."""
+    from pyro_elbo_ext.compile.tracing import first_look
+
+    looks = []
+
+    def counted(*args: Any) -> None:
+        looks.append(args)
+
+    monkeypatch.setattr("pyro_elbo_ext.training.fit.look", counted)
+    monkeypatch.setattr(first_look, "look", counted)
+
+    def model(y: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    result = fit(
+        model,
+        AutoNormal(model),
+        torch.ones(3),
+        loss=Trace_ELBO(),
+        num_steps=3,
+        compiled={"backend": "eager"},
+        progress=False,
+    )
+    assert result.uncompiled is None
+    assert len(looks) == 1

@@ -16,7 +16,12 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_elbo_ext.compile import CannotCompile
-from pyro_elbo_ext.compile.machine_code.compiler import failures_are_reasons, import_dynamo, import_inductor
+from pyro_elbo_ext.compile.machine_code.compiler import (
+    failures_are_reasons,
+    import_dynamo,
+    import_inductor,
+    inductor_code,
+)
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
 logger = logging.getLogger(__name__)
@@ -89,18 +94,14 @@ def to_machine_code(
     process with the same model and shapes skips the C++ compiler. It runs in as many threads as torch is set to at this
     moment, or in the caller's alone.
     """
-    # without trial programs for the instruction sets; a compiler that lacks one fails at the graph instead
-    # The number of threads is written into the code, which otherwise has memory for so many and starts as many as the
-    # calling thread is set to.
-    options: dict[str, Any] = {"cpp.vec_isa_ok": True, "cpp.threads": 1 if one_thread else torch.get_num_threads()}
+    options: dict[str, Any] = {"cpp.threads": 1} if one_thread else {}
     if _has_long_vectors():
         options["cpp.simdlen"] = SHORT
     try:
         with failures_are_reasons(f"compiling the {what}", "inductor"), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's of itself, no error where warnings are errors
-            # on an ATen graph this is torch.compile without Dynamo, whose guards cost five times the call itself
             copy = torch.fx.GraphModule(graph, deepcopy(graph.graph))
-            compiled: Graph = import_inductor().compile(copy, [points[0]], options=options)
+            compiled: Graph = inductor_code(copy, [points[0]], **options)
             check_equal(compiled, graph, points, rtol)
     except CannotCompile as reason:  # no C++ compiler, an operation it lacks, or another result
         logger.info("the %s is not compiled, its graph is interpreted: %s", what, reason)

@@ -253,7 +253,7 @@ def fit(
         programs = of_programs(model, guide, call, parameters, data)
         described = fingerprint(optim, loss, data, stopping, validation, seed, programs)
     loop = Loop(
-        what_steps(model, guide, optim, loss, compiled, distributed),
+        what_steps(model, guide, optim, loss, compiled, distributed, call),
         loss,
         parameters,
         data,

@@ -12,6 +12,7 @@ from pyro.optim import PyroLRScheduler
 
 from pyro_elbo_ext.compile import CompiledSVI
 from pyro_elbo_ext.compile.binding import WholeOptimizer
+from pyro_elbo_ext.compile.tracing.first_look import FirstLook
 from pyro_elbo_ext.objectives.objective import Objective
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
@@ -36,14 +37,18 @@ def what_steps(
     loss: Any,
     compiled: bool | Mapping[str, Any],
     distributed: bool | Mapping[str, Any] | None,
+    call: Call,
 ) -> SVI:
-    """What takes the steps, as `fit` was asked."""
+    """What takes the steps, as `fit` was asked, which has looked at the programs with arguments like those of ``call``."""
     if processes.world_size() > 1 if distributed is None else distributed is not False:
         return DistributedSVI(model, guide, optim, loss, **(distributed if isinstance(distributed, Mapping) else {}))
     if compiled is not False:
         # one step in a graph: how many could depend on timing, and a resumed run must not
         options = {"steps_per_call": 1, "fallback": True, **({} if compiled is True else compiled)}
-        return CompiledSVI(model, guide, optim, loss, **options)
+        svi = CompiledSVI(model, guide, optim, loss, **options)
+        if isinstance(svi.loss_and_grads, FirstLook):
+            svi.loss_and_grads.looked_at(*call)
+        return svi
     if isinstance(optim, torch.optim.Optimizer):
         optim = WholeOptimizer(optim)
     return SVI(model, guide, optim, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import sys
 import tempfile
@@ -14,9 +15,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.fx import GraphModule
 
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 # What runs while torch traces and compiles: an error of a class that is not of these, raised among them, came from outside.
@@ -80,6 +84,29 @@ def import_inductor() -> Any:
         if isinstance(error, AssertionError):  # half of it is there from the first time
             raise _first_failure from None
         raise
+
+
+def inductor_code(graph: GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """An ATen graph as machine code: ``torch.compile`` without Dynamo, whose guards cost more than the call itself.
+
+    The number of threads is written into the code: as many as torch is set to at this moment, unless ``options``, which are
+    Inductor's, say otherwise. Code that has no such number has memory for so many, and starts as many, as the calling
+    thread is set to. What the CPU has is taken for granted where the C++ compiler knows it: to try each instruction set, as
+    torch does, takes as long as a small graph.
+    """
+    inductor, settings = import_inductor(), {"cpp.threads": torch.get_num_threads(), **options}
+    compiled: Callable[..., Any]
+    if "cpp.vec_isa_ok" not in options:
+        try:
+            compiled = inductor.compile(graph, inputs, {"cpp.vec_isa_ok": True, **settings})
+        except Exception as error:
+            if not is_from_compiler(innermost(error)):
+                raise
+            logger.info("the C++ compiler does not know this CPU; torch looks for what it knows")
+        else:
+            return compiled
+    compiled = inductor.compile(graph, inputs, settings)
+    return compiled
 
 
 def check_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_elbo_ext.compile.machine_code.compiler import (
     failures_are_reasons,
-    import_inductor,
-    innermost,
-    is_from_compiler,
+    inductor_code,
 )
 from pyro_elbo_ext.compile.tracing.capture import Capture
 from pyro_elbo_ext.compile.updates import Rule
-
-logger = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 Backend = str | Callable[..., Any]
@@ -125,19 +120,9 @@ def _compile(
         with torch.random.fork_rng(_devices_of(inputs)):  # Dynamo compiles at the first call, which must not be a step
             compiled(*[_apart(tensor) for tensor in inputs])
         return compiled
-    inductor = import_inductor()
-    # On an ATen graph this is torch.compile without Dynamo, whose guards cost more than the call itself; shapes and
-    # dtypes have been compared before a step is run. The number of threads is written into the code.
-    settings = {"fallback_random": same_draws, "size_asserts": False, "cpp.threads": torch.get_num_threads(), **options}
-    examples: list[Any] = [_plain(tensor) for tensor in inputs]
-    if "cpp.vec_isa_ok" not in options:
-        try:  # by default torch asks the C++ compiler for what the CPU has; that takes as long as a small graph
-            return inductor.compile(graph, examples, {"cpp.vec_isa_ok": True, **settings})
-        except Exception as error:
-            if not is_from_compiler(innermost(error)):
-                raise
-            logger.info("the C++ compiler does not know this CPU; torch looks for what it knows")
-    return inductor.compile(graph, examples, settings)
+    # shapes and dtypes have been compared before a step is run
+    options = {"fallback_random": same_draws, "size_asserts": False, **options}
+    return inductor_code(graph, [_plain(tensor) for tensor in inputs], **options)
 
 
 def _apart(tensor: Tensor) -> Tensor:

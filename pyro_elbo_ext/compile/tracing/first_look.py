@@ -64,7 +64,14 @@ class FirstLook:
                 raise
         for warning in caught:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        self._remember(key)
+        return loss
+
+    def looked_at(self, args: Args, kwargs: Kwargs) -> None:
+        """Take note that the programs have been looked at in a call of this kind."""
+        self._remember(call_key(args, kwargs))
+
+    def _remember(self, key: CallKey) -> None:
         if len(self._seen) >= _MOST:
             self._seen.clear()
         self._seen.add(key)
-        return loss
