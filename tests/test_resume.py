@@ -43,7 +43,6 @@ def killed_runs(case: str, folder: Path, kills: int, number: str = "SIGKILL") ->
 @pytest.mark.parametrize(
     ("case", "kills", "number"),
     [
-        ("batches", 3, "SIGKILL"),
         ("batches", 3, "SIGINT"),
         pytest.param("batches", 17, "SIGKILL", marks=pytest.mark.slow),
         pytest.param("schools", 2, "SIGKILL", marks=pytest.mark.slow),
