@@ -412,9 +412,11 @@ def test_contribution_is_the_last_column_exactly_where_one_was_recorded() -> Non
 def test_summary_has_contributions_and_the_mean_objective_that_they_do_not_sum_to() -> None:
     table = mixed().summary(window=4)
     assert list(table.columns) == ["kind", "mean", "se", "share", "kl_method", "contribution"]
-    assert table.index.tolist() == ["mu", "y", "ELBO"]
+    assert table.index.tolist() == ["mu", "y", "ELBO", "objective"]
     # Over the three steps that have any; mu is absent in one of them.
-    np.testing.assert_allclose(table["contribution"], [-3.5 / 3, -42.0 / 3, (-17.5 - 18.5 - 13.5) / 3])
+    bound = (-17.5 - 18.5 - 13.5) / 3
+    np.testing.assert_allclose(table["contribution"], [-3.5 / 3, -42.0 / 3, np.nan, bound])
+    assert table.loc["objective", "mean"] == pytest.approx(bound)
     assert table.loc["ELBO", "mean"] == pytest.approx(mixed().elbo.mean())
     elbo_only = mixed()
     for t in range(4, 6):

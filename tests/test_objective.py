@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_elbo_ext import (
     ChiUpperBound,
+    CompiledSVI,
     DecomposedELBO,
     History,
     ImportanceWeightedELBO,
@@ -426,3 +427,26 @@ def test_on_cuda() -> None:
     assert elbo.last is not None
     assert elbo.last["z"].log_p is not None
     assert elbo.last["z"].log_p.is_cuda
+
+
+def test_what_is_printed_says_what_it_is() -> None:
+    assert repr(DecomposedELBO()) == "DecomposedELBO(kl='auto', num_particles=1, gradient='pathwise')"
+    svi = CompiledSVI(oracle_model, oracle_guide, pyro.optim.Adam({"lr": 0.1}), DecomposedELBO())
+    assert repr(svi) == f"CompiledSVI(oracle_model, oracle_guide, PyroOptim, {DecomposedELBO()!r}): compiled"
+    elbo = DecomposedELBO(kl="sampled")
+    elbo.loss(oracle_model, oracle_guide)
+    assert elbo.last is not None
+    term = elbo.last["z"]
+    assert term.kl_prior is not None
+    said = repr(term)
+    assert said.startswith("Term('z', latent; log_p=")
+    assert f"kl_prior={term.kl_prior.item():.4f}; sampled: " in said
+
+
+def oracle_model() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+
+def oracle_guide() -> None:
+    pyro.sample("z", dist.Normal(0.5, 1.0))

@@ -91,6 +91,11 @@ class CompiledSVI(CompiledSteps):
     compilation".
     """
 
+    def __repr__(self) -> str:
+        programs = (getattr(program, "__name__", type(program).__name__) for program in (self.model, self.guide))
+        how = "compiled" if self.eager_reason is None else f"by Pyro, {self.eager_reason}"
+        return f"{type(self).__name__}({', '.join(programs)}, {type(self.optim).__name__}, {self.objective!r}): {how}"
+
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step; arguments are those of model and guide.
 

@@ -191,14 +191,14 @@ class History(ReadableRecord):
         Returns
         -------
         pandas.DataFrame
-            Indexed by site, the last row "ELBO" the total. Columns: ``kind``; ``mean`` of ``reconstruction - kl_prior``
+            Indexed by site, then a row "ELBO" for the total. Columns: ``kind``; ``mean`` of ``reconstruction - kl_prior``
             (a step without the site counts as 0, so that the sites sum to the ELBO); ``se``, its standard error
             allowing for autocorrelation (initial monotone sequence, Geyer 1992; NaN below 4 steps; a trend in
             the window inflates it, as it should); ``share``, ``|mean|`` over the sum of ``|mean|`` of all sites;
             ``kl_method`` in the window. If sites contributed to a bound that is not linear in the log weights (see
             ``to_dataframe``), also ``contribution``: its mean over the steps in the window that have any, a step without
-            the site counting as 0. There the last row has the mean of ``objective`` over the same steps, to which
-            the sites do not sum: the objective less their sum is the remainder that comes from the concentration of
+            the site counting as 0; and a last row "objective", the mean of the bound over the same steps, to which
+            contributions do not sum: the objective less their sum is the remainder that comes from the concentration of
             the weights, for IWAE -KL(normalized weights || uniform). ``attrs`` has ``window``,
             ``first_step`` and ``last_step``.
 
@@ -362,8 +362,10 @@ class History(ReadableRecord):
         if len(table) > 21:
             import pandas as pd
 
-            largest = table["share"].iloc[:-1].nlargest(20).index
-            note += f"; the 20 largest of {len(table) - 1} sites"
-            table = pd.concat([table.loc[[name for name in table.index[:-1] if name in largest]], table.iloc[-1:]])
+            sites = table[~table["kind"].isin(["total", "bound"])]
+            largest = sites["share"].nlargest(20).index
+            note += f"; the 20 largest of {len(sites)} sites"
+            rest = table.iloc[len(sites) :]
+            table = pd.concat([sites.loc[[name for name in sites.index if name in largest]], rest])
         html = table.to_html(float_format=lambda x: f"{x:.4g}", na_rep="", border=0)
         return f"{caption}<p><small>{note}</small></p>{cast(str, html)}"

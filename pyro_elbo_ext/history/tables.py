@@ -67,21 +67,24 @@ def summarize(decoded: Decoded, elbo: Floats, objective: Floats) -> pd.DataFrame
     share = np.full(len(names), 0.0 if total == 0 else np.nan) if total in (0, np.inf) else size / total
     seen = [[labels[name][present[:, i], i] for name in LABELS] for i in range(len(names))]
     methods = [", ".join(sorted({str(m) for m in method if m})) or None for _, method, _ in seen]
-    table = pd.DataFrame(
-        {
-            "kind": [*(str(kind[-1]) for kind, _, _ in seen), "total"],
-            "mean": mean,
-            "se": standard_error(series),
-            "share": [*share, 1.0],
-            "kl_method": [*methods, None],
-        },
-        index=pd.Index([*names, "ELBO"], name="site"),
-    )
+    columns: dict[str, list[Any]] = {
+        "kind": [*(str(kind[-1]) for kind, _, _ in seen), "total"],
+        "mean": [*mean],
+        "se": [*standard_error(series)],
+        "share": [*share, 1.0],
+        "kl_method": [*methods, None],
+    }
+    rows = [*names, "ELBO"]
     if decoded.has_contributions:
         contribution = values["contribution"]
         bounded = np.isfinite(contribution).any(1)  # the ELBO's steps have none
-        parts = np.where(present, contribution, 0.0)[bounded].mean(0)
-        table["contribution"] = [*parts, objective[bounded].mean()]
+        bound = objective[bounded].mean()
+        of_bound = ("bound", bound, standard_error(objective[bounded][:, None])[0], np.nan, None)
+        for column, value in zip(columns.values(), of_bound, strict=True):
+            column.append(value)
+        columns["contribution"] = [*np.where(present, contribution, 0.0)[bounded].mean(0), np.nan, bound]
+        rows.append("objective")
+    table = pd.DataFrame(columns, index=pd.Index(rows, name="site"))
     steps = decoded.steps
     table.attrs.update(window=len(steps), first_step=int(steps[0]), last_step=int(steps[-1]))
     return table

@@ -82,6 +82,12 @@ class Objective(ELBO):
         self._pairs: PerPair[Pair] = PerPair(Pair)
         self._traced: Traced | None = None
 
+    def __repr__(self) -> str:
+        own = {name: getattr(self, name) for name in ("kl", "bound") if hasattr(self, name)}
+        own |= {"num_particles": self.num_particles, "gradient": self.gradient}
+        said = [f"{name}={type(value).__name__ if name == 'bound' else repr(value)}" for name, value in own.items()]
+        return f"{type(self).__name__}({', '.join(said)})"
+
     @property
     def gradient(self) -> str:
         """Name of the gradient's estimator."""

@@ -116,7 +116,7 @@ def latent_values(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
 # Terms
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Term:
     """One site's contribution to the ELBO.
 
@@ -183,6 +183,16 @@ class Term:
             return self.analytic_kl_prior
         assert self.log_q is not None
         return self.log_q if self.log_p is None else self.log_q - self.log_p
+
+    def __repr__(self) -> str:
+        parts: list[str] = [self.kind]
+        for name in ("log_p", "log_q", "kl_prior"):
+            value = getattr(self, name)
+            if value is not None:
+                shape = f", the sum of {'x'.join(map(str, value.shape))}" if value.dim() else ""
+                parts.append(f"{name}={float(value.sum()):.4f}{shape}")
+        parts += [f"{self.kl_method}: {self.kl_reason}"] if self.kl_method else []
+        return f"Term({self.site!r}, {'; '.join(parts)})"
 
 
 @dataclass(frozen=True, slots=True)
