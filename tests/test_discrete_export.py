@@ -17,7 +17,8 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 from torch import Tensor
 
-from pyro_elbo_ext import compiled_log_density, fit, from_pyro_mcmc, from_pyro_svi, run_nuts
+from pyro_elbo_ext import fit, from_pyro_mcmc, from_pyro_svi, run_nuts
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.density.completing import complete
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.terms.enumeration.at_draws import AtDraws
@@ -107,7 +108,8 @@ def test_missing_bits_are_imputed_by_nuts() -> None:
 
 
 def test_a_density_completes_points() -> None:
-    density = compiled_log_density(mixture, X)
+    density = LogDensity(mixture, (X,), {}, 0)
+    assert density.traced  # the density of a deterministic site is made of zeros, whose dtype is that of the program
     points = np.random.default_rng(0).normal(size=(2, 150, density.dim))
     values = complete(density, points, seed=3)
     assert values["z"].shape == (2, 150, 5)

@@ -40,6 +40,7 @@ def trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -
             with _no_collection():
                 import_dynamo()
                 graph = make_fx(lambda x: function(x))(points[0])
+                _name_dtypes(graph.graph)
                 _write_anew(graph.graph)
                 if any(
                     _writes(node) for node in graph.graph.nodes
@@ -214,6 +215,17 @@ def _drop_copies(module: torch.fx.GraphModule) -> None:
             node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _name_dtypes(graph: torch.fx.Graph) -> None:
+    """Name the dtype of what is made without inputs, such as zeros: that of the tracing, whatever the default is later."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.all_input_nodes or schema is None or node.kwargs.get("dtype") is not None:
+            continue
+        made = node.meta.get("val")
+        if isinstance(made, torch.Tensor) and any(argument.name == "dtype" for argument in schema.arguments):
+            node.kwargs = {**node.kwargs, "dtype": made.dtype}
 
 
 def _write_anew(graph: torch.fx.Graph) -> None:
