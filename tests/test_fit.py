@@ -943,3 +943,33 @@ def test_programs_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert result.uncompiled is None
     assert len(looks) == 1
+
+
+def test_a_guide_that_is_none_is_told_what_a_guide_is() -> None:
+    with pytest.raises(
+        TypeError, match=r"^guide must be a program, got the class AutoNormal: pass AutoNormal\(model\)$"
+    ):
+        fit(line, AutoNormal, X, Z)
+    with pytest.raises(
+        TypeError, match=r"^guide must be callable or 'auto', got Tensor: it comes second, before the data$"
+    ):
+        fit(line, X, Z)  # type: ignore[arg-type]
+
+
+def test_an_autoguide_of_a_discrete_site_says_what_can_be_done() -> None:
+    def model(y: Tensor) -> None:
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"^latent site 'k' is discrete.*config_enumerate.*sum it out") as caught:
+        fit(model, AutoNormal(model), torch.tensor(1.0), progress=False)
+    assert "Trace Shapes" not in str(caught.value)
+
+
+def test_what_is_wrong_with_data_is_said_without_all_their_values() -> None:
+    y = Z.clone()
+    y[3] = math.nan
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=r"^observed site 'y' has NaN in 1 of 40") as caught:
+        fit(line, AutoNormal(line), X, y, progress=False)
+    assert "tensor(" not in str(caught.value)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.programs.faults import (
     REMEDY,
+    brief,
     check_data,
     counts_at_fault,
     data_at_fault,
@@ -140,7 +141,7 @@ def _at_site(error: Exception, node: Node, trace: Trace, of_model: bool) -> Exce
     except RuntimeError:  # under torch.vmap values cannot be looked at; the program is then run draw by draw
         sentence = None
     if sentence is not None:
-        return ValueError(f"{sentence}\n{error}")
+        return ValueError(f"{sentence}\n{brief(error)}")
     return type(error)(
         f"Error while computing log_prob at site '{name}':\n{error}\n{trace.format_shapes(last_site=name)}"
     )

@@ -40,6 +40,13 @@ def fault_of_run(error: Exception, trace: Trace, where: str) -> Exception | None
         return ValueError(f"{_empty_plate(error)}: {error}. Skip empty batches.")
     if isinstance(error, torch.linalg.LinAlgError) or not isinstance(error, ValueError | RuntimeError):
         return None
+    discrete = re.match(r"Continuous inference cannot handle discrete sample site '(.*?)'", str(error))
+    if discrete:
+        return ValueError(
+            f"latent site '{discrete[1]}' is discrete, and an autoguide is of continuous sites. Mark it, with "
+            "pyro.infer.config_enumerate(model): fit(model, 'auto', ...) and run_nuts then sum it out. For a guide of the "
+            f"others hide it: poutine.block(model, hide=['{discrete[1]}'])."
+        )
     observed_there = re.match(r"site (.*) must be sampled in trace", str(error))
     if observed_there:
         return ValueError(
@@ -52,7 +59,12 @@ def fault_of_run(error: Exception, trace: Trace, where: str) -> Exception | None
         sentence = nan_parameter(trace) or _draw_at_fault(trace, where)
     except RuntimeError:  # under torch.vmap values cannot be looked at; the program is then run draw by draw
         return None
-    return None if sentence is None else ValueError(f"{sentence}\n{error}")
+    return None if sentence is None else ValueError(f"{sentence}\n{brief(error)}")
+
+
+def brief(error: Exception) -> str:
+    """An error's words without the values, and without Pyro's table of shapes."""
+    return re.split(r", but found invalid values|\n\s*Trace Shapes:", str(error))[0].strip()
 
 
 def cause(model_trace: Trace, guide_trace: Trace | None = None, *, of_gradient: bool = False) -> str | None:

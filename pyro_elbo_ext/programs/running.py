@@ -16,7 +16,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 
 from pyro_elbo_ext.programs.densities import check_densities, log_prob
-from pyro_elbo_ext.programs.faults import cause, fault_of_run
+from pyro_elbo_ext.programs.faults import brief, cause, fault_of_run
 from pyro_elbo_ext.programs.nodes import is_subsample
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.randomness import kept
@@ -186,7 +186,7 @@ def _raise_known_fault(
         except (ValueError, RuntimeError):  # what has been traced has no log density: the first error says why
             return
     if sentence is not None and not str(error).startswith(sentence):
-        raise ValueError(f"{sentence}\n{error}") from error
+        raise ValueError(f"{sentence}\n{brief(error)}") from error
 
 
 def _nan_density(trace: Trace) -> str | None:
@@ -209,8 +209,12 @@ def signature_of_callable(function: Any) -> inspect.Signature | None:
 
 def check_callable(function: Any, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise TypeError unless the program ``what`` can be called with these arguments."""
+    if isinstance(function, type):
+        made = f"{function.__name__}({'model' if what == 'guide' else '...'})"
+        raise TypeError(f"{what} must be a program, got the class {function.__name__}: pass {made}")
     if not callable(function):
-        raise TypeError(f"{what} must be callable, got {type(function).__name__}")
+        where = ": it comes second, before the data" if what == "guide" else ""
+        raise TypeError(f"{what} must be callable, got {type(function).__name__}{where}")
     signature = signature_of_callable(function)
     if signature is not None:
         try:

@@ -200,6 +200,10 @@ def fit(
     )
     check_dataset_size(dataset_size)
     listeners = CallbackList(callbacks)
+    if not callable(guide) and not isinstance(guide, str):
+        raise TypeError(
+            f"guide must be callable or 'auto', got {type(guide).__name__}: it comes second, before the data"
+        )
     if isinstance(guide, str):
         given = {
             "loss": loss,
