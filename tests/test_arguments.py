@@ -86,6 +86,7 @@ JUNK: list[tuple[str, str, list[Any]]] = [
     ("fit", "batches", ["x", 1, True, Y, {"y": Y}, iter([Y]), [None], []]),
     ("fit", "validation", ["x", 1, True, iter([Y]), [None], [], (Y, Y), {"nope": Y}]),
     ("fit", "resume", ["x", 2, None]),
+    ("fit", "checkpoint", [1, b"x", [], "a\0b"]),
     (
         "fit auto psis_khat evidence_bounds diagnose from_pyro_svi active_units elbo_surgery amortization_gap",
         "seed",

@@ -447,3 +447,25 @@ def test_broken_machines(machine: dict[str, str], cause: str, tmp_path: Path) ->
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert cause in done.stdout
+
+
+def test_a_time_out_in_the_import_of_the_compiler_waits_for_its_end() -> None:
+    """Half an import of torch's compiler, cut off by a handler of signals, is of no use to the process."""
+    script = """
+import signal
+from pyro_elbo_ext.compile.machine_code.compiler import import_inductor
+
+def out(*_):
+    raise TimeoutError("time is up")
+
+signal.signal(signal.SIGALRM, out)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+try:
+    import_inductor()
+except TimeoutError as error:
+    print(error)
+import_inductor()
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:2] == ["time is up", "imported"], done.stderr

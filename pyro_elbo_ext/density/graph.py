@@ -22,6 +22,7 @@ from pyro_elbo_ext.compile.machine_code.compiler import (
     import_inductor,
     inductor_code,
 )
+from pyro_elbo_ext.programs.faults import first_line
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def trace(function: Graph, points: list[torch.Tensor], rtol: float, what: str) -
             check_equal(graph, function, points, rtol)
             return graph
         except Exception as error:  # whatever stops the tracer, the model itself runs, and is used instead
-            logger.info("the %s is not traced, Pyro runs the model each time: %s", what, str(error).splitlines()[:1])
+            logger.info("the %s is not traced, Pyro runs the model each time: %s", what, first_line(error))
     return function
 
 
@@ -70,7 +71,7 @@ def trace_batch(graph: torch.fx.GraphModule, points: torch.Tensor, rtol: float) 
                 check_equal(found, batched, [points, points.flip(0)], rtol)
             return found
         except Exception as error:  # whatever stops the tracer, torch.vmap is used at each call
-            logger.info("a batch is not traced, torch.vmap runs each time: %s", str(error).splitlines()[:1])
+            logger.info("a batch is not traced, torch.vmap runs each time: %s", first_line(error))
     return None
 
 
@@ -122,7 +123,7 @@ def short_vectors_only() -> Iterator[None]:
             import_inductor()
             cpu_vec_isa = import_module("torch._inductor.cpu_vec_isa")
         except Exception as error:
-            logger.info("torch's compiler cannot be imported: %s", str(error).splitlines()[:1])
+            logger.info("torch's compiler cannot be imported: %s", first_line(error))
     if cpu_vec_isa is None:
         yield
         return

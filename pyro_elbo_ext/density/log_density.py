@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_elbo_ext.density.graph import Graph, check_equal, short_vectors_only, to_machine_code, trace, trace_batch
 from pyro_elbo_ext.density.native import NativeDensity, NotNative
 from pyro_elbo_ext.density.unconstrained import UnconstrainedModel
+from pyro_elbo_ext.programs.faults import first_line
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.randomness import isolated
 
@@ -174,7 +175,7 @@ class LogDensity:
         try:
             torch.vmap(self._graph)(torch.stack([self.program.points[0]] * 2))
         except (RuntimeError, ValueError) as error:
-            logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
+            logger.info("points are computed one after the other: %s", first_line(error))
             return False
         return True
 
@@ -343,7 +344,7 @@ class LogDensity:
                 halves = [self._batch(half, graph, one) for half in x.tensor_split(2)]
                 return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
             except (RuntimeError, ValueError) as error:  # an operation without batching
-                logger.info("points are computed one after the other: %s", str(error).splitlines()[:1])
+                logger.info("points are computed one after the other: %s", first_line(error))
         rows = [one(row) for row in x] or [one(x.new_zeros(self.dim))]
         return tuple(torch.stack(column)[: len(x)] for column in zip(*rows, strict=True))
 
@@ -393,5 +394,5 @@ def _native(compiled: Graph, points: list[Tensor]) -> NativeDensity | None:
         except (
             Exception
         ) as error:  # what Inductor generates is no public interface, and it can be called through Python
-            logger.warning("the log density is called through Python, unexpectedly: %s", str(error).splitlines()[:1])
+            logger.warning("the log density is called through Python, unexpectedly: %s", first_line(error))
     return None

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from pyro_elbo_ext.programs.densities import check_densities
-from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data, discrete_latent, nan_parameter
+from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data, discrete_latent, first_line, nan_parameter
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import tensor_options
 from pyro_elbo_ext.programs.running import trace_program
@@ -345,7 +345,7 @@ class UnconstrainedModel:
             try:
                 own = [self._try_value(x) for x in points]
             except RuntimeError as error:  # mixed dtypes that only promotion makes right
-                logger.info("the model runs in float64 only: %s", str(error).splitlines()[:1])
+                logger.info("the model runs in float64 only: %s", first_line(error))
                 own = wide
         self.float64 = all(
             abs(a - b) <= 1e-2 * (1 + abs(a)) for a, b in zip(wide, own, strict=True) if np.isfinite([a, b]).all()

@@ -87,6 +87,11 @@ def cause(model_trace: Trace, guide_trace: Trace | None = None, *, of_gradient: 
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def dirac(node: Node) -> str:
     """Says that a latent site of the model has no density."""
     name = node["name"]

@@ -4,39 +4,49 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[None]:
+def interrupts_wait(numbers: Iterable[int] = (signal.SIGINT,)) -> Iterator[None]:
     """Let an interrupt come at the end of the block, so that what belongs together is done together.
 
-    A second one does not wait: the block may hang. Only the main thread receives interrupts: elsewhere there is nothing to
-    do.
+    A second Ctrl-C does not wait: the block may hang. Only the main thread receives interrupts: elsewhere there is nothing
+    to do.
+
+    Parameters
+    ----------
+    numbers
+        Of the signals that wait, as far as Python handles them.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:  # None: not set by Python
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[tuple[Any, ...]] = []
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Any] = {
+        number: of for number, of in handlers.items() if callable(of) or (number == signal.SIGINT and of is not None)
+    }
+    received: list[int] = []
 
-    def wait(*of: Any) -> None:
-        if not received:
-            received.append(of)
-            return
-        received.clear()
-        signal.signal(signal.SIGINT, before)
-        signal.raise_signal(signal.SIGINT)
+    def wait(number: int, *_: Any) -> None:
+        if number not in received:
+            received.append(number)
+        elif number == signal.SIGINT:
+            received.remove(number)
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
-    signal.signal(signal.SIGINT, wait)
+    for number in before:
+        signal.signal(number, wait)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -47,6 +47,8 @@ def check_kinds(
         raise TypeError(f"callbacks must be a list of Callback objects, not {_said(callbacks)}")
     if not (checkpoint is None or isinstance(checkpoint, str | os.PathLike)):
         raise TypeError(f"checkpoint must be the path of a file, not {_said(checkpoint)}")
+    if checkpoint is not None and "\0" in os.fspath(checkpoint):
+        raise ValueError(f"checkpoint must be the path of a file, not {checkpoint!r}")
     for name, value, taker in (("compiled", compiled, CompiledSVI), ("distributed", distributed, DistributedSVI)):
         if not (isinstance(value, bool | Mapping) or (value is None and name == "distributed")):
             raise TypeError(f"{name} must be True, False or a mapping of keyword arguments, not {_said(value)}")

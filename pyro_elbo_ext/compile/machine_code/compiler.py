@@ -5,10 +5,11 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch.fx import GraphModule
 
 from pyro_elbo_ext.compile.errors import CannotCompile
-from pyro_elbo_ext.programs.interrupts import handlers_are_heard
+from pyro_elbo_ext.programs.interrupts import handlers_are_heard, interrupts_wait
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ def import_dynamo() -> None:
     """
     if "torch._dynamo" in sys.modules:
         return
+    with _undisturbed():
+        _import_dynamo()
+
+
+def _undisturbed() -> AbstractContextManager[None]:
+    """A block in which no signal is handled: an import of torch's compiler that is left half way cannot be made again."""
+    return interrupts_wait(signal.valid_signals())
+
+
+def _import_dynamo() -> None:
     try:
         os.makedirs(_cache_folder(), exist_ok=True)
     except OSError:
@@ -77,7 +88,9 @@ def import_inductor() -> Any:
     global _first_failure
     try:
         import_dynamo()
-        import_module("torch._inductor.compile_fx")
+        if "torch._inductor.compile_fx" not in sys.modules:
+            with _undisturbed():
+                import_module("torch._inductor.compile_fx")
         return import_module("torch._inductor")
     except Exception as error:
         _first_failure = _first_failure or error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from pyro_elbo_ext.programs.faults import first_line
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class OverDraws:
                     if raised:  # a time-out by a signal, and no reason to go on one by one
                         raise
                     # an error of the program itself will come again
-                    self.looped = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+                    self.looped = f"{type(error).__name__}: {first_line(error)}"
                     logger.info("the model is run for one draw after the other, since %s", self.looped)
         rows = [self.function(_at(values, index)) for index in range(count)]
         return [torch.stack(column) for column in zip(*rows, strict=True)]

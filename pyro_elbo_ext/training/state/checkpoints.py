@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo_ext.files.atomic import replaced
+from pyro_elbo_ext.programs.faults import first_line
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
 FORMAT = 1
@@ -40,7 +41,7 @@ def read(path: Path) -> dict[str, Any]:
             raise
         except Exception as error:  # a pickle of anything may raise anything
             raise ValueError(
-                f"{path} cannot be read as a file of fit: {type(error).__name__}, {str(error).splitlines()[:1]}"
+                f"{path} cannot be read as a file of fit: {type(error).__name__}, {first_line(error)}"
             ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is not a file of fit")
