@@ -173,8 +173,9 @@ def approximate(
     rivals = [elbo - start.modes[0][1] for _, elbo in start.modes[1:] if elbo > start.modes[0][1] - MODE_RIVALS]
     if rivals:
         notes.append(
-            f"the posterior has other modes: {len(rivals)} more with an ELBO of "
-            f"{', '.join(f'{rival:+.1f}' for rival in rivals)} nats; the guide starts from the best one only"
+            f"the posterior has other modes: {len(rivals)} more, with an ELBO "
+            f"{', '.join(f'{-rival:.1f}' for rival in rivals)} nats below that of the best; the guide and all figures here "
+            "are of the best one only"
         )
     if weighted.outside:
         notes.append(f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws")

@@ -205,6 +205,7 @@ def fit_automatically(
     try:
         callbacks.start(dict(settings or {}))
         found = approximate(density, family=cast(Any, family), seed=seed, progress=step, **options)
+        bar.conclude({"elbo": found.elbo}, f"by draws of its own, {found.gradients:,} gradients")
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         callbacks.finish({"status": status, "reason": f"{type(error).__name__}: {error}"}, error)

@@ -138,7 +138,7 @@ class Loop:
             raise
         finally:
             if self.looks:
-                bar.show(self._reports.metrics(self.step, self.looks, self.validated), "")
+                bar.conclude(self._reports.metrics(self.step, self.looks, self.validated, last=True), "")
             bar.close()
         self.seconds += time.monotonic() - began
         if self._file is not None and processes.is_main() and not self._torn:

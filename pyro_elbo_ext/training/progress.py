@@ -88,6 +88,11 @@ class Progress:
             parts.append(status)
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
+    def conclude(self, metrics: Mapping[str, float], status: str) -> None:
+        """The result's own numbers, which have no trend."""
+        self._means.clear()
+        self.show(metrics, status)
+
     def _trend(self) -> str:
         """Whether the later half of the means differs from the earlier by more than their noise."""
         half = len(self._means) // 2

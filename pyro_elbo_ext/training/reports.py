@@ -29,14 +29,17 @@ class Reports:
         self.since = 0  # step of the last report
         self._at = time.monotonic()
 
-    def metrics(self, step: int, looks: Numbers, validated: Numbers) -> dict[str, float]:
-        """By name; ``looks`` has mean losses, ``validated`` held-out ELBOs."""
+    def metrics(self, step: int, looks: Numbers, validated: Numbers, *, last: bool = False) -> dict[str, float]:
+        """By name; ``looks`` has mean losses, ``validated`` held-out ELBOs.
+
+        Means are over the steps since the last report, or with ``last`` over those that the result's ELBO is of.
+        """
         seconds = time.monotonic() - self._at
         history = getattr(self._objective, "history", None)
         recent = looks[-1][1]
         metrics = {"elbo": -recent, "objective": -recent}
         if history is not None and len(history):
-            metrics = history.recent(max(1, min(step - self.since, len(history) // 4, 1000)))
+            metrics = history.recent(max(1, min(step if last else step - self.since, len(history) // 4, 1000)))
         rates = self._state.learning_rates()
         if rates:
             metrics["learning_rate"] = max(rates)

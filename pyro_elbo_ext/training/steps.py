@@ -109,7 +109,8 @@ class Steps:
         if not self._said:
             self._said = True
             reason = uncompiled(svi)
-            bar.say(f"fit: {'compiled steps' if reason is None else f'steps by Pyro, uncompiled: {reason}'}")
+            how = "compiled steps, after some seconds for the compiler"
+            bar.say(f"fit: {how if reason is None else f'steps by Pyro, uncompiled: {reason}'}")
         return losses
 
     def _run(self, steps: int, call: Call) -> list[float]:
