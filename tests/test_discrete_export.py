@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 from torch import Tensor
 
-from pyro_elbo_ext import fit, from_pyro_mcmc, from_pyro_svi, run_nuts
+from pyro_elbo_ext import compare_to_mcmc, fit, from_pyro_mcmc, from_pyro_svi, run_nuts
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.density.completing import complete
 from pyro_elbo_ext.inference_data.export import dataset_of
@@ -197,6 +198,27 @@ def test_mcmc_export() -> None:
     assert posterior["z"].dtype == np.int64
     check_draws(posterior)
     check_likelihoods(data)
+
+
+# Against MCMC
+
+
+def test_probabilities_of_states_are_compared() -> None:
+    rng = np.random.default_rng(0)
+    approx = {"a": rng.normal(size=(2, 1000)), "z": rng.random((2, 1000, 3)) < [0.2, 0.5, 1.0]}
+    mcmc = {"a": rng.normal(size=(2, 1000)), "z": rng.random((2, 1000, 3)) < [0.2, 0.9, 0.999]}
+    sides = [{"a": side["a"], "z": side["z"].astype(np.int64)} for side in (approx, mcmc)]
+    found = compare_to_mcmc(*sides)
+    assert list(found.table.index) == ["a"]
+    assert list(found.states.index) == ["z[0]", "z[1]", "z[2]"]
+    assert list(found.states["verdict"]) == ["good", "bad", "good"]
+    exact = [abs(a["z"].mean((0, 1)) - b["z"].mean((0, 1))) for a, b in ((approx, mcmc),)]
+    np.testing.assert_allclose(found.states["total_variation"], exact[0], atol=1e-12)
+    error = math.sqrt((0.25 + 0.09) / 2000)
+    assert found.states["total_variation_error"]["z[1]"] == pytest.approx(error, rel=0.35)
+    said = f"3 discrete: 2 good, 1 bad. Worst: z[1], probabilities of its states off by {exact[0][1]:.3f}"
+    assert said in found.verdict
+    assert "total_variation" in repr(found)
 
 
 # Pointwise log likelihoods

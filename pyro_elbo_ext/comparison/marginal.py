@@ -11,6 +11,7 @@ import pandas as pd
 
 from pyro_elbo_ext.comparison.alignment import SIDES, Transformed, aligned, draws_of, with_transformed
 from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
+from pyro_elbo_ext.comparison.states import are_states, compare_states, displayed, sentence
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
 from pyro_elbo_ext.inference_data.labels import scalar_label
 from pyro_elbo_ext.inference_data.names import named_as
@@ -38,6 +39,10 @@ class Comparison:
     constant : dict
         Scalar parameters that are one number in all draws of both sides, as a part of a Cholesky factor is, and that number:
         they agree, and are not in the table.
+    states : pandas.DataFrame
+        Indexed by scalar of a discrete site, integers of at most 20 states: ``total_variation`` of the two
+        distributions over them, ``total_variation_error``, ``total_variation_floor``, the number of ``states``, and
+        ``verdict``. They are not in the other attributes.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class Comparison:
         approx: dict[str, np.ndarray],
         mcmc: dict[str, np.ndarray],
         constant: Mapping[str, float] | None = None,
+        states: pd.DataFrame | None = None,
     ) -> None:
         self.table, self.approx, self.mcmc, self.constant = table, approx, mcmc, dict(constant or {})
+        self.states = pd.DataFrame() if states is None else states
 
     @property
     def verdict(self) -> str:
@@ -58,8 +65,11 @@ class Comparison:
         row = self.table.loc[worst]
         return (
             f"{len(self.table)} parameters: {parts}. Worst: {worst}, mean off by {row['mean_diff']:+.2f} MCMC sd, "
-            f"log sd ratio {row['log_sd_ratio']:+.2f}{self._about_draws()}{self._about_constant()}"
+            f"log sd ratio {row['log_sd_ratio']:+.2f}{self._about_draws()}{self._about_constant()}{self._about_states()}"
         )
+
+    def _about_states(self) -> str:
+        return f". {sentence(self.states)}" if len(self.states) else ""
 
     def _about_draws(self) -> str:
         """How many draws would tell, where there are not enough: noise falls with their square root."""
@@ -183,11 +193,13 @@ class Comparison:
         return pd.DataFrame({**columns, "verdict": self.table["verdict"]}, index=self.table.index)
 
     def __repr__(self) -> str:
-        return f"{self.displayed().to_string()}\nfigure ± standard error (noise floor)\n{self.verdict}"
+        of_states = f"{displayed(self.states).to_string()}\n" if len(self.states) else ""
+        return f"{self.displayed().to_string()}\n{of_states}figure ± standard error (noise floor)\n{self.verdict}"
 
     def _repr_html_(self) -> str:
         caption = "figure ± standard error (noise floor)"
-        return f"<p>{self.verdict}</p>{self.displayed().to_html()}<p>{caption}</p>"
+        of_states = displayed(self.states).to_html() if len(self.states) else ""
+        return f"<p>{self.verdict}</p>{self.displayed().to_html()}{of_states}<p>{caption}</p>"
 
 
 def compare_to_mcmc(
@@ -203,7 +215,8 @@ def compare_to_mcmc(
 
     Per parameter the verdict is "bad" where mean_diff or log_sd_ratio exceeds `BAD`, "good" where both stay below
     `GOOD`, "means only" where only the mean does, else "rough"; "not enough draws to tell" where a standard error or
-    noise floor of the two is above the threshold that decides.
+    noise floor of the two is above the threshold that decides. Discrete sites (integers of few states) are compared by
+    the probabilities of their states: the total variation, in ``states``.
 
     Parameters
     ----------
@@ -232,6 +245,7 @@ def compare_to_mcmc(
     left, right = with_transformed(named_as(draws_of(approx, "approx"), reference), reference, transformed or {})
     sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
     constant: dict[str, float] = {}
+    states: dict[str, dict[str, float | str]] = {}
     for name, (a, b) in aligned(left, right, var_names).items():
         for index in np.ndindex(b.shape[2:]):
             label = scalar_label(name, b, index)
@@ -239,16 +253,21 @@ def compare_to_mcmc(
                 _checked(label, side, array.values[(slice(None), slice(None), *index)])
                 for side, array in zip(SIDES, (a, b), strict=True)
             )
-            if _is_constant(label, ours, theirs):
+            if are_states(a.values, b.values):
+                states[label] = compare_states(ours, theirs, _resample, _halves, REPLICATES)
+            elif _is_constant(label, ours, theirs):
                 constant[label] = float(theirs.flat[0])
             else:
                 sides[0][label], sides[1][label] = ours, theirs
+    if not sides[1] and states:
+        raise ValueError(f"{', '.join(list(states)[:NAMED])} are discrete; add a continuous variable to compare")
     if not sides[1]:
         raise ValueError(
             f"nothing to compare: {', '.join(list(constant)[:NAMED])} are constant and equal on both sides"
         )
     rows = {label: _row(sides[0][label], sides[1][label]) for label in sides[1]}
-    return Comparison(pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter"), *sides, constant)
+    tables = [pd.DataFrame.from_dict(found, orient="index").rename_axis("parameter") for found in (rows, states)]
+    return Comparison(tables[0], *sides, constant, tables[1])
 
 
 def _is_constant(label: str, approx: np.ndarray, mcmc: np.ndarray) -> bool:
