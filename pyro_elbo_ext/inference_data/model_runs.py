@@ -22,6 +22,8 @@ from pyro_elbo_ext.programs.given import data_of, run_given, values_of
 from pyro_elbo_ext.programs.running import signature_of_callable
 from pyro_elbo_ext.terms.enumeration.pointwise import Together
 
+_WITHOUT = "Pass log_likelihood=False to do without pointwise log likelihoods."
+
 
 class ModelRuns:
     """What the model makes of draws, posterior or prior, collected draw by draw."""
@@ -51,11 +53,15 @@ class ModelRuns:
         self.first = self.first or trace
         if self.pointwise:
             known = {site for together, _ in self.summed_out for site in together.sites}
-            for name, (density, counts) in pointwise_log_likelihood(trace).items():
+            try:
+                found = pointwise_log_likelihood(trace)
+            except ValueError as error:
+                raise ValueError(f"{error}\n{_WITHOUT}") from error
+            for name, (density, counts) in found.items():
                 if name in known:
                     continue
                 if bool(density.isnan().any()) and (sentence := data_at_fault(trace.nodes[name])):
-                    raise ValueError(f"{sentence}\nPass log_likelihood=False to do without pointwise log likelihoods.")
+                    raise ValueError(f"{sentence}\n{_WITHOUT}")
                 self.likelihood.put(index, name, density)
                 counted = to_numpy(counts)
                 self.counts[name] = self.counts[name] | counted if name in self.counts else counted
