@@ -114,17 +114,18 @@ def test_predictions_of_a_partly_observed_site() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("row", 3):
             y = pyro.sample("y", dist.Normal(mu, 1.0), obs=Y, obs_mask=seen)
-            pyro.sample("z", dist.Normal(y, 0.0078125), obs=Y)
+            pyro.sample("z", dist.Normal(y, 0.25), obs=Y)
 
     data = short(model, backend="pyro", compile=False, log_likelihood=True, posterior_predictive=True)
     likelihood = dataset_of(data, "log_likelihood")
     assert likelihood["y_observed"].shape == (2, 40, 2)
     z = likelihood["z"].values
-    exact = dist.Normal(torch.as_tensor(data.posterior["y"].values), 0.0078125).log_prob(Y.double())
+    exact = dist.Normal(torch.as_tensor(data.posterior["y"].values), 0.25).log_prob(Y.double())
     np.testing.assert_allclose(z, exact, rtol=1e-8)
     drawn = dataset_of(data, "posterior_predictive")
     missing = drawn["z"].values - data.posterior["y"].values
-    assert 0 < np.abs(missing[..., 1]).max() < 0.06
+    # six standard deviations; draws of y[1] from its prior would be 1.5 off in a third of the cases
+    assert 0 < np.abs(missing[..., 1]).max() < 1.5
 
 
 def test_predictions_of_other_kinds_are_named() -> None:
