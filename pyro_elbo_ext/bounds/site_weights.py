@@ -29,11 +29,14 @@ class SiteWeights:
     named : mapping from site to float or Tensor
     free_bits : float, mapping from site to float, or None
         Nats for each element of a site that its ``kl_prior`` counts as at least.
+    is_one : bool
+        Whether the objective is the ELBO, unweighted, and stays so in a graph that is being traced.
     """
 
     others: Number = 1.0
     named: Mapping[str, Number] = field(default_factory=dict)
     free_bits: FreeBits | None = None
+    is_one: bool = True
 
     def of(self, site: str) -> Number:
         return self.named.get(site, self.others)
@@ -42,11 +45,6 @@ class SiteWeights:
     def is_uniform(self) -> bool:
         """Whether the objective is ``reconstruction - weight * kl_prior``."""
         return not self.named and self.free_bits is None
-
-    @property
-    def is_one(self) -> bool:
-        """Whether the objective is known to be the ELBO, unweighted."""
-        return self.is_uniform and not isinstance(self.others, Tensor) and self.others == 1.0
 
     def penalty(self, kl_priors: Mapping[str, Number], counts: Mapping[str, Number]) -> tuple[Number, SiteWeights]:
         """What the objective takes off the reconstruction, and the weights that its gradient has.

@@ -107,6 +107,8 @@ class KLObjective(WeightedObjective):
         tracker: DependencyTracker | None,
     ) -> Structure:
         structure = pair.structures.get(signature)
+        if structure is None and self._traced is not None:  # values are not to be read, so what folds is not known
+            return Structure(outline(model_trace, guide_trace))
         if tracker is None and (structure is not None or self.kl != "sampled"):
             if structure is None:  # new sites, seen without a tracker: sample them now, track the next run
                 pair.track_next = True

@@ -58,8 +58,9 @@ class WeightedObjective(Objective):
     def _describe_weights(self) -> None:
         weight, bits = self._kl_weight, self._free_bits
         self.weighted_sites = tuple(weight) if isinstance(weight, Mapping) else ()
-        self.weighting = self.weighted_sites, tuple(bits.items()) if isinstance(bits, Mapping) else bits
         self._weighs_by_site = bool(self.weighted_sites) or bits is not None
+        self._is_one = not self._weighs_by_site and isinstance(weight, float) and weight == 1.0
+        self.weighting = self.weighted_sites, tuple(bits.items()) if isinstance(bits, Mapping) else bits, self._is_one
         self._geco = weight if isinstance(weight, Geco) else None
 
     def kl_weight_at(self, step: int) -> Weight:
@@ -77,8 +78,9 @@ class WeightedObjective(Objective):
         """The weights of an evaluation, by site and as they were given."""
         given: Any = self.kl_weight_at(self.num_steps) if self._traced is None else self._traced.kl_weight
         if self.weighted_sites:
-            return SiteWeights(1.0, dict(zip(self.weighted_sites, given, strict=True)), self._free_bits), given
-        return SiteWeights(given, {}, self._free_bits), given
+            named = dict(zip(self.weighted_sites, given, strict=True))
+            return SiteWeights(1.0, named, self._free_bits, is_one=False), given
+        return SiteWeights(given, {}, self._free_bits, self._is_one), given
 
     def _check_sites(self, sites: list[Site]) -> None:
         if self._weighs_by_site:

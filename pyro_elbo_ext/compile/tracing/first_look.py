@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import zero_grads
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -31,7 +31,7 @@ def look(loss: Any, model: Program, guide: Program, args: Args, kwargs: Kwargs) 
     args, kwargs = tree_map_only(Tensor, lambda of: of.detach() if of.requires_grad else of, (args, kwargs))
     with nothing_changed((model, guide)) as written, written:
         marked = look_at_pair(model, guide, args, kwargs)
-        if not marked and isinstance(loss, Trace_ELBO | TraceMeanField_ELBO):
+        if isinstance(loss, TraceEnum_ELBO) or (not marked and isinstance(loss, Trace_ELBO | TraceMeanField_ELBO)):
             DecomposedELBO(kl="sampled", history=False).check_programs(model, guide, *args, **kwargs)
 
 

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import ELBO, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine import Trace
 from torch import Tensor
@@ -22,6 +30,7 @@ from pyro_elbo_ext.bounds import Geco
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.tracing.arguments import Args, Kwargs
 from pyro_elbo_ext.history.record import SiteInfo
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.evaluation import Program, Read, Traced, Weight
 from pyro_elbo_ext.objectives.hooks import PYROS, own_hooks
 from pyro_elbo_ext.objectives.objective import Objective
@@ -113,6 +122,9 @@ def traced_loss(loss: Any) -> TracedLoss:
     if isinstance(loss, Objective):
         _refuse_hooks(loss, _NOT_CALLED, [cls for cls in type(loss).__mro__ if cls.__module__.startswith(_PACKAGE)])
         return _OfObjective(loss)
+    if isinstance(loss, TraceEnum_ELBO):
+        _refuse_hooks(loss, (*_REPLACED, "_get_trace", "_get_traces"), (TraceEnum_ELBO, JitTraceEnum_ELBO))
+        return _OfEnumeration(loss)
     if isinstance(loss, Trace_ELBO):
         _refuse_hooks(loss, _REPLACED, _PYROS_LOSSES)
         return _OfParticles(loss, _mean_field_elbo if isinstance(loss, TraceMeanField_ELBO) else _trace_elbo)
@@ -120,7 +132,7 @@ def traced_loss(loss: Any) -> TracedLoss:
 
 
 _PACKAGE = __name__.partition(".")[0] + "."
-_USE = "Use Trace_ELBO, TraceMeanField_ELBO or an objective of pyro_elbo_ext; or train with pyro.infer.SVI."
+_USE = "Use Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO or an objective of pyro_elbo_ext; or train with pyro.infer.SVI."
 
 
 def _refuse_hooks(loss: Any, names: Iterable[str], known: Iterable[type]) -> None:
@@ -292,3 +304,22 @@ class _OfObjective(TracedLoss):
         if isinstance(weight, float):
             return [weight] * steps
         return [objective.kl_weight_at(objective.num_steps + start + i) for i in range(steps)]
+
+
+class _OfEnumeration(TracedLoss):
+    """Pyro's ``TraceEnum_ELBO``, whose value and gradient ``DecomposedELBO(kl="sampled")`` has.
+
+    Traced as it is, Pyro's would look at the weights of the guide's values.
+    """
+
+    def __init__(self, loss: TraceEnum_ELBO) -> None:
+        self.of = loss
+        vectorized = bool(loss.vectorize_particles)
+        self._same = DecomposedELBO(loss.num_particles, vectorize_particles=vectorized, kl="sampled", history=False)
+        self._traced = _OfObjective(self._same)
+
+    def __call__(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, kl_weight: Tensor) -> Value:
+        self._same.max_plate_nesting = self.of.max_plate_nesting  # the first step has guessed it
+        self._same._pairs(model, guide).enumerates = True
+        value = self._traced(model, guide, args, kwargs, kl_weight)
+        return value._replace(table=torch.zeros(0, dtype=torch.float64))
