@@ -116,19 +116,14 @@ def _sum_out(
             (expected,) = guide.expected(ordinal, [named(log_sum.detach(), dims_of(log_sum))])
 
     log_p: dict[str, Tensor] = {}
-    joint: dict[str, Tensor] = {}
     log_q: dict[str, Tensor] = {}
-    for factor, density, weight in zip(factors, densities, weights, strict=True):
-        dims = dims_of(density)
-        # what has no weight does not count, though its density may be 0
-        product = weight * density.masked_fill(weight.detach() == 0, 0.0)
-        log_p[factor.site] = summed_to(named(product, dims), factor.ordinal)
-        if factor.own is not None:
-            joint[factor.site] = named(weight.detach(), dims)
-            given_parents = weight.sum(dims.index(factor.own), keepdim=True)
-            product = weight * (_log(weight) - _log(given_parents))
-            log_q[factor.site] = summed_to(named(product, dims), factor.ordinal)
-    names = tuple(log_q)
+    for like in _alike(factors, densities):
+        of_p, of_q = _expected(*[[of[at] for at in like] for of in (factors, densities, weights)])  # type: ignore[arg-type]
+        log_p.update(of_p)
+        log_q.update(of_q)
+    of_factors = zip(factors, densities, weights, strict=True)
+    joint = {of.site: named(weight.detach(), dims_of(density)) for of, density, weight in of_factors if of.own}
+    names = tuple(joint)
     if not _splits(factors, summed):
         shares = broadcast(expected, *[summed_to(term, ordinal) for term in log_p.values()])
         whole = torch.stack(shares[1:]).sum(0)
@@ -169,6 +164,39 @@ def _contract(factors: Sequence[Factor], densities: Sequence[Tensor], summed: se
         contracted = contract_tensor_tree(tree, summed & set(sizes), ring=LogRing(cache=cache, dim_to_size=sizes))
     ((ordinal, (log_sum,)),) = contracted.items()
     return ordinal, log_sum
+
+
+def _alike(factors: Sequence[Factor], densities: Sequence[Tensor]) -> list[list[int]]:
+    """The places of factors that differ in nothing but their names, as the steps of a chain do."""
+    places: dict[object, list[int]] = {}
+    for at, (factor, density) in enumerate(zip(factors, densities, strict=True)):
+        dims = dims_of(density)
+        own = None if factor.own is None else dims.index(factor.own)
+        plates = tuple([(i, dim) for i, dim in enumerate(dims) if dim in factor.ordinal])
+        places.setdefault((density.shape, density.dtype, density.device, own, plates), []).append(at)
+    return list(places.values())
+
+
+def _expected(
+    factors: Sequence[Factor], densities: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Expected log factors, and log posteriors given the parents, of factors that are alike: all of them at once."""
+    weight, density = torch.stack(list(weights)), torch.stack(list(densities))
+    dims = dims_of(densities[0])
+    ordinal, own = factors[0].ordinal, factors[0].own
+    others = [at for at, dim in enumerate(dims, 1) if dim not in ordinal]
+    plates = "".join([dim for dim in dims if dim in ordinal])
+
+    def by_site(product: Tensor) -> dict[str, Tensor]:
+        sums = product.sum(others) if others else product
+        return {factor.site: named(of, plates) for factor, of in zip(factors, sums.unbind(), strict=True)}
+
+    # what has no weight does not count, though its density may be 0
+    log_p = by_site(weight * density.masked_fill(weight.detach() == 0, 0.0))
+    if own is None:
+        return log_p, {}
+    given_parents = weight.sum(dims.index(own) + 1, keepdim=True)
+    return log_p, by_site(weight * (_log(weight) - _log(given_parents)))
 
 
 def _log(weight: Tensor) -> Tensor:
