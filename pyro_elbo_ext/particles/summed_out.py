@@ -15,8 +15,7 @@ from pyro_elbo_ext.particles.particles import Draw
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
-from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, Row, Rows, joint_name
-from pyro_elbo_ext.terms.packing import named
+from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, Row, Rows, joint_name, plates_only
 from pyro_elbo_ext.terms.terms import Site
 
 
@@ -55,9 +54,10 @@ def summed_out(
         if node["type"] == "sample":
             log_prob(node, model_trace, max_plate_nesting)
     model_trace.pack_tensors()
-    pair = PairOfTraces(model_trace, _plates_of(draw.guide_trace, model_trace))
+    drawn = [name for name, node in draw.guide_trace.nodes.items() if node["type"] == "sample"]
+    pair = PairOfTraces(model_trace, plates_only(drawn, model_trace))
     rows = Rows({site.name: Row() for site in sites})
-    pair.enter_sums(sites, rows, GuideWeights(Trace(), {}), differentiable=differentiable)
+    pair.enter_sums(rows, GuideWeights(Trace(), {}), differentiable=differentiable)
     by_site = {site.name: rows.by_site[site.name] for site in sites if pair.depends_on_summed(site)}
     merged = list(sites)
     for group, log_q in rows.joint.items():
@@ -74,19 +74,3 @@ def summed_out(
 def _to_plates(values: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """The sum of the members' values, over all dims that are not those of the plates they share."""
     return torch.stack([value.sum_to_size(like.shape) for value in values if value is not None]).sum(0)
-
-
-def _plates_of(guide_trace: Trace, model_trace: Trace) -> Trace:
-    """What the contraction asks of a guide that enumerates nothing: its sites, and the plates that they are in."""
-    plates = Trace()
-    plates.plate_to_symbol, plates.symbol_to_dim = model_trace.plate_to_symbol, model_trace.symbol_to_dim
-    for name, node in guide_trace.nodes.items():
-        if node["type"] == "sample" and name in model_trace.nodes:
-            log_q = named(torch.zeros(()), "")
-            plates.nodes[name] = {
-                "type": "sample",
-                "infer": {},
-                "cond_indep_stack": model_trace.nodes[name]["cond_indep_stack"],
-                "packed": {"log_prob": log_q},
-            }
-    return plates

@@ -96,6 +96,18 @@ def sum_out(
     ]
 
 
+def log_sums(
+    factors: Sequence[Factor], summed: set[str], scale: float | Tensor
+) -> list[tuple[tuple[str, ...], Ordinal, Tensor]]:
+    """For each group: the summed-out sites, the plates that all of it is in, and the log of the sum, scaled; packed."""
+    found = []
+    for group in _connected(factors, summed):
+        ordinal, log_sum = _contract(group, [factor.log_density for factor in group], summed)
+        names = tuple([factor.site for factor in group if factor.own is not None])
+        found.append((names, ordinal, packed.scale_and_mask(log_sum, scale=scale)))
+    return found
+
+
 def _sum_out(
     factors: Sequence[Factor],
     summed: set[str],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops import packed
 from pyro.poutine import Trace
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
-from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, sum_out
+from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, log_sums, sum_out
 from pyro_elbo_ext.terms.kl import KLPrior
-from pyro_elbo_ext.terms.packing import Ordinal, unpacked
+from pyro_elbo_ext.terms.packing import Ordinal, named, unpacked
 from pyro_elbo_ext.terms.states import States, values_of
 from pyro_elbo_ext.terms.terms import Site
 
@@ -120,7 +121,7 @@ class PairOfTraces:
         for site in sites:
             if site.q and "_enumerate_dim" in site.q[-1]["infer"]:
                 rows.by_site[site.name].states = self._states_in_guide(site.q[-1], guide)
-        self.enter_sums(sites, rows, guide, differentiable=differentiable)
+        self.enter_sums(rows, guide, differentiable=differentiable)
         return rows
 
     def _states_in_guide(self, node: Node, guide: GuideWeights) -> States | None:
@@ -135,15 +136,25 @@ class PairOfTraces:
         own: str = infer["_enumerate_symbol"]
         return States(joint, own, self._ordering[node["name"]], self._symbols, values)
 
-    def enter_sums(self, sites: Sequence[Site], rows: Rows, guide: GuideWeights, *, differentiable: bool) -> None:
-        """Enter the rows of what is summed out in the model, and of what depends on it."""
+    def log_sums(self) -> list[tuple[tuple[str, ...], Tensor, list[str]]]:
+        """For sites that are summed out and hang together: names, log sum, scaled, and the symbols of its plates."""
+        sums = log_sums(self._factors(), self._summed, self._scale)
+        return [(names, unpacked(value, self._symbols), sorted(ordinal)) for names, ordinal, value in sums]
+
+    def _factors(self) -> list[Factor]:
+        """Of what is summed out in the model, and what depends on it."""
         factors = []
-        for site in sites:
-            density = None if site.p is None else self._in_sum(site.p)
+        for name, node in self.model_trace.nodes.items():
+            density = self._in_sum(node) if node["type"] == "sample" else None
             if density is not None:
-                assert site.p is not None
-                own = site.p["infer"].get("_enumerate_symbol") if is_summed_out(site) else None
-                factors.append(Factor(site.name, self._ordering[site.name], density, own))
+                summed = not node["is_observed"] and name not in self.guide_trace.nodes
+                own = node["infer"].get("_enumerate_symbol") if summed else None
+                factors.append(Factor(name, self._ordering[name], density, own))
+        return factors
+
+    def enter_sums(self, rows: Rows, guide: GuideWeights, *, differentiable: bool) -> None:
+        """Enter the rows of what is summed out in the model, and of what depends on it."""
+        factors = self._factors()
         plates = set(self.model_trace.plate_to_symbol.values())
         for group in sum_out(factors, self._summed, plates, self._scale, guide, differentiable=differentiable):
             self._enter(group, rows)
@@ -166,3 +177,18 @@ class PairOfTraces:
                 dims.update(node["infer"]["_dim_to_symbol"])
         result: Tensor = packed.pack(value, dims)
         return result
+
+
+def plates_only(drawn: Collection[str], model_trace: Trace) -> Trace:
+    """What the contraction asks of a guide that enumerates nothing: which sites it draws, and the plates they are in."""
+    guide = Trace()
+    guide.plate_to_symbol, guide.symbol_to_dim = model_trace.plate_to_symbol, model_trace.symbol_to_dim
+    for name in drawn:
+        if name in model_trace.nodes:
+            guide.nodes[name] = {
+                "type": "sample",
+                "infer": {},
+                "cond_indep_stack": model_trace.nodes[name]["cond_indep_stack"],
+                "packed": {"log_prob": named(torch.zeros(()), "")},
+            }
+    return guide

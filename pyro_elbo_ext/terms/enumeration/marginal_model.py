@@ -1,0 +1,130 @@
+"""A model with its marked sites summed out, as a model of the other sites: for whatever asks for its density alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+
+from pyro_elbo_ext.programs.densities import log_prob
+from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.randomness import kept
+from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
+from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, plates_only
+from pyro_elbo_ext.terms.enumeration.traces import is_marked
+
+
+class MarginalModel:
+    """A model whose marked sites are summed out, exactly, in each run.
+
+    Called as the model, it has the same sites but for those that are summed out and the data that depend on them: in place
+    of these stands the log of the sum, as one ``pyro.factor`` for all that hangs together, in the plates that it is in.
+    A latent site whose prior depends on a summed-out one stays, with a density of 1: its own is in the sum.
+
+    Parameters
+    ----------
+    model : callable
+    max_plate_nesting : int
+        How many dims from the right belong to plates.
+    given : collection of str
+        Marked sites that are not summed out, for a guide draws them.
+    """
+
+    def __init__(self, model: Callable[..., Any], max_plate_nesting: int, given: Collection[str] = ()) -> None:
+        self.model, self.max_plate_nesting, self.given = model, max_plate_nesting, frozenset(given)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        enumerating = EnumMessenger(first_available_dim=-1 - self.max_plate_nesting)
+        with _Hidden(self.max_plate_nesting, self.given), poutine.trace() as traced, enumerating:
+            result = self.model(*args, **kwargs)
+        model_trace = prune_subsample_sites(traced.trace)
+        for node in model_trace.nodes.values():
+            if node["type"] == "sample":
+                log_prob(node, model_trace, self.max_plate_nesting)
+        model_trace.pack_tensors()
+        frames = _frames(model_trace)
+        latent = [name for name, node in model_trace.nodes.items() if name in self.given or _is_drawn(node)]
+        for names, log_sum, symbols in PairOfTraces(model_trace, plates_only(latent, model_trace)).log_sums():
+            with _InPlates([frames[symbol] for symbol in symbols]):
+                pyro.sample(f"sum over {', '.join(names)}", Unit(log_sum), obs=torch.empty(0))
+        return result
+
+
+def _is_drawn(node: Mapping[str, Any]) -> bool:
+    return node["type"] == "sample" and not node["is_observed"] and "_enumerate_dim" not in node["infer"]
+
+
+def _frames(trace: Trace) -> dict[str, CondIndepStackFrame]:
+    """The plates by their symbols."""
+    return {trace.plate_to_symbol[frame.name]: frame for frame in _stack_of(trace) if frame.vectorized}
+
+
+class _Hidden(Messenger):
+    """Keeps from what is outside: summed-out sites and what depends on them; of latent sites among these, the density."""
+
+    def __init__(self, max_plate_nesting: int, given: frozenset[str]) -> None:
+        super().__init__()
+        self._plates, self._given = max_plate_nesting, given
+        self._masks: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if "_enumerate_dim" in msg["infer"]:
+            msg["stop"] = name not in self._given
+            return
+        shape = getattr(fn, "batch_shape", ())
+        if all(size == 1 for size in shape[: len(shape) - self._plates]) or name in self._given:
+            return
+        if msg["is_observed"]:
+            msg["stop"] = True
+        else:
+            self._masks[name] = msg["mask"]
+            msg["mask"] = False
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._masks:
+            msg["mask"] = self._masks.pop(msg["name"])
+
+
+class _InPlates(Messenger):
+    """Puts what is sampled into plates that have been left."""
+
+    def __init__(self, frames: list[CondIndepStackFrame]) -> None:
+        super().__init__()
+        self._stack = tuple(frames)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["cond_indep_stack"] = self._stack + msg["cond_indep_stack"]
+
+
+def without_marks(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide as programs without marks, for the density of the guide's draws.
+
+    What the guide marks it draws, as without the mark. What only the model has, and marks, is summed out. Runs both once;
+    random numbers are left as they were.
+    """
+    with kept():
+        guide_trace = trace_guide(guide, model, args, kwargs)
+        model_trace = trace_replayed(model, guide, guide_trace, args, kwargs)
+    if is_marked(guide_trace):
+        guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
+    if not any(node["infer"].get("enumerate") for name, node in model_trace.nodes.items() if is_latent(node)):
+        return model, guide
+    frames = [frame for trace in (model_trace, guide_trace) for frame in _stack_of(trace)]
+    nesting = -min([frame.dim for frame in frames if frame.dim is not None], default=0)
+    return MarginalModel(model, nesting, guide_trace.nodes), guide
+
+
+def _stack_of(trace: Trace) -> list[CondIndepStackFrame]:
+    return [frame for node in trace.nodes.values() if node["type"] == "sample" for frame in node["cond_indep_stack"]]
