@@ -162,7 +162,8 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
     # A latent site may have no elements, as in Pyro: the weights of a model without covariates.
     if node["is_observed"] and (0 in shape or (0 in value.shape and type(fn).__name__ != "Unit")):
         raise ValueError(f"site '{name}' is empty: its value has shape {tuple(value.shape)}. Skip empty batches.")
-    if is_validation_enabled():
+    # where the plates end is not known, dims of enumerated values would be taken for theirs
+    if is_validation_enabled() and not (math.isinf(max_plate_nesting) and enumerated_dims(node)):
         check_site_shape(node, max_plate_nesting)
 
 

@@ -17,7 +17,6 @@ import opt_einsum
 import torch
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -28,6 +27,7 @@ from pyro_elbo_ext.programs.nodes import Node, is_data, is_latent
 from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import trace_program
 from pyro_elbo_ext.terms.enumeration.over_draws import OverDraws
+from pyro_elbo_ext.terms.enumeration.traces import Enumerate
 
 NUMBERS_AT_ONCE = 8_000_000  # log factors of all draws that are computed at once
 
@@ -107,16 +107,6 @@ class _Unmark(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self._names:
             msg["infer"] = {**msg["infer"], "enumerate": None}
-
-
-class _Enumerate(EnumMessenger):
-    """Pyro's own, which looks at a value's ``.data`` for its shape: ``torch.vmap`` has none to give."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        value = msg["value"]
-        if isinstance(value, Tensor):
-            value = torch.empty(value.shape, device="meta")
-        super()._pyro_post_sample({**msg, "value": value})
 
 
 @dataclass
@@ -217,7 +207,7 @@ class AtDraws:
 
     def _trace(self, values: Mapping[str, Tensor]) -> Trace:
         """The enumerated run at one draw, its log densities packed."""
-        model = _Enumerate(first_available_dim=-1 - self.nesting)(_Unmark(self.draws)(self.model))
+        model = Enumerate(first_available_dim=-1 - self.nesting)(_Unmark(self.draws)(self.model))
         with Given(values):
             trace = prune_subsample_sites(trace_program(model, self.args, self.kwargs))
         trace.compute_log_prob()

@@ -10,7 +10,6 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
@@ -20,7 +19,7 @@ from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.programs.randomness import kept
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
 from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, plates_only
-from pyro_elbo_ext.terms.enumeration.traces import is_marked
+from pyro_elbo_ext.terms.enumeration.traces import Enumerate, is_marked
 
 
 class MarginalModel:
@@ -43,7 +42,7 @@ class MarginalModel:
         self.model, self.max_plate_nesting, self.given = model, max_plate_nesting, frozenset(given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        enumerating = EnumMessenger(first_available_dim=-1 - self.max_plate_nesting)
+        enumerating = Enumerate(first_available_dim=-1 - self.max_plate_nesting)
         with _Hidden(self.max_plate_nesting, self.given), poutine.trace() as traced, enumerating:
             result = self.model(*args, **kwargs)
         model_trace = prune_subsample_sites(traced.trace)
@@ -52,7 +51,7 @@ class MarginalModel:
                 log_prob(node, model_trace, self.max_plate_nesting)
         model_trace.pack_tensors()
         frames = _frames(model_trace)
-        latent = [name for name, node in model_trace.nodes.items() if name in self.given or _is_drawn(node)]
+        latent = [name for name, node in model_trace.nodes.items() if _is_drawn(node)]
         for names, log_sum, symbols in PairOfTraces(model_trace, plates_only(latent, model_trace)).log_sums():
             with _InPlates([frames[symbol] for symbol in symbols]):
                 pyro.sample(f"sum over {', '.join(names)}", Unit(log_sum), obs=torch.empty(0))
@@ -78,11 +77,11 @@ class _Hidden(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if "_enumerate_dim" in msg["infer"]:
-            msg["stop"] = name not in self._given
+        if "_enumerate_dim" in msg["infer"] and name not in self._given:
+            msg["stop"] = True
             return
         shape = getattr(fn, "batch_shape", ())
-        if all(size == 1 for size in shape[: len(shape) - self._plates]) or name in self._given:
+        if all(size == 1 for size in shape[: max(len(shape) - self._plates, 0)]):
             return
         if msg["is_observed"]:
             msg["stop"] = True
@@ -123,7 +122,8 @@ def without_marks(
         return model, guide
     frames = [frame for trace in (model_trace, guide_trace) for frame in _stack_of(trace)]
     nesting = -min([frame.dim for frame in frames if frame.dim is not None], default=0)
-    return MarginalModel(model, nesting, guide_trace.nodes), guide
+    marked = [name for name, node in guide_trace.nodes.items() if name in model_trace.nodes and is_latent(node)]
+    return MarginalModel(model, nesting, marked), guide
 
 
 def _stack_of(trace: Trace) -> list[CondIndepStackFrame]:

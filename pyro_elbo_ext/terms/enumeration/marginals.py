@@ -23,6 +23,7 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
+from pyro_elbo_ext.terms.enumeration import log_einsum
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
 from pyro_elbo_ext.terms.packing import Ordinal, broadcast, dims_of, named, spread, summed_to
 
@@ -102,7 +103,7 @@ def log_sums(
     """For each group: the summed-out sites, the plates that all of it is in, and the log of the sum, scaled; packed."""
     found = []
     for group in _connected(factors, summed):
-        ordinal, log_sum = _contract(group, [factor.log_density for factor in group], summed)
+        ordinal, log_sum = _contract(group, [factor.log_density for factor in group], summed, _BatchableRing)
         names = tuple([factor.site for factor in group if factor.own is not None])
         found.append((names, ordinal, packed.scale_and_mask(log_sum, scale=scale)))
     return found
@@ -165,7 +166,13 @@ def _leaf(density: Tensor, differentiable: bool) -> Tensor:
     return named(leaf if leaf.requires_grad else leaf.requires_grad_(), dims_of(density))
 
 
-def _contract(factors: Sequence[Factor], densities: Sequence[Tensor], summed: set[str]) -> tuple[Ordinal, Tensor]:
+class _BatchableRing(LogRing):
+    _backend = log_einsum.__name__
+
+
+def _contract(
+    factors: Sequence[Factor], densities: Sequence[Tensor], summed: set[str], of: type[LogRing] = LogRing
+) -> tuple[Ordinal, Tensor]:
     """The log of the sum over the summed-out sites, by Pyro's message passing."""
     tree: OrderedDict[Ordinal, list[Tensor]] = OrderedDict()
     sizes: dict[str, int] = {}
@@ -173,7 +180,7 @@ def _contract(factors: Sequence[Factor], densities: Sequence[Tensor], summed: se
         tree.setdefault(factor.ordinal, []).append(density)
         sizes.update(zip(dims_of(density), density.shape, strict=True))
     with shared_intermediates() as cache:
-        contracted = contract_tensor_tree(tree, summed & set(sizes), ring=LogRing(cache=cache, dim_to_size=sizes))
+        contracted = contract_tensor_tree(tree, summed & set(sizes), ring=of(cache=cache, dim_to_size=sizes))
     ((ordinal, (log_sum,)),) = contracted.items()
     return ordinal, log_sum
 

@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint
@@ -15,11 +16,22 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_traceenum_requirements
+from torch import Tensor
 
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
+
+
+class Enumerate(EnumMessenger):
+    """Pyro's own, which looks at a value's ``.data`` for its shape: ``torch.vmap`` has none to give."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor):
+            value = torch.empty(value.shape, device="meta")
+        super()._pyro_post_sample({**msg, "value": value})
 
 
 def is_marked(*traces: Trace) -> bool:
