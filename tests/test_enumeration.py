@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_elbo_ext import DecomposedELBO, ImportanceWeightedELBO, RenyiELBO
+from pyro_elbo_ext import CompiledSVI, DecomposedELBO, ImportanceWeightedELBO, RenyiELBO, evidence_bounds
+from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.programs.nodes import is_latent
 from tests.enumeration_oracles import sum_over_states
 
@@ -249,3 +252,209 @@ def test_other_gradients_leave_the_value(model: Program, gradient: Any) -> None:
         assert terms is not None
         methods = {term.kl_method for term in terms.values() if term.kind == "latent"}
         assert methods == {"marginalized", "sampled"}
+
+
+# Sites that the guide enumerates
+
+
+def classes() -> None:
+    """The guide's part is discrete and continuous, and depends on it."""
+    with pyro.plate("data", 3):
+        g = pyro.sample("g", dist.Categorical(torch.tensor([0.3, 0.7])))
+        x = pyro.sample("x", dist.Normal(torch.tensor([-1.0, 1.0])[g], 1.0))
+        pyro.sample("y", dist.Normal(x + g, 0.7), obs=Y)
+
+
+def guide_of_classes(mark: dict[str, Any] | None = None) -> Program:
+    def guide() -> None:
+        logits = pyro.param("logits", torch.tensor([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]]))
+        locs = pyro.param("locs", torch.tensor([-0.5, 0.8]))
+        with pyro.plate("data", 3):
+            g = pyro.sample("g", dist.Categorical(logits=logits), infer=mark or {"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(locs[g], 0.6))
+
+    return guide
+
+
+def mixed() -> None:
+    """One site for the guide, one for the model, and a score-function draw beside them."""
+    with pyro.plate("data", 3):
+        g = pyro.sample("g", dist.Categorical(torch.tensor([0.3, 0.7])))
+        n = pyro.sample("n", dist.Poisson(1.5))
+        m = pyro.sample("m", dist.Bernoulli(torch.tensor([0.2, 0.6])[g]), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(0.5 * g + m + 0.3 * n, 0.7), obs=Y)
+
+
+def guide_of_mixed() -> None:
+    logits = pyro.param("logits", torch.tensor([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]]))
+    rates = pyro.param("rates", torch.tensor([0.8, 1.0, 2.0]))
+    with pyro.plate("data", 3):
+        pyro.sample("g", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+        pyro.sample("n", dist.Poisson(rates))
+
+
+IN_GUIDE = {
+    "parallel": (classes, guide_of_classes(), {}),
+    "sequential": (classes, guide_of_classes({"enumerate": "sequential"}), {}),
+    "several draws": (classes, guide_of_classes({"enumerate": "parallel", "num_samples": 4}), {}),
+    "with the model's": (mixed, guide_of_mixed, {}),
+    "particles": (classes, guide_of_classes(), {"num_particles": 3}),
+    "vectorized": (classes, guide_of_classes(), {"num_particles": 3, "vectorize_particles": True}),
+}
+
+
+@pytest.mark.parametrize("case", IN_GUIDE)
+def test_enumeration_in_the_guide_is_pyros(case: str) -> None:
+    model, guide, options = IN_GUIDE[case]
+    results = []
+    for elbo in (
+        TraceEnum_ELBO(max_plate_nesting=1, **options),
+        DecomposedELBO(max_plate_nesting=1, kl="sampled", **options),
+    ):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(11)
+        loss = elbo.loss_and_grads(model, guide)
+        gradients = {name: value.grad for name, value in pyro.get_param_store().named_parameters()}
+        results.append((loss, gradients))
+    (theirs, their_gradients), (ours, our_gradients) = results
+    assert ours == pytest.approx(theirs, abs=1e-10)
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=0, atol=1e-10)
+
+
+def test_rows_of_the_guides_sites_are_expectations() -> None:
+    elbo = DecomposedELBO(max_plate_nesting=1, kl="sampled")
+    pyro.set_rng_seed(2)
+    elbo.loss_and_grads(classes, guide_of_classes())
+    terms = elbo.last
+    assert terms is not None
+    q = torch.tensor([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]]).softmax(-1)
+    prior = torch.tensor([0.3, 0.7])
+    assert terms["g"].kl_method == "enumerated"
+    torch.testing.assert_close(terms["g"].log_q, (q * q.log()).sum(-1))
+    torch.testing.assert_close(terms["g"].log_p, (q * prior.log()).sum(-1))
+    np.testing.assert_allclose(terms.marginals()["g"], q)
+
+
+def test_closed_forms_given_enumerated_parents() -> None:
+    """The expectation of the closed form under q; the parent's probabilities in the guide do not depend on the site."""
+    elbo = DecomposedELBO(max_plate_nesting=1, kl="auto")
+    elbo.loss_and_grads(classes, guide_of_classes())
+    terms = elbo.last
+    assert terms is not None
+    q = torch.tensor([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]]).softmax(-1)
+    kls = torch.distributions.kl_divergence(
+        dist.Normal(torch.tensor([-0.5, 0.8]), 0.6), dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)
+    )
+    assert terms["x"].kl_method == "analytic"
+    torch.testing.assert_close(terms["x"].kl_prior, (q * kls).sum(-1))
+
+
+def test_closed_forms_of_a_site_that_only_its_prior_ties_to_an_enumerated_one() -> None:
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("g", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(3)), 0.5))
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            g = pyro.sample("g", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(g, 1.0))
+
+    elbo = DecomposedELBO(max_plate_nesting=1)
+    elbo.loss_and_grads(model, guide)
+    terms = elbo.last
+    assert terms is not None
+    kls = torch.distributions.kl_divergence(dist.Normal(0.0, 0.5), dist.Normal(torch.tensor([0.0, 1.0]), 1.0))
+    assert terms["x"].kl_method == "analytic"
+    torch.testing.assert_close(terms["x"].kl_prior, (kls @ torch.tensor([0.6, 0.4])).expand(3))
+
+
+def test_no_closed_form_where_the_parents_probabilities_depend_on_the_site() -> None:
+    def model() -> None:
+        g = pyro.sample("g", dist.Bernoulli(0.4))
+        pyro.sample("x", dist.Normal(g, 1.0))
+
+    def guide() -> None:
+        x = pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.5))
+        pyro.sample("g", dist.Bernoulli(logits=x), infer={"enumerate": "parallel"})
+
+    elbo = DecomposedELBO(max_plate_nesting=0)
+    for _ in range(2):
+        elbo.loss_and_grads(model, guide)
+    terms = elbo.last
+    assert terms is not None
+    assert terms["x"].kl_method == "sampled"
+    assert "'x'" in str(terms["x"].kl_reason)
+
+
+# Weights, scores, compiled steps
+
+
+@pytest.mark.parametrize("model", [mixture, factorial, chains], ids=lambda model: model.__name__)
+def test_weighted_objectives_have_the_gradient_of_what_they_say(model: Program) -> None:
+    """By finite differences: with a weight, the posterior of the states does not drop out of the gradient."""
+    guide = guide_of(model)
+    elbo = DecomposedELBO(kl="sampled", kl_weight=0.3)
+    _, gradients = evaluated(elbo, model, guide)
+    store, step = pyro.get_param_store(), 1e-5
+    for name, parameter in store.named_parameters():
+        numeric = torch.zeros_like(parameter)
+        for at in range(parameter.numel()):
+            values = []
+            for sign in (1.0, -1.0):
+                with torch.no_grad():
+                    parameter.view(-1)[at] += sign * step
+                pyro.set_rng_seed(5)
+                values.append(elbo.loss(config_enumerate(model), guide))
+                with torch.no_grad():
+                    parameter.view(-1)[at] -= sign * step
+            numeric.view(-1)[at] = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close(gradients[name], numeric, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model is not scaled], ids=lambda model: model.__name__)
+def test_scores_at_draws_have_the_states_summed_out(model: Program) -> None:
+    guide = guide_of(model)
+    scorer = Scorer(config_enumerate(model), guide, (), {}, 64, False)
+    scores = scorer.draw(3)
+    assert scorer.looped is None
+    for i in range(3):
+        draws = {name: torch.as_tensor(value[i]) for name, value in scores.values.items()}
+        exact = sum_over_states(model, {chains: (False,)}.get(model, ()), draws).log_sum
+        assert float(scores.log_p[i]) == pytest.approx(float(exact), abs=1e-10)
+
+
+def test_evidence_of_a_mixture_with_one_latent() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample("y", dist.Normal(mu + 2 * z, 0.8), obs=Y)
+
+    mu = torch.linspace(-12.0, 12.0, 8001)
+    log_p = dist.Normal(0.0, 2.0).log_prob(mu)
+    for y in Y:
+        states = [math.log(w) + dist.Normal(mu + 2 * z, 0.8).log_prob(y) for z, w in ((0, 0.6), (1, 0.4))]
+        log_p = log_p + torch.logaddexp(*states)
+    exact = float(log_p.logsumexp(0)) + math.log(float(mu[1] - mu[0]))
+    guide = lambda: pyro.sample("mu", dist.Normal(-0.15, 0.6))  # noqa: E731
+    pyro.set_rng_seed(0)
+    bounds = evidence_bounds(config_enumerate(model), guide)
+    assert bounds.log_evidence[0] <= exact <= bounds.log_evidence[1]
+    assert bounds.log_evidence[0] > exact - 0.2
+
+
+@pytest.mark.parametrize("loss", [TraceEnum_ELBO, DecomposedELBO], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("model", [mixture, chain, factorial], ids=lambda model: model.__name__)
+def test_compiled_steps_are_those_of_svi(model: Program, loss: Any) -> None:
+    losses = []
+    for make in (SVI, partial(CompiledSVI, same_draws=True, backend="eager")):
+        pyro.clear_param_store()
+        guide = guide_of(model)
+        svi = make(
+            config_enumerate(model), guide, pyro.optim.Adam({"lr": 0.05}), loss(max_plate_nesting=NESTING.get(model, 1))
+        )
+        pyro.set_rng_seed(2)
+        losses.append([svi.step() for _ in range(4)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-9)

@@ -23,6 +23,7 @@ from pyro_elbo_ext.particles.estimate import (
     scale_of,
     with_mask_of_plates,
 )
+from pyro_elbo_ext.programs.densities import of_plates
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_draws
 from pyro_elbo_ext.terms import Term
@@ -212,7 +213,23 @@ def _entries_of(
     check_paths(sites)
     enumerated = PairOfTraces(*traces)
     kls = [
-        None if site.kind == "observed" else exact_kl(site, enumerated) or objective._kl_prior(site, structure)
+        None
+        if site.kind == "observed"
+        else exact_kl(site, enumerated) or objective._kl_prior(_aligned(site), structure)
         for site in sites
     ]
     return entries(sites, kls, enumerated.rows(sites, kls, differentiable=differentiable))
+
+
+def _aligned(site: Site) -> Site:
+    """The site with a prior and a guide of the same batch shape, where only the values of enumerated sites part them."""
+    if site.p is None or len(site.q) != 1:
+        return site
+    p, q = site.p["fn"], site.q[0]["fn"]
+    if not hasattr(p, "batch_shape") or not hasattr(q, "batch_shape") or p.batch_shape == q.batch_shape:
+        return site
+    if of_plates(p.batch_shape, site.p) != of_plates(q.batch_shape, site.p):
+        return site
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    nodes = [{**node, "fn": fn.expand(shape)} for node, fn in ((site.p, p), (site.q[0], q))]
+    return Site(site.name, site.kind, nodes[0], (nodes[1],))

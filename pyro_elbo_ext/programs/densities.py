@@ -152,7 +152,7 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
     fn, value, name = node["fn"], node["value"], node["name"]
     batch_shape = getattr(fn, "batch_shape", node["log_prob"].shape)
     of_value = value.shape[: value.dim() - fn.event_dim] if hasattr(fn, "event_dim") else node["log_prob"].shape
-    shape, batch_shape, of_value = [_of_plates(of, node) for of in (node["log_prob"].shape, batch_shape, of_value)]
+    shape, batch_shape, of_value = [of_plates(of, node) for of in (node["log_prob"].shape, batch_shape, of_value)]
     if shape != batch_shape and shape != of_value:
         raise ValueError(_broadcast(node))
     if is_data(node) and (of_event_at_fault(node) or (shape != of_value and _is_repeated(of_value, node))):
@@ -167,7 +167,7 @@ def _check_shape(node: Node, max_plate_nesting: float) -> None:
         check_site_shape(node, max_plate_nesting)
 
 
-def _of_plates(shape: torch.Size, node: Node) -> torch.Size:
+def of_plates(shape: torch.Size, node: Node) -> torch.Size:
     """A shape without the dims along which a site has the values of enumerated sites."""
     enumerated = enumerated_dims(node)
     if not enumerated:
@@ -195,7 +195,7 @@ def _is_repeated(of_value: torch.Size, node: Node) -> bool:
     One datum for all of a plate is what the model says. Not so along a dim that no plate declares, nor if the data have
     another dim of the plate's size: labels of shape (N, 1) in a plate of N, or N labels for N vectors.
     """
-    shape = _of_plates(node["log_prob"].shape, node)
+    shape = of_plates(node["log_prob"].shape, node)
     several = {dim for dim in range(-len(shape), 0) if shape[dim] > 1}
     repeated = {dim for dim in several if len(of_value) < -dim or of_value[dim] == 1}
     frames = {frame.dim: frame.name for frame in node["cond_indep_stack"]}

@@ -43,6 +43,7 @@ class DependencyTracker(Messenger):
         self._of_tensor: Any = WeakTensorKeyDictionary()
         self._of_storage: dict[int, Sites] = {}  # written in place: every view of the storage depends on it
         self._read_by_python: Sites = _NONE
+        self._in_guide = True
         self._steered: dict[str, Sites] = {}  # site -> what Python had read by then; the model's record comes last
         self._modes = (_OperatorMode(self._follow), _ReadMode(self._read))
 
@@ -59,13 +60,16 @@ class DependencyTracker(Messenger):
 
     def enter_model(self) -> None:
         """Mark the end of the guide's run: what the guide read into Python steers no site of the model."""
-        self._read_by_python = _NONE
+        self._read_by_python, self._in_guide = _NONE, False
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self._steered[msg["name"]] = self._read_by_python
         if msg["is_observed"] or site_is_subsample(msg) or not isinstance(msg["value"], torch.Tensor):
             return
-        self._add(msg["value"], self._read_by_python | {msg["name"]})
+        sites = self._read_by_python | {msg["name"]}
+        if self._in_guide and ("_enumerate_dim" in msg["infer"] or "_enum_total" in msg["infer"]):
+            sites |= self.of_prior(msg)  # its values are fixed, but how much each counts is computed from these
+        self._add(msg["value"], sites)
 
     def of(self, *tensors: object) -> Sites:
         """Sites whose values the tensors were computed from; anything that is not a tensor depends on none."""
