@@ -55,6 +55,10 @@ class DecomposedELBO(KLObjective):
 
     The first KL is ``kl_prior``, recorded for each site at each step. The second, the gap, is not part of it.
 
+    Sites marked for enumeration are summed over as by ``pyro.infer.TraceEnum_ELBO``. Of a site that the guide marks, the row
+    is an exact expectation under the guide; of one that only the model has, under its exact posterior given the draws of
+    the others, which is its guide.
+
     Parameters
     ----------
     num_particles : int
@@ -110,8 +114,8 @@ class DecomposedELBO(KLObjective):
     ------
     ValueError
         At construction for arguments out of range. At evaluation, before any parameter changes: if a term is NaN or
-        infinite (naming site, term and step), a latent site is missing from the guide, a site is marked for enumeration,
-        an analytic KL is asked for where none is valid, ``kl_weight`` or ``free_bits`` names a site that has no
+        infinite (naming site, term and step), a latent site is missing from the guide and not marked to be summed out, an
+        analytic KL is asked for where none is valid, ``kl_weight`` or ``free_bits`` names a site that has no
         ``kl_prior`` or shares it with others, or an ``nn.Module`` in use is not registered with Pyro.
 
     References
@@ -120,6 +124,7 @@ class DecomposedELBO(KLObjective):
     Ranganath, Gerrish and Blei (2014), "Black box variational inference".
     Kucukelbir et al. (2017), "Automatic differentiation variational inference".
     Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", section C.8: free bits.
+    Obermeyer et al. (2019), "Tensor variable elimination for plated factor graphs": sums over discrete sites.
     """
 
     @with_pyros_arguments
