@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -1116,7 +1116,7 @@ def test_arguments_that_cannot_be_inputs(argument: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
-        (TraceEnum_ELBO(), "TraceEnum_ELBO cannot be compiled"),
+        (TraceGraph_ELBO(), "TraceGraph_ELBO cannot be compiled"),
         (lambda model, guide: torch.tensor(0.0), "cannot be compiled"),
         (DecomposedELBO(history=History(gradient_snr="steps")), "gradient_snr='steps'"),
     ],
