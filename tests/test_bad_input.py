@@ -222,12 +222,6 @@ BAD = [
         objective=lambda: DecomposedELBO(gradient="score_function", num_particles=2),
     ),
     Bad(
-        "sequential enumeration in the model",
-        config_enumerate(latent(lambda: dist.Bernoulli(0.5)), default="sequential"),
-        lambda: loc(),
-        "site 'z' of the model is marked.*'parallel'",
-    ),
-    Bad(
         "several draws of a site of the model",
         config_enumerate(latent(lambda: dist.Bernoulli(0.5)), num_samples=3),
         lambda: loc(),

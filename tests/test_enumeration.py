@@ -388,6 +388,26 @@ def test_no_closed_form_where_the_parents_probabilities_depend_on_the_site() -> 
     assert "'x'" in str(terms["x"].kl_reason)
 
 
+def test_sequential_enumeration_in_the_model_is_refused() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "sequential"})
+
+    with pytest.raises(NotImplementedError, match=r"At site 'z', model-side sequential.*'parallel'"):
+        DecomposedELBO().loss(model, lambda: None)
+
+
+def test_programs_that_count_on_enumeration_are_not_run_without() -> None:
+    """Where it is known how many dims plates have; else they are run once, as by Pyro."""
+    shapes = []
+
+    def model() -> None:
+        shapes.append(pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"}).shape)
+
+    for _ in range(2):
+        DecomposedELBO(max_plate_nesting=0).loss(model, lambda: None)
+    assert set(shapes) == {(2,)}
+
+
 # Weights, scores, compiled steps
 
 

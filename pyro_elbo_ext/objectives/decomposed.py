@@ -261,6 +261,7 @@ class DecomposedELBO(KLObjective):
         infos: list[tuple[SiteInfo, ...]] = []
         runs: list[tuple[Trace, Trace]] = []
         repeats, model, guide = self._programs(model, guide, args, kwargs)
+        model, guide = self._looking_for_marks(pair, model, guide)
         for _ in range(repeats):
             ledger.begin_particle()
             tracker = DependencyTracker() if self._is_tracked(pair, args, kwargs) else None

@@ -45,6 +45,7 @@ from pyro_elbo_ext.programs.randomness import taken_down, torch_kept
 from pyro_elbo_ext.programs.running import run_pair
 from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
+from pyro_elbo_ext.terms.enumeration.traces import first_values
 from pyro_elbo_ext.terms.kl import Structure, read_structure
 from pyro_elbo_ext.terms.registration import check_registered, collects_parameters, parameters_of
 from pyro_elbo_ext.terms.terms import Site
@@ -251,6 +252,15 @@ class Objective(ELBO):
             return enumerated()
         pair.enumerates = False
         return result
+
+    def _looking_for_marks(self, pair: Pair, model: Program, guide: Program) -> tuple[Program, Program]:
+        """Model and guide for a first run: where it is known how many dims plates have, as enumeration would run them.
+
+        A program may count on its values' shapes under enumeration, and can then not be run without.
+        """
+        if pair.enumerates is not None or self._traced is not None or math.isinf(self.max_plate_nesting):
+            return model, guide
+        return first_values(model, guide, int(self.max_plate_nesting))
 
     def _plate_nesting(self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
         """How many dims belong to plates, the particle plate among them: as given, or guessed in private."""

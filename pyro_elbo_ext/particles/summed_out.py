@@ -19,7 +19,7 @@ from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, Row, Rows, joint_
 from pyro_elbo_ext.terms.terms import Site
 
 
-def enumerating(model: Callable[..., Any], max_plate_nesting: int) -> Callable[..., Any]:
+def enumerating_model(model: Callable[..., Any], max_plate_nesting: int) -> Callable[..., Any]:
     """The model with the values of its marked sites along dims to the left of the plates."""
     result: Callable[..., Any] = EnumMessenger(first_available_dim=-1 - max_plate_nesting)(model)
     return result

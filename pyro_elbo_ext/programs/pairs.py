@@ -53,7 +53,7 @@ def check_pair(model_trace: Trace, guide_trace: Trace, *, enumerated: bool = Fal
 
 
 def _check_summed_out(node: Node) -> None:
-    """Raise ValueError if a site of the model, which the guide does not have, is marked but cannot be summed out."""
+    """Raise an error if a site of the model, which the guide does not have, is marked but cannot be summed out."""
     name, infer = node["name"], node["infer"]
     if infer.get("num_samples") is not None:
         raise ValueError(
@@ -61,9 +61,9 @@ def _check_summed_out(node: Node) -> None:
             "draws of the prior would count as all values. Draw it in the guide, or remove num_samples to sum it out."
         )
     if "_enumerate_dim" not in infer:
-        raise ValueError(
-            f"site '{name}' of the model is marked infer={{'enumerate': {infer['enumerate']!r}}}, and the guide does not "
-            "have it: the model's sites are summed out in parallel. Use infer={'enumerate': 'parallel'}."
+        raise NotImplementedError(
+            f"At site '{name}', model-side {infer['enumerate']} enumeration is not implemented: what the guide does not have "
+            "is summed out in parallel. Use infer={'enumerate': 'parallel'}."
         )
 
 

@@ -23,6 +23,9 @@ from pyro_elbo_ext.programs.nodes import is_latent
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
 
+Program = Callable[..., Any]
+Values = queue.LifoQueue[Trace]  # of sequential sites, as the beginnings of traces
+
 
 class Enumerate(EnumMessenger):
     """Pyro's own, which looks at a value's ``.data`` for its shape: ``torch.vmap`` has none to give."""
@@ -39,9 +42,32 @@ def is_marked(*traces: Trace) -> bool:
     return any(is_latent(node) and node["infer"].get("enumerate") for trace in traces for node in trace.nodes.values())
 
 
+def _enumerating(model: Program, guide: Program, values: Values, max_plate_nesting: int) -> tuple[Program, Program]:
+    """Model and guide with all values of their marked sites: those of "sequential" ones by further runs, from ``values``."""
+    # the model's dims come after, to the left of the guide's: Pyro's allocator is not set back in between
+    guide = EnumMessenger(first_available_dim=-1 - max_plate_nesting)(guide)
+    guide = poutine.queue(guide, values, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
+    return EnumMessenger()(model), guide
+
+
+def first_values(model: Program, guide: Program, max_plate_nesting: int) -> tuple[Program, Program]:
+    """The same, of whose further runs none will be made; a guide that runs the model inside stays as it is."""
+    if isinstance(poutine.unwrap(guide), Messenger):
+        return model, guide
+    values: Values = queue.LifoQueue()
+    model, enumerating = _enumerating(model, guide, values, max_plate_nesting)
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        values.queue.clear()
+        values.put(Trace())
+        return enumerating(*args, **kwargs)
+
+    return model, first
+
+
 def enumerated_pairs(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     max_plate_nesting: int,
@@ -69,15 +95,8 @@ def enumerated_pairs(
             f"{type(poutine.unwrap(guide)).__name__} runs guide and model in one, where nothing can be enumerated. Write "
             "the guide as a function, or remove the marks (infer={'enumerate': ...})."
         )
-    values: queue.LifoQueue[Trace] = queue.LifoQueue()
-    # the model's dims come after, to the left of the guide's: Pyro's allocator is not set back in between
-    guide = poutine.queue(
-        EnumMessenger(first_available_dim=-1 - max_plate_nesting)(guide),
-        values,
-        escape_fn=iter_discrete_escape,
-        extend_fn=iter_discrete_extend,
-    )
-    model = EnumMessenger()(model)
+    values: Values = queue.LifoQueue()
+    model, guide = _enumerating(model, guide, values, max_plate_nesting)
     values.put(Trace())
     while not values.empty():
         guide_trace = trace_guide(guide, model, args, kwargs)
