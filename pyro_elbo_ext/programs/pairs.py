@@ -62,8 +62,8 @@ def _check_summed_out(node: Node) -> None:
         )
     if "_enumerate_dim" not in infer:
         raise NotImplementedError(
-            f"At site '{name}', model-side {infer['enumerate']} enumeration is not implemented: what the guide does not have "
-            "is summed out in parallel. Use infer={'enumerate': 'parallel'}."
+            f"At site '{name}', model-side {infer['enumerate']} enumeration is not implemented: what the guide does not "
+            "have is summed out in parallel. Use infer={'enumerate': 'parallel'}."
         )
 
 
