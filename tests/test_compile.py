@@ -44,7 +44,7 @@ from pyro_elbo_ext import (
     ThermodynamicELBO,
     fit,
 )
-from pyro_elbo_ext.compile import CannotCompile
+from pyro_elbo_ext.compile import CannotCompile, finding
 from tests.models import SIGMA, Regression, Y, nested_plates, vectors
 from tests.oracles import PROBLEMS, Problem
 
@@ -1401,3 +1401,14 @@ def test_steps_on_a_gpu(optim: str, backend: str) -> None:
             assert all(p.is_cuda for p in ours.parameters.values())
     finally:
         torch.set_default_device(default)
+
+
+def test_a_step_of_very_many_operators_is_left_to_pyro(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "MANY_OPERATORS", 20)
+    optim = pyro.optim.Adam({"lr": 0.01})  # type: ignore[attr-defined]
+    svi = CompiledSVI(matrix, matrix_guide, optim, Trace_ELBO(), fallback=True)
+    for _ in range(3):
+        svi.step(SQUARE)
+    assert svi.eager_reason is not None
+    assert "operators" in svi.eager_reason
+    assert "fallback=False" in svi.eager_reason

@@ -34,6 +34,8 @@ from pyro_elbo_ext.programs.replay import OwnIndices
 
 logger = logging.getLogger(__name__)
 
+MANY_OPERATORS = 6000  # of a step's graph: beyond, Inductor and the C++ compiler take minutes
+
 _is_autocast = torch._C._is_any_autocast_enabled
 
 # the program of a call with its tensors; without a program, what Pyro made of the call
@@ -241,12 +243,25 @@ class CompiledCalls(SVI):
         try:
             self._reports.changed(self._programs.changed(key))
             made = Program(self.model, self.guide, self._traced, list(parameters.values()), arguments, self._settings)
+            self._check_size(made.operators)
             self._programs.add(key, made)
             self._reports.changed_by_itself(made.guards.changed_by_itself)
         except CannotCompile as error:
             self._programs.add(key, error)
             self._refuse(error)
         self._reports.made(args, kwargs, self.model)
+
+    def _check_size(self, operators: int) -> None:
+        """Raise CannotCompile, where there is a way without, for a graph that takes the compiler minutes."""
+        if operators <= MANY_OPERATORS or self._settings.backend != "inductor":
+            return
+        size = f"a step has {operators:,} operators, as a Python loop over many times has, and compiling them takes minutes"
+        if self.fallback:
+            raise CannotCompile(
+                f"{size}. To wait for it, use fallback=False, in fit compiled={{'fallback': False}}; or compute the times "
+                "at once, with tensors that have a dim for them."
+            )
+        logger.warning("%s; with fallback=True Pyro trains instead", size)
 
     def _remember(self, args: Args, kwargs: Kwargs, program: Program) -> None:
         if not kwargs and all(isinstance(value, Tensor) for value in args):

@@ -95,6 +95,7 @@ class Program:
                 self._trace(evaluation, inputs)
             inputs += self._scalars
         self.reached = self._capture.reached
+        self.operators = len(self._capture.graph.graph.nodes)
         self.sites = loss.sites
         self.compile_time = time.perf_counter() - start
         logger.info("traced the step in %.1f s", self.compile_time)
