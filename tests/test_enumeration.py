@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, ImportanceWeightedELBO, RenyiELBO, evidence_bounds
@@ -200,6 +200,27 @@ def test_rows_are_sums_over_all_states(model: Program) -> None:
         assert marginals[name].dims == (*terms[name].plates, f"{name}_state")
         assert terms[name].kl_method == "marginalized"
         assert float(terms[name].log_q.sum()) == pytest.approx(scale * float(exact.log_q[name]), abs=1e-10), name
+
+
+@pytest.mark.parametrize("model", [mixture, latent_below, tree], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal, AutoDelta])
+@pytest.mark.parametrize("kl", ["sampled", "auto"])
+def test_autoguides_count_once(model: Program, autoguide: Any, kl: Any) -> None:
+    """A vector that several sites are made of is shared out among their rows."""
+    names = [name for name in guide_of(model).prototype_trace.nodes if name in {"weights", "loc", "x"}]
+    pyro.clear_param_store()
+    pyro.set_rng_seed(4)
+    guide = autoguide(poutine.block(model, expose=names))
+    guide()
+    elbo = DecomposedELBO(kl=kl)
+    loss, _ = evaluated(elbo, model, guide)
+    terms = elbo.last
+    assert terms is not None
+    assert terms.elbo == pytest.approx(-loss, abs=1e-9)
+    pyro.set_rng_seed(5)
+    log_q = float(poutine.trace(guide).get_trace().log_prob_sum().detach())
+    drawn = [term.log_q for term in terms.values() if term.log_q is not None and term.kl_method != "marginalized"]
+    assert sum([float(of.sum()) for of in drawn]) == pytest.approx(log_q, abs=1e-9)
 
 
 def log_weights(model: Program, guide: Program, count: int, seed: int = 5) -> Tensor:

@@ -24,37 +24,32 @@ from pyro_elbo_ext.particles.estimate import (
     with_mask_of_plates,
 )
 from pyro_elbo_ext.programs.densities import of_plates
-from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_draws
 from pyro_elbo_ext.terms import Term
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 from pyro_elbo_ext.terms.enumeration.rows import JOINT, MARGINALIZED, PairOfTraces, Row, Rows, is_summed_out, joint_name
 from pyro_elbo_ext.terms.enumeration.traces import check_enumerated, enumerated_pairs, pack
 from pyro_elbo_ext.terms.kl import KLPrior, Structure
-from pyro_elbo_ext.terms.terms import Kind, Site, read_sites
+from pyro_elbo_ext.terms.terms import Site, read_sites
 
 ENUMERATED = KLPrior("enumerated", "summed over its values in the guide")
-INSIDE_A_SUM = KLPrior("sampled", "its prior depends on a site that is summed out in the model")
+_INSIDE_A_SUM = "its prior depends on a site that is summed out in the model"
 
 
-def exact_kl(site: Site, pair: PairOfTraces) -> KLPrior | None:
-    """How the ``kl_prior`` of a latent site is computed if enumeration decides it; else None."""
+def exact_kl(site: Site) -> KLPrior | None:
+    """How the ``kl_prior`` of a latent site is computed if it is summed over; else None."""
     if is_summed_out(site):
         return MARGINALIZED
     infer = site.q[-1]["infer"]
-    if infer.get("num_samples") is None and ("_enumerate_dim" in infer or "_enum_total" in infer):
-        return ENUMERATED
-    return INSIDE_A_SUM if pair.depends_on_summed(site) else None
+    is_enumerated = infer.get("num_samples") is None and ("_enumerate_dim" in infer or "_enum_total" in infer)
+    return ENUMERATED if is_enumerated else None
 
 
 class Entry(NamedTuple):
     """What one site, or several that are summed out together, comes to."""
 
-    name: str
-    kind: Kind
-    node: Node
-    is_point: bool
-    kl: KLPrior | None  # how it is computed; None for observed sites
+    site: Site
+    kl: KLPrior | None  # how kl_prior is computed; None for observed sites
     row: Row
 
 
@@ -75,9 +70,8 @@ def entries(sites: Sequence[Site], kls: Sequence[KLPrior | None], rows: Rows) ->
                 _total([one.log_p.sum() for one in of_group if one.log_p is not None]), (rows.joint[group].sum(),)
             )
             kl = JOINT
-        name = site.name if group is None else joint_name(group)
-        node = site.p or site.q[-1]
-        found.append(Entry(name, site.kind, node, site.is_point, kl, row))
+            site = Site(joint_name(group), "latent", site.p, ())
+        found.append(Entry(site, kl, row))
     return found
 
 
@@ -88,7 +82,7 @@ def added(branches: Sequence[Sequence[Entry]]) -> list[Entry]:
     by_name: dict[str, list[Entry]] = {}
     for branch in branches:
         for entry in branch:
-            by_name.setdefault(entry.name, []).append(entry)
+            by_name.setdefault(entry.site.name, []).append(entry)
     return [of[0]._replace(row=_sum_of_rows([entry.row for entry in of])) for of in by_name.values()]
 
 
@@ -116,12 +110,13 @@ def enter(found: Sequence[Entry], ledger: Ledger, *, counts_latent: bool) -> Par
     slots: list[Slots] = []
     for entry in found:
         log_p, log_q, kl_value = entry.row.log_p, entry.row.log_q, entry.row.kl_prior
-        node, kl = entry.node, entry.kl
+        site, kl = entry.site, entry.kl
+        node = site.p or site.q[-1]
         scale: float | int = scale_of(node, ledger)
         count: float | int = 0.0
-        if log_p is not None and (kl is None or (counts_latent and not entry.is_point)):
+        if log_p is not None and (kl is None or (counts_latent and not site.is_point)):
             count = num_observations(with_mask_of_plates(node, log_p), log_p, ledger)
-        of_site = None if kl is None else entry.name
+        of_site = None if kl is None else site.name
         sign = 1.0 if kl_value is None else None
         p_at = None if log_p is None else ledger.add(log_p, sign, of_site)
         q_at = tuple([ledger.add(part, None if sign is None else -1.0, of_site) for part in log_q])
@@ -129,8 +124,8 @@ def enter(found: Sequence[Entry], ledger: Ledger, *, counts_latent: bool) -> Par
         slots.append(Slots(p_at, q_at, kl_at, scale, count))
         terms.append(
             Term(
-                entry.name,
-                entry.kind,
+                site.name,
+                site.kind,
                 None if log_p is None else log_p.detach(),
                 tuple([part.detach() for part in log_q]),
                 None if kl_value is None else kl_value.detach(),
@@ -149,7 +144,7 @@ def infos_of(found: Sequence[Entry]) -> tuple[SiteInfo, ...]:
     """How the term of each site is computed."""
     return tuple(
         [
-            SiteInfo(entry.name, entry.kind, entry.kl and entry.kl.method, entry.kl and entry.kl.reason)
+            SiteInfo(entry.site.name, entry.site.kind, entry.kl and entry.kl.method, entry.kl and entry.kl.reason)
             for entry in found
         ]
     )
@@ -196,7 +191,7 @@ def evaluate_enumerated(
                 runs.append(traces)
                 branches.append(_entries_of(objective, traces, structure, nesting, differentiable=differentiable))
         found = added(branches)
-        objective._check_sites([Site(of.name, of.kind, None, ()) for of in found])
+        objective._check_sites([entry.site for entry in found])
         particles.append(enter(found, ledger, counts_latent=objective._free_bits is not None))
         info = infos_of(found)
         if tracker is not None or objective.kl == "analytic":
@@ -212,12 +207,12 @@ def _entries_of(
     sites = read_sites(*traces, structure.sites)
     check_paths(sites)
     enumerated = PairOfTraces(*traces)
-    kls = [
-        None
-        if site.kind == "observed"
-        else exact_kl(site, enumerated) or objective._kl_prior(_aligned(site), structure)
-        for site in sites
-    ]
+    kls: list[KLPrior | None] = []
+    for site in sites:
+        kl = None if site.kind == "observed" else exact_kl(site) or objective._kl_prior(_aligned(site), structure)
+        if kl is not None and site.q and enumerated.depends_on_summed(site):
+            kl = KLPrior("sampled", _INSIDE_A_SUM, log_q=kl.log_q)
+        kls.append(kl)
     return entries(sites, kls, enumerated.rows(sites, kls, differentiable=differentiable))
 
 

@@ -109,8 +109,11 @@ class PairOfTraces:
         for site, kl in zip(sites, kls, strict=True):
             if site.p is not None and self._in_sum(site.p) is None:
                 expect(site.name, "log_p", site.p["packed"]["log_prob"])
-            for node in site.q:
-                expect(node["name"], "log_q", node["packed"]["log_prob"])
+            if kl is not None and kl.log_q is not None:  # its share of a vector's density
+                expect(site.name, "log_q", self._pack(kl.log_q, site))
+            else:
+                for node in site.q:
+                    expect(node["name"], "log_q", node["packed"]["log_prob"])
             if kl is not None and kl.value is not None:
                 expect(site.name, "kl_prior", self._pack(kl.value, site), without=site.q[-1]["name"])
         for (ordinal, without), of_ordinal in costs.items():
