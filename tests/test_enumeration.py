@@ -499,3 +499,57 @@ def test_compiled_steps_are_those_of_svi(model: Program, loss: Any) -> None:
         pyro.set_rng_seed(2)
         losses.append([svi.step() for _ in range(4)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-9)
+
+
+# Subsamples
+
+
+@config_enumerate
+def subsampled() -> None:
+    with pyro.plate("data", 3, subsample_size=2) as rows:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        x = pyro.sample("x", dist.Normal(2 * z - 1, 0.5))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[rows])
+
+
+def guide_of_subsampled() -> None:
+    locs = pyro.param("locs", torch.tensor([0.2, -0.1, 0.5]))
+    with pyro.plate("data", 3, subsample_size=2) as rows:
+        pyro.sample("x", dist.Normal(locs[rows], 0.7))
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_subsamples_are_pyros(num_particles: int) -> None:
+    results = []
+    for elbo in (
+        TraceEnum_ELBO(num_particles=num_particles, max_plate_nesting=1),
+        DecomposedELBO(num_particles=num_particles, max_plate_nesting=1, kl="sampled"),
+    ):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss = elbo.loss_and_grads(subsampled, guide_of_subsampled)
+        ((_, locs),) = pyro.get_param_store().named_parameters()
+        results.append((loss, locs.grad))
+    assert results[1][0] == pytest.approx(results[0][0], abs=1e-10)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=1e-10)
+
+
+def test_a_bound_inside_a_subsampled_plate() -> None:
+    """Of each row by itself, with its states summed out, times data size over batch size."""
+    elbo = ImportanceWeightedELBO(3, max_plate_nesting=1)
+    pyro.set_rng_seed(0)
+    loss = elbo.loss_and_grads(subsampled, guide_of_subsampled)
+    ((_, locs),) = pyro.get_param_store().named_parameters()
+    pyro.set_rng_seed(0)
+    first = poutine.trace(guide_of_subsampled).get_trace()
+    same_rows = poutine.Trace()
+    same_rows.nodes["data"] = first.nodes["data"]
+    others = [poutine.trace(poutine.replay(guide_of_subsampled, trace=same_rows)).get_trace() for _ in range(2)]
+    rows, weights = first.nodes["data"]["value"], []
+    for x in [trace.nodes["x"]["value"] for trace in (first, *others)]:
+        states = [math.log(p) + dist.Normal(loc, 0.5).log_prob(x) for loc, p in ((-1.0, 0.7), (1.0, 0.3))]
+        log_p = torch.logaddexp(*states) + dist.Normal(x, 1.0).log_prob(Y[rows])
+        weights.append(log_p - dist.Normal(locs[rows], 0.7).log_prob(x))
+    expected = -3 / 2 * (torch.stack(weights).logsumexp(0) - math.log(3)).sum()
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-10)
+    torch.testing.assert_close(locs.grad, torch.autograd.grad(expected, locs)[0], rtol=0, atol=1e-10)
