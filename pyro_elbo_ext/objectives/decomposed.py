@@ -159,7 +159,9 @@ class DecomposedELBO(KLObjective):
     def marginals(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> xr.Dataset:
         """Probabilities of the states of the discrete sites that are summed over, labelled; at one new draw per particle.
 
-        See :meth:`pyro_elbo_ext.terms.Terms.marginals`, which ``elbo.last`` has for the last evaluation.
+        A variable for each such site: its dims are its plates and ``{site}_state``, whose coordinates are the states. Of a
+        site that the model sums out these are posterior probabilities given the draws of the other sites; of one that the
+        guide enumerates, the guide's. ``elbo.last.marginals()`` has those of the last evaluation.
         """
         before = self._last
         try:
