@@ -10,8 +10,10 @@ import torch
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops import packed
 from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
 from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, log_sums, sum_out
@@ -79,6 +81,10 @@ class PairOfTraces:
     def depends_on_summed(self, site: Site) -> bool:
         """Whether the model's density at a site stands inside a sum over others."""
         return site.p is not None and self._in_sum(site.p) is not None
+
+    def is_in_sum(self, node: Node) -> bool:
+        """Whether the density of a site of the model stands inside a sum."""
+        return self._in_sum(node) is not None
 
     def _in_sum(self, node: Node) -> Tensor | None:
         for name in ("masked_log_prob", "unscaled_log_prob"):
@@ -180,6 +186,20 @@ class PairOfTraces:
                 dims.update(node["infer"]["_dim_to_symbol"])
         result: Tensor = packed.pack(value, dims)
         return result
+
+
+def log_density(model_trace: Trace, max_plate_nesting: int) -> Tensor:
+    """Log density of a model's enumerated trace, a scalar: its marked sites summed out, what scales the sums outside."""
+    model_trace = prune_subsample_sites(model_trace)
+    sites = {name: node for name, node in model_trace.nodes.items() if node["type"] == "sample"}
+    for node in sites.values():
+        log_prob(node, model_trace, max_plate_nesting)
+    model_trace.pack_tensors()
+    drawn = [name for name, node in sites.items() if not node["is_observed"] and "_enumerate_dim" not in node["infer"]]
+    pair = PairOfTraces(model_trace, plates_only(drawn, model_trace))
+    parts = [node["log_prob"].sum() for node in sites.values() if not pair.is_in_sum(node)]
+    parts += [log_sum.sum() for _, log_sum, _ in pair.log_sums()]
+    return torch.stack(parts).sum()
 
 
 def plates_only(drawn: Collection[str], model_trace: Trace) -> Trace:
