@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, ImportanceWeightedELBO, RenyiELBO, evidence_bounds
+from pyro_elbo_ext.density.unconstrained import UnconstrainedModel
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.programs.nodes import is_latent
 from tests.enumeration_oracles import sum_over_states
@@ -553,3 +554,22 @@ def test_a_bound_inside_a_subsampled_plate() -> None:
     expected = -3 / 2 * (torch.stack(weights).logsumexp(0) - math.log(3)).sum()
     assert loss == pytest.approx(float(expected.detach()), abs=1e-10)
     torch.testing.assert_close(locs.grad, torch.autograd.grad(expected, locs)[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model is not mixture], ids=lambda model: model.__name__)
+def test_the_density_that_nuts_has(model: Program) -> None:
+    """Of unconstrained sites, so that there is no Jacobian; what scales the sites stands outside the sum, as in SVI."""
+    density = UnconstrainedModel(config_enumerate(model), (), {}, seed=0, points=1)
+    x = torch.linspace(-0.7, 1.1, density.dim)
+    draws, start = {}, 0
+    for name, place in density.layout.items():
+        draws[name], start = x[place.start : place.stop], place.stop
+    assert start == density.dim
+    exact = sum_over_states(model, {scaled: (1.0,), chains: (False,)}.get(model, ()), draws)
+    expected = exact.log_sum
+    if model is scaled:
+        prior = exact.log_p["loc"]
+        expected = prior + 0.5 * (exact.log_sum - prior)
+    value, gradient = density.value_and_grad(x)
+    assert float(value) == pytest.approx(float(expected), abs=1e-10)
+    assert bool(torch.isfinite(gradient).all())

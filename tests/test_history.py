@@ -634,7 +634,7 @@ def test_an_exception_at_any_place_leaves_the_history_whole(steps: int, act: Any
         assert (history.elbo == history.to_dataframe(by="step")["elbo"]).all()
         history.clear()
         assert len(history) == 0
-    assert stopped > 20
+    assert stopped > 15  # places; Python 3.13 has fewer
 
 
 def test_an_exception_at_any_place_while_it_is_cleared() -> None:

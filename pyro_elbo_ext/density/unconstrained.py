@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -25,6 +23,7 @@ from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data, discrete
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 from pyro_elbo_ext.programs.nodes import tensor_options
 from pyro_elbo_ext.programs.running import trace_program
+from pyro_elbo_ext.terms.enumeration.rows import log_density
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +108,11 @@ class _Unconstrain(Messenger):
         transform = biject_to(fn.support)
         u = self.supply(msg, transform)
         value = transform(u)
+        if _batch(value, transform.codomain) != _batch(u, transform.domain):
+            raise ValueError(
+                f"the support of latent site '{msg['name']}' depends on a site that is summed out, so that it has no "
+                "density of its own. Draw a site of a fixed support, and transform it."
+            )
         self.terms.append(transform.log_abs_det_jacobian(u, value).sum())
         if _imputes(msg):
             # elements that are observed have no density of their own here; a standard normal keeps them proper
@@ -117,15 +121,8 @@ class _Unconstrain(Messenger):
         msg["value"], msg["done"] = value, True
 
 
-def _counted_at_data(site: Any) -> float:
-    """What the sum over an enumerated site with ``obs_mask`` has too much, in nats.
-
-    Where there is data each of its K values counts with weight 1, and none of them means anything: log K an element.
-    """
-    if site["is_observed"] or not site["infer"].get("enumerate") or not _imputes(site):
-        return 0.0
-    values = len(site["fn"].enumerate_support(expand=False))
-    return float((~site["mask"].expand(site["fn"].batch_shape)).sum()) * math.log(values)
+def _batch(value: torch.Tensor, constraint: Any) -> torch.Size:
+    return value.shape[: value.dim() - constraint.event_dim]
 
 
 def _imputes(site: Any) -> bool:
@@ -149,6 +146,8 @@ class UnconstrainedModel:
         Latent and deterministic sites whose values `values` computes.
     points : list of Tensor
         Some points, of finite density where any was found.
+    has_discrete : bool
+        Whether discrete sites are summed out: deterministic sites may depend on them, and have no value then.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class UnconstrainedModel:
         self.model, self.args, self.kwargs = model, args, kwargs
         self._rng = np.random.default_rng(seed)
         self.layout: dict[str, _Latent] = {}
-        self._evaluator: TraceEinsumEvaluator | None = None
+        self.has_discrete = False
         self.float64 = True
         self.sites = self._prototype()
         self.dim = max((latent.stop for latent in self.layout.values()), default=0)
@@ -176,11 +175,6 @@ class UnconstrainedModel:
             or (site["infer"].get("_deterministic") and not self.has_discrete)
         ]
 
-    @property
-    def has_discrete(self) -> bool:
-        """Whether discrete sites are summed out: deterministic sites may depend on them, and have no value then."""
-        return self._evaluator is not None
-
     @contextmanager
     def precision(self, validate: bool = False) -> Iterator[None]:
         """Compute in the dtype that was chosen for the model, and without Pyro's checks of values."""
@@ -192,7 +186,7 @@ class UnconstrainedModel:
     ) -> tuple[poutine.Trace, list[torch.Tensor]]:
         """Trace of the model with unconstrained values ``supply(site, bijection)``, and its log Jacobians."""
         model = self.model
-        if self._evaluator is not None:
+        if self.has_discrete:
             model = poutine.enum(model, first_available_dim=-1 - self._plate_nesting)
         unconstrain = _Unconstrain(supply)
         with poutine.block(), self.precision(validate), unconstrain:
@@ -226,10 +220,9 @@ class UnconstrainedModel:
             if name in values:
                 given = torch.as_tensor(values[name], device=latent.device)
                 value, support = given.double(), msg["fn"].support
-                if value.shape != msg["fn"].shape():
-                    raise ValueError(
-                        f"{what} for '{name}' has shape {tuple(value.shape)}, the site {tuple(msg['fn'].shape())}"
-                    )
+                shape = self.sites[name]["fn"].shape()
+                if value.shape != shape:
+                    raise ValueError(f"{what} for '{name}' has shape {tuple(value.shape)}, the site {tuple(shape)}")
                 u = transform.inv(value)
                 # in its own dtype, whose rounding the constraints allow for
                 inside = support.check(given if given.is_floating_point() else value)
@@ -248,10 +241,7 @@ class UnconstrainedModel:
         """Log joint density at ``x`` of shape (dim,), Jacobian included: a float64 scalar."""
         trace, terms = self.run_at(x)
         with self.precision():
-            if self._evaluator is None:
-                joint = trace.log_prob_sum()
-            else:
-                joint = self._evaluator.log_prob(trace) - self._counted_at_data
+            joint = log_density(trace, self._plate_nesting) if self.has_discrete else trace.log_prob_sum()
             total = sum(terms, joint)
         return total.to(device=x.device, dtype=torch.float64)
 
@@ -313,12 +303,7 @@ class UnconstrainedModel:
         if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
             frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
             self._plate_nesting = -min((f.dim for f in frames), default=0)
-            model = poutine.enum(self.model, first_available_dim=-1 - self._plate_nesting)
-            self.layout = {}
-            with poutine.block(), self.precision(), _Unconstrain(supply):
-                enumerated = trace_program(model, self.args, self.kwargs)
-            self._evaluator = TraceEinsumEvaluator(enumerated, True, self._plate_nesting)
-            self._counted_at_data = sum(map(_counted_at_data, sites.values()))
+            self.has_discrete = True
         return sites
 
     def _check_sites(self) -> None:
