@@ -432,7 +432,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_live_one_writes_stays(tmp_
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     checkpoints.write(path, {"kind": "checkpoint", "a": 1})
-    with pytest.raises(Exception, match="pickle|local object"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         checkpoints.write(path, {"kind": "checkpoint", "a": lambda: 0})
     assert checkpoints.read(path)["a"] == 1
     assert list(tmp_path.iterdir()) == [path]
