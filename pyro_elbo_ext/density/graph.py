@@ -22,6 +22,7 @@ from pyro_elbo_ext.compile.machine_code.compiler import (
     import_inductor,
     inductor_code,
 )
+from pyro_elbo_ext.compile.tracing.dead_code import remove_dead_code
 from pyro_elbo_ext.programs.faults import first_line
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
@@ -152,7 +153,7 @@ def check_equal(graph: Graph, function: Graph, points: list[torch.Tensor], rtol:
 def _fold_constants(module: torch.fx.GraphModule) -> None:
     """Compute once whatever does not depend on the input, unless the graph writes into such a value in place."""
     graph = module.graph
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     calls = [node for node in graph.nodes if node.op == "call_function"]
     known: dict[torch.fx.Node, Any] = {}
     for node in graph.nodes:
@@ -199,7 +200,7 @@ def _fold_constants(module: torch.fx.GraphModule) -> None:
     for node in calls:
         if node.target is torch.ops.aten.detach.default and node not in known:
             node.replace_all_uses_with(node.args[0])
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     module.recompile()
 
 
@@ -214,7 +215,7 @@ def _drop_copies(module: torch.fx.GraphModule) -> None:
         source = node.args[0]
         if "val" in source.meta and source.meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(source)
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     module.recompile()
 
 

@@ -16,6 +16,7 @@ from pyro_elbo_ext.compile.machine_code.compiler import (
     inductor_code,
 )
 from pyro_elbo_ext.compile.tracing.capture import Capture
+from pyro_elbo_ext.compile.tracing.dead_code import remove_dead_code
 from pyro_elbo_ext.compile.updates import Rule
 
 Compiled = Callable[..., Any]
@@ -100,7 +101,7 @@ def compile_function(
         graph = make_fx(function, tracing_mode="fake")(*[_plain(tensor) for tensor in inputs])
         if same_draws:
             _keep_bernoulli(graph)
-        graph.graph.eliminate_dead_code()
+        remove_dead_code(graph.graph)
         graph.recompile()
         if backend == "eager":
             return graph

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.tracing.arguments import Arguments
+from pyro_elbo_ext.compile.tracing.dead_code import remove_dead_code
 from pyro_elbo_ext.compile.tracing.losses import TracedLoss, Value
 from pyro_elbo_ext.compile.tracing.masks import MaskedAssignment, settle_sizes
 from pyro_elbo_ext.compile.tracing.numbers import Number, NumbersAsTensors
@@ -193,7 +194,7 @@ def _lift(module: GraphModule, evaluation: Evaluation, programs: tuple[Program, 
             captured.append(tensor)
         node.replace_all_uses_with(places[id(tensor)])
         graph.erase_node(node)
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     graph.lint()
     module.recompile()
     return captured

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
 from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.compile.tracing.dead_code import remove_dead_code
 
 _READ = torch.ops.aten.index.Tensor
 _WRITES = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
@@ -62,7 +63,7 @@ def settle_sizes(module: GraphModule) -> None:
         If the size of a result depends on values otherwise.
     """
     graph = module.graph
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     for node in list(graph.nodes):
         if not isinstance(node.target, OpOverload):
             continue
@@ -74,7 +75,7 @@ def settle_sizes(module: GraphModule) -> None:
                 raise CannotCompile(_refusal(f"calls {node.target.overloadpacket}"))
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_attribute(module, value))
-    graph.eliminate_dead_code()
+    remove_dead_code(graph)
     module.recompile()
 
 
