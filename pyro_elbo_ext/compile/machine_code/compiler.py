@@ -106,7 +106,18 @@ def inductor_code(graph: GraphModule, inputs: list[Any], **options: Any) -> Call
     Inductor's, say otherwise. Code that has no such number has memory for so many, and starts as many, as the calling
     thread is set to. What the CPU has is taken for granted where the C++ compiler knows it: to try each instruction set, as
     torch does, takes as long as a small graph.
+
+    Raises
+    ------
+    CannotCompile
+        For a matrix factorization in an early release, whose compiler leaves out the check that it has succeeded.
     """
+    checks = [node for node in graph.graph.nodes if node.target is torch.ops.aten._linalg_check_errors.default]
+    if checks and not checks[0].is_impure():
+        raise CannotCompile(
+            f"the compiler of torch {torch.__version__} leaves out the check that a matrix factorization has succeeded, "
+            "without which one that fails gives NaN. Install a later torch."
+        )
     inductor, settings = import_inductor(), {"cpp.threads": torch.get_num_threads(), **options}
     compiled: Callable[..., Any]
     if "cpp.vec_isa_ok" not in options:
