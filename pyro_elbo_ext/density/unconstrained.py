@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_map_only
 from pyro_elbo_ext.programs.densities import check_densities
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data, discrete_latent, first_line, nan_parameter
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
-from pyro_elbo_ext.programs.nodes import tensor_options
+from pyro_elbo_ext.programs.nodes import plate_nesting, tensor_options
 from pyro_elbo_ext.programs.running import trace_program
 from pyro_elbo_ext.terms.enumeration.rows import log_density
+from pyro_elbo_ext.terms.enumeration.traces import is_marked
 
 logger = logging.getLogger(__name__)
 
@@ -300,9 +301,8 @@ class UnconstrainedModel:
         if sentence := nan_parameter(trace):
             raise ValueError(sentence)
         sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-        if any(site["infer"].get("enumerate") for site in sites.values() if not site["is_observed"]):
-            frames = [f for site in sites.values() for f in site["cond_indep_stack"] if f.vectorized]
-            self._plate_nesting = -min((f.dim for f in frames), default=0)
+        if is_marked(trace):
+            self._plate_nesting = plate_nesting(trace)
             self.has_discrete = True
         return sites
 

@@ -28,7 +28,7 @@ from pyro_elbo_ext.programs.densities import check_observed, log_prob, score_par
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, dirac
 from pyro_elbo_ext.programs.given import check_full, values_of
 from pyro_elbo_ext.programs.nodes import is_latent, is_point_mass, is_random
-from pyro_elbo_ext.programs.pairs import check_pair
+from pyro_elbo_ext.programs.pairs import Marked, check_pair
 from pyro_elbo_ext.programs.points import point_estimate, point_sites
 from pyro_elbo_ext.programs.running import check_callable, trace_pair
 from pyro_elbo_ext.terms.enumeration.marginal_model import without_marks
@@ -76,8 +76,11 @@ class Scorer:
             check_full(model_trace)
 
         with torch.no_grad():
-            self.model, self.guide = without_marks(self.model, self.guide, self.args, self.kwargs)
-            self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
+            try:
+                self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
+            except Marked:
+                self.model, self.guide = without_marks(self.model, self.guide, self.args, self.kwargs)
+                self._batch = Batch.start(self.model, self.guide, self.args, self.kwargs, None, check)
         model_trace, guide_trace = self._batch.reference
         self.reference = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         self.batch_size = self._batch.at_once(self.batch_size)

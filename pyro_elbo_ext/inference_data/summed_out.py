@@ -17,7 +17,7 @@ from pyro_elbo_ext.inference_data.draws import as_integers, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.programs.densities import score_parts
 from pyro_elbo_ext.programs.given import check_full
-from pyro_elbo_ext.programs.nodes import Node, is_latent
+from pyro_elbo_ext.programs.nodes import is_latent, is_marked_site
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
 from pyro_elbo_ext.terms.enumeration.at_draws import AtDraws
 from pyro_elbo_ext.terms.enumeration.marks import check_drawn, latent_names
@@ -134,8 +134,3 @@ def label_likelihoods(
         if variable in group:  # not if all is masked
             group[variable].attrs["of"] = sentence
     return group
-
-
-def is_marked_site(node: Node) -> bool:
-    """Whether a latent site is marked for enumeration."""
-    return bool(is_latent(node) and node["infer"].get("enumerate"))

@@ -18,11 +18,10 @@ from pyro_elbo_ext.density.completing import complete
 from pyro_elbo_ext.inference_data.draws import as_integers, to_numpy
 from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
-from pyro_elbo_ext.inference_data.summed_out import is_marked_site
 from pyro_elbo_ext.mcmc.predictions import Predictions
 from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
 from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed
-from pyro_elbo_ext.programs.nodes import base_distribution
+from pyro_elbo_ext.programs.nodes import base_distribution, is_marked_site
 from pyro_elbo_ext.programs.randomness import isolated
 
 COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling saves more seconds than it takes

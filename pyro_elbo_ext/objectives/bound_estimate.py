@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.util import check_model_guide_match
@@ -33,7 +34,7 @@ from pyro_elbo_ext.particles.log_weights import Densities, LogWeights, join, pla
 from pyro_elbo_ext.particles.particles import Draw, draw, draw_particles, drawn_sites
 from pyro_elbo_ext.particles.placement import Placement, place
 from pyro_elbo_ext.particles.plate_costs import score_shares
-from pyro_elbo_ext.particles.summed_out import check_guide_draws, enumerating_model, summed_out
+from pyro_elbo_ext.particles.summed_out import check_guide_draws, summed_out
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.terms.enumeration.rows import Row
@@ -191,7 +192,7 @@ def _draw(call: _Call, gradient: Gradient, local_plates: frozenset[str], *, enum
     nesting = call.max_plate_nesting if enumerated else 0
     repeats, model, guide = objective._programs(model, guide, args, kwargs)
     if enumerated:
-        model = enumerating_model(model, nesting)
+        model = poutine.enum(model, first_available_dim=-1 - nesting)
     else:
         model, guide = objective._looking_for_marks(pair, model, guide)
     if particle_dim is None:

@@ -27,7 +27,8 @@ from pyro_elbo_ext.programs.densities import of_plates
 from pyro_elbo_ext.programs.pairs import check_draws
 from pyro_elbo_ext.terms import Term
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
-from pyro_elbo_ext.terms.enumeration.rows import JOINT, MARGINALIZED, PairOfTraces, Row, Rows, is_summed_out, joint_name
+from pyro_elbo_ext.terms.enumeration.marks import listed
+from pyro_elbo_ext.terms.enumeration.rows import JOINT, MARGINALIZED, PairOfTraces, Row, Rows, is_summed_out
 from pyro_elbo_ext.terms.enumeration.traces import check_enumerated, enumerated_pairs, pack
 from pyro_elbo_ext.terms.kl import KLPrior, Structure
 from pyro_elbo_ext.terms.terms import Site, read_sites
@@ -70,7 +71,7 @@ def entries(sites: Sequence[Site], kls: Sequence[KLPrior | None], rows: Rows) ->
                 _total([one.log_p.sum() for one in of_group if one.log_p is not None]), (rows.joint[group].sum(),)
             )
             kl = JOINT
-            site = Site(joint_name(group), "latent", site.p, ())
+            site = Site(listed(group), "latent", site.p, ())
         found.append(Entry(site, kl, row))
     return found
 

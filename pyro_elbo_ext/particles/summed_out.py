@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_elbo_ext.particles.particles import Draw
-from pyro_elbo_ext.programs.densities import log_prob
-from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.nodes import is_marked_site
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
-from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, Row, Rows, joint_name, plates_only
+from pyro_elbo_ext.terms.enumeration.marks import listed
+from pyro_elbo_ext.terms.enumeration.rows import Row, Rows, model_alone
 from pyro_elbo_ext.terms.terms import Site
-
-
-def enumerating_model(model: Callable[..., Any], max_plate_nesting: int) -> Callable[..., Any]:
-    """The model with the values of its marked sites along dims to the left of the plates."""
-    result: Callable[..., Any] = EnumMessenger(first_available_dim=-1 - max_plate_nesting)(model)
-    return result
 
 
 def check_guide_draws(guide_trace: Trace, what: str) -> None:
     """Raise ValueError if the guide marks a site: each particle needs one log weight, which a sum has not."""
     for name, node in guide_trace.nodes.items():
-        if is_latent(node) and node["infer"].get("enumerate"):
+        if is_marked_site(node):
             raise ValueError(
                 f"site '{name}' of the guide is marked for enumeration (infer={{'enumerate': ...}}), but {what} takes the "
                 "log weight of each draw as a whole, and what is summed over in the guide has none. Leave the site out of "
@@ -49,13 +40,7 @@ def summed_out(
     rows : dict of str to Row
         Of those sites whose log density stands inside a sum; see `pyro_elbo_ext.terms.enumeration.rows`.
     """
-    model_trace = prune_subsample_sites(draw.model_trace)
-    for node in model_trace.nodes.values():
-        if node["type"] == "sample":
-            log_prob(node, model_trace, max_plate_nesting)
-    model_trace.pack_tensors()
-    drawn = [name for name, node in draw.guide_trace.nodes.items() if node["type"] == "sample"]
-    pair = PairOfTraces(model_trace, plates_only(drawn, model_trace))
+    pair = model_alone(draw.model_trace, max_plate_nesting)
     rows = Rows({site.name: Row() for site in sites})
     pair.enter_sums(rows, GuideWeights(Trace(), {}), differentiable=differentiable)
     by_site = {site.name: rows.by_site[site.name] for site in sites if pair.depends_on_summed(site)}
@@ -64,10 +49,10 @@ def summed_out(
         members = [site for site in merged if site.name in group]
         top = min(members, key=lambda site: len(site.p["cond_indep_stack"]))  # type: ignore[index]
         log_p = [by_site.pop(site.name).log_p for site in members]
-        by_site[joint_name(group)] = Row(_to_plates(log_p, log_q), (log_q,))
+        by_site[listed(group)] = Row(_to_plates(log_p, log_q), (log_q,))
         at = merged.index(members[0])
         merged = [site for site in merged if site.name not in group]
-        merged.insert(at, Site(joint_name(group), "latent", top.p, ()))
+        merged.insert(at, Site(listed(group), "latent", top.p, ()))
     return merged, by_site
 
 

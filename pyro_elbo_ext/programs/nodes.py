@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pyro.distributions import Delta, MaskedDistribution, MaskedMixture, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution, Independent
 
@@ -22,6 +23,17 @@ def is_subsample(node: Node) -> bool:
 def is_latent(node: Node) -> bool:
     """Whether it is drawn and not observed; in the guide, point masses too."""
     return node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+
+
+def is_marked_site(node: Node) -> bool:
+    """Whether it is latent and marked for enumeration (``infer={'enumerate': ...}``)."""
+    return is_latent(node) and bool(node["infer"].get("enumerate"))
+
+
+def plate_nesting(*traces: Trace) -> int:
+    """How many dims from the right plates have, in runs without enumeration."""
+    stacks = [node["cond_indep_stack"] for of in traces for node in of.nodes.values() if node["type"] == "sample"]
+    return -min([frame.dim for stack in stacks for frame in stack if frame.vectorized], default=0)
 
 
 def enumerated_dims(node: Node) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
 from pyro.ops import packed
@@ -45,3 +46,18 @@ def unpacked(tensor: Tensor, symbol_to_dim: dict[str, int]) -> Tensor:
     """The tensor with its dims where the trace has them."""
     result: Any = packed.unpack(tensor, symbol_to_dim)
     return result
+
+
+def connected(dims: Sequence[Set[str]]) -> list[list[int]]:
+    """The positions of those that share dims, directly or through others, together; in order within a group."""
+    groups: list[tuple[Set[str], list[int]]] = []
+    for position, own in enumerate(dims):
+        symbols, members = own, [position]
+        apart = []
+        for theirs, others in groups:
+            if symbols & theirs:
+                symbols, members = symbols | theirs, others + members
+            else:
+                apart.append((theirs, others))
+        groups = [*apart, (symbols, members)]
+    return [sorted(members) for _, members in groups]

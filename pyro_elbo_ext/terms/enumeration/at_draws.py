@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.programs.densities import check_densities
 from pyro_elbo_ext.programs.given import Given, check_full, run_given
-from pyro_elbo_ext.programs.nodes import Node, is_data, is_latent
+from pyro_elbo_ext.programs.nodes import Node, is_data, is_latent, plate_nesting
 from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import trace_program
 from pyro_elbo_ext.terms.enumeration.over_draws import OverDraws
@@ -181,8 +181,7 @@ class AtDraws:
         return found
 
     def _enumerate(self, first: Mapping[str, Tensor]) -> None:
-        frames = [frame for node in self.reference.nodes.values() for frame in _frames(node)]
-        self.nesting = -min((frame.dim for frame in frames), default=0)
+        self.nesting = plate_nesting(self.reference)
         trace = self._trace(first)
         self.factors: list[Factor]
         self.factors, tensors, _ = self._read(trace)

@@ -39,11 +39,6 @@ class GuideWeights:
                 if count:
                     self._counts.append((ordering[name], count))
 
-    @property
-    def is_trivial(self) -> bool:
-        """Whether every weight is 1, and has no score: nothing is enumerated, and all draws have a path."""
-        return not self._factors and not self._counts
-
     def expected(self, ordinal: Ordinal, costs: Sequence[Tensor], without: str | None = None) -> list[Tensor]:
         """Expectation of each cost at this ordinal.
 

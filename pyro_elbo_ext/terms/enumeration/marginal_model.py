@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pyro
@@ -12,13 +12,11 @@ from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
 
-from pyro_elbo_ext.programs.densities import log_prob
-from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.nodes import is_latent, plate_nesting
 from pyro_elbo_ext.programs.randomness import kept
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
-from pyro_elbo_ext.terms.enumeration.rows import PairOfTraces, plates_only
+from pyro_elbo_ext.terms.enumeration.rows import model_alone
 from pyro_elbo_ext.terms.enumeration.traces import Enumerate, is_marked
 
 
@@ -45,26 +43,18 @@ class MarginalModel:
         enumerating = Enumerate(first_available_dim=-1 - self.max_plate_nesting)
         with _Hidden(self.max_plate_nesting, self.given), poutine.trace() as traced, enumerating:
             result = self.model(*args, **kwargs)
-        model_trace = prune_subsample_sites(traced.trace)
-        for node in model_trace.nodes.values():
-            if node["type"] == "sample":
-                log_prob(node, model_trace, self.max_plate_nesting)
-        model_trace.pack_tensors()
-        frames = _frames(model_trace)
-        latent = [name for name, node in model_trace.nodes.items() if _is_drawn(node)]
-        for names, log_sum, symbols in PairOfTraces(model_trace, plates_only(latent, model_trace)).log_sums():
+        pair = model_alone(traced.trace, self.max_plate_nesting)
+        frames = _frames(pair.model_trace)
+        for names, log_sum, symbols in pair.log_sums():
             with _InPlates([frames[symbol] for symbol in symbols]):
                 pyro.sample(f"sum over {', '.join(names)}", Unit(log_sum), obs=torch.empty(0))
         return result
 
 
-def _is_drawn(node: Mapping[str, Any]) -> bool:
-    return node["type"] == "sample" and not node["is_observed"] and "_enumerate_dim" not in node["infer"]
-
-
 def _frames(trace: Trace) -> dict[str, CondIndepStackFrame]:
     """The plates by their symbols."""
-    return {trace.plate_to_symbol[frame.name]: frame for frame in _stack_of(trace) if frame.vectorized}
+    stacks = [node["cond_indep_stack"] for node in trace.nodes.values() if node["type"] == "sample"]
+    return {trace.plate_to_symbol[frame.name]: frame for stack in stacks for frame in stack if frame.vectorized}
 
 
 class _Hidden(Messenger):
@@ -118,13 +108,7 @@ def without_marks(
         model_trace = trace_replayed(model, guide, guide_trace, args, kwargs)
     if is_marked(guide_trace):
         guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
-    if not any(node["infer"].get("enumerate") for name, node in model_trace.nodes.items() if is_latent(node)):
+    if not is_marked(model_trace):
         return model, guide
-    frames = [frame for trace in (model_trace, guide_trace) for frame in _stack_of(trace)]
-    nesting = -min([frame.dim for frame in frames if frame.dim is not None], default=0)
     marked = [name for name, node in guide_trace.nodes.items() if name in model_trace.nodes and is_latent(node)]
-    return MarginalModel(model, nesting, marked), guide
-
-
-def _stack_of(trace: Trace) -> list[CondIndepStackFrame]:
-    return [frame for node in trace.nodes.values() if node["type"] == "sample" for frame in node["cond_indep_stack"]]
+    return MarginalModel(model, plate_nesting(model_trace, guide_trace), marked), guide

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.terms.enumeration import log_einsum
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
-from pyro_elbo_ext.terms.packing import Ordinal, broadcast, dims_of, named, spread, summed_to
+from pyro_elbo_ext.terms.packing import Ordinal, broadcast, connected, dims_of, named, spread, summed_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +78,13 @@ def sum_out(
     guide: GuideWeights,
     *,
     differentiable: bool,
-) -> list[Group]:
-    """Sum out the model's enumerated sites, and read the rows of each group off the posterior.
+) -> Group:
+    """Sum out the sites of a group, and read its rows off their posterior.
 
     Parameters
     ----------
+    factors
+        Of one group, from :func:`groups_of`.
     summed, plates
         Symbols of the summed-out sites, and of the plates.
     scale
@@ -91,33 +93,6 @@ def sum_out(
         Whether ``log_p`` and ``log_q`` have each their own gradient. Without it only that of the whole is right: by the
         envelope theorem ``r`` may be held fixed in it, and the contraction is gone through once, not twice.
     """
-    return [
-        _sum_out(group, summed, plates, scale, guide, differentiable=differentiable)
-        for group in _connected(factors, summed)
-    ]
-
-
-def log_sums(
-    factors: Sequence[Factor], summed: set[str], scale: float | Tensor
-) -> list[tuple[tuple[str, ...], Ordinal, Tensor]]:
-    """For each group: the summed-out sites, the plates that all of it is in, and the log of the sum, scaled; packed."""
-    found = []
-    for group in _connected(factors, summed):
-        ordinal, log_sum = _contract(group, [factor.log_density for factor in group], summed, _BatchableRing)
-        names = tuple([factor.site for factor in group if factor.own is not None])
-        found.append((names, ordinal, packed.scale_and_mask(log_sum, scale=scale)))
-    return found
-
-
-def _sum_out(
-    factors: Sequence[Factor],
-    summed: set[str],
-    plates: set[str],
-    scale: float | Tensor,
-    guide: GuideWeights,
-    *,
-    differentiable: bool,
-) -> Group:
     densities = _with_guide_dims(factors, summed | plates)
     with torch.enable_grad():
         leaves = [_leaf(density, differentiable) for density in densities]
@@ -222,18 +197,16 @@ def _log(weight: Tensor) -> Tensor:
     return weight.clamp_min(torch.finfo(weight.dtype).tiny).log()
 
 
-def _connected(factors: Sequence[Factor], summed: set[str]) -> list[list[Factor]]:
+def groups_of(factors: Sequence[Factor], summed: set[str]) -> list[list[Factor]]:
     """The factors, in groups that share summed-out sites."""
-    groups: list[tuple[set[str], list[Factor]]] = []
-    for factor in factors:
-        dims = summed.intersection(dims_of(factor.log_density))
-        touching = [group for group in groups if group[0] & dims]
-        for group in touching:
-            groups.remove(group)
-        groups.append(
-            (dims.union(*[of for of, _ in touching]), [*[one for _, group in touching for one in group], factor])
-        )
-    return [group for _, group in groups]
+    groups = connected([summed.intersection(dims_of(factor.log_density)) for factor in factors])
+    return [[factors[at] for at in group] for group in groups]
+
+
+def log_sum_of(factors: Sequence[Factor], summed: set[str], scale: float | Tensor) -> tuple[Ordinal, Tensor]:
+    """The plates that all of a group is in, and the log of its sum, scaled; packed."""
+    ordinal, log_sum = _contract(factors, [factor.log_density for factor in factors], summed, _BatchableRing)
+    return ordinal, packed.scale_and_mask(log_sum, scale=scale)
 
 
 def _splits(factors: Sequence[Factor], summed: set[str]) -> bool:

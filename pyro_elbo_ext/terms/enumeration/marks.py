@@ -1,10 +1,14 @@
-"""Latent sites, and whether somebody draws each: the guide, or who sums it out."""
+"""Latent sites, their names, and whether somebody draws each: the guide, or who sums it out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from pyro.poutine import Trace
 
 from pyro_elbo_ext.programs.nodes import is_latent
+
+LISTED = 4  # names in a message, an attribute or a row, at most
 
 
 def latent_names(trace: Trace) -> list[str]:
@@ -21,3 +25,10 @@ def check_drawn(model_trace: Trace, guide_trace: Trace) -> None:
                 f"pyro.sample('{name}', ...) to the guide, observe it in the model, or mark it infer={{'enumerate': "
                 "'parallel'}} if it is discrete, to sum it out."
             )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row, those in the middle left out where there are many."""
+    if len(names) <= LISTED:
+        return ", ".join(names)
+    return f"{names[0]}, {names[1]}, ..., {names[-1]}"

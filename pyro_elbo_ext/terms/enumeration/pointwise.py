@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_elbo_ext.programs.densities import counted
 from pyro_elbo_ext.programs.nodes import Node
 from pyro_elbo_ext.terms.enumeration.at_draws import AtDraws, Factor, Factors
-
-_LISTED = 4  # names in a message or an attribute, at most
+from pyro_elbo_ext.terms.enumeration.marks import LISTED, listed
+from pyro_elbo_ext.terms.packing import connected
 
 
 class Together(NamedTuple):
@@ -51,13 +51,6 @@ class Together(NamedTuple):
         return f"log p of {together}{each}, with {listed(self.summed_out)} summed out"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names in a row, those in the middle left out where there are many."""
-    if len(names) <= _LISTED:
-        return ", ".join(names)
-    return f"{names[0]}, {names[1]}, ..., {names[-1]}"
-
-
 @torch.no_grad()
 def pointwise(model: AtDraws, batch_size: int | None = None) -> list[tuple[Together, Tensor]]:
     """Unscaled log likelihoods of what depends on summed-out sites, given the other latent sites.
@@ -75,27 +68,13 @@ def pointwise(model: AtDraws, batch_size: int | None = None) -> list[tuple[Toget
     ValueError
         If discrete sites tie observations together that no plate tells apart.
     """
-    groups = [(group, _together(model, group)) for group in _groups(model) if _observed(model, group)]
+    tied = connected([set(factor.dims) & model.sum_dims for factor in model.factors])
+    groups = [(group, _together(model, group)) for group in tied if _observed(model, group)]
     columns: list[list[Tensor]] = [[] for _ in groups]
     for _, factors in model.chunks(batch_size):
         for column, (group, together) in zip(columns, groups, strict=True):
             column.append(_log_likelihood(model, factors, group, together))
     return [(together, torch.cat(column)) for (_, together), column in zip(groups, columns, strict=True)]
-
-
-def _groups(model: AtDraws) -> list[list[int]]:
-    """Positions of the factors that the summed-out sites tie together."""
-    groups: list[tuple[set[str], list[int]]] = []
-    for index, factor in enumerate(model.factors):
-        symbols, members = set(factor.dims) & model.sum_dims, [index]
-        apart = []
-        for theirs, others in groups:
-            if symbols & theirs:
-                symbols, members = symbols | theirs, others + members
-            else:
-                apart.append((theirs, others))
-        groups = [*apart, (symbols, members)]
-    return [sorted(members) for _, members in groups]
 
 
 def _observed(model: AtDraws, group: Sequence[int]) -> list[Factor]:
@@ -146,7 +125,7 @@ def _name(sites: Sequence[str]) -> str:
     stem = stems.pop()
     if not stems and stem:
         return stem
-    return "+".join(sites) if len(sites) <= _LISTED else f"{sites[0]}+...+{sites[-1]}"
+    return "+".join(sites) if len(sites) <= LISTED else f"{sites[0]}+...+{sites[-1]}"
 
 
 def _log_likelihood(model: AtDraws, factors: Factors, group: Sequence[int], together: Together) -> Tensor:

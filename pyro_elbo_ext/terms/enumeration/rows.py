@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,10 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.programs.densities import log_prob
-from pyro_elbo_ext.programs.nodes import Node
+from pyro_elbo_ext.programs.nodes import Node, is_latent
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
-from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, log_sums, sum_out
+from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, groups_of, log_sum_of, sum_out
+from pyro_elbo_ext.terms.enumeration.traces import pack_model
 from pyro_elbo_ext.terms.kl import KLPrior
 from pyro_elbo_ext.terms.packing import Ordinal, named, unpacked
 from pyro_elbo_ext.terms.states import States, values_of
@@ -59,11 +59,6 @@ class Rows:
 def is_summed_out(site: Site) -> bool:
     """Whether a site is latent in the model, and its guide the exact posterior."""
     return site.kind == "latent" and not site.q
-
-
-def joint_name(group: Sequence[str]) -> str:
-    """The name of a row of several sites."""
-    return ", ".join(group) if len(group) <= 4 else f"{group[0]}, {group[1]}, ..., {group[-1]}"
 
 
 class PairOfTraces:
@@ -147,8 +142,12 @@ class PairOfTraces:
 
     def log_sums(self) -> list[tuple[tuple[str, ...], Tensor, list[str]]]:
         """For sites that are summed out and hang together: names, log sum, scaled, and the symbols of its plates."""
-        sums = log_sums(self._factors(), self._summed, self._scale)
-        return [(names, unpacked(value, self._symbols), sorted(ordinal)) for names, ordinal, value in sums]
+        found = []
+        for group in groups_of(self._factors(), self._summed):
+            names = tuple([factor.site for factor in group if factor.own is not None])
+            ordinal, log_sum = log_sum_of(group, self._summed, self._scale)
+            found.append((names, unpacked(log_sum, self._symbols), sorted(ordinal)))
+        return found
 
     def _factors(self) -> list[Factor]:
         """Of what is summed out in the model, and what depends on it."""
@@ -163,10 +162,9 @@ class PairOfTraces:
 
     def enter_sums(self, rows: Rows, guide: GuideWeights, *, differentiable: bool) -> None:
         """Enter the rows of what is summed out in the model, and of what depends on it."""
-        factors = self._factors()
         plates = set(self.model_trace.plate_to_symbol.values())
-        for group in sum_out(factors, self._summed, plates, self._scale, guide, differentiable=differentiable):
-            self._enter(group, rows)
+        for group in groups_of(self._factors(), self._summed):
+            self._enter(sum_out(group, self._summed, plates, self._scale, guide, differentiable=differentiable), rows)
 
     def _enter(self, group: Group, rows: Rows) -> None:
         for name, value in group.log_p.items():
@@ -190,28 +188,25 @@ class PairOfTraces:
 
 def log_density(model_trace: Trace, max_plate_nesting: int) -> Tensor:
     """Log density of a model's enumerated trace, a scalar: its marked sites summed out, what scales the sums outside."""
-    model_trace = prune_subsample_sites(model_trace)
-    sites = {name: node for name, node in model_trace.nodes.items() if node["type"] == "sample"}
-    for node in sites.values():
-        log_prob(node, model_trace, max_plate_nesting)
-    model_trace.pack_tensors()
-    drawn = [name for name, node in sites.items() if not node["is_observed"] and "_enumerate_dim" not in node["infer"]]
-    pair = PairOfTraces(model_trace, plates_only(drawn, model_trace))
-    parts = [node["log_prob"].sum() for node in sites.values() if not pair.is_in_sum(node)]
+    pair = model_alone(model_trace, max_plate_nesting)
+    sites = [node for node in pair.model_trace.nodes.values() if node["type"] == "sample"]
+    parts = [node["log_prob"].sum() for node in sites if not pair.is_in_sum(node)]
     parts += [log_sum.sum() for _, log_sum, _ in pair.log_sums()]
     return torch.stack(parts).sum()
 
 
-def plates_only(drawn: Collection[str], model_trace: Trace) -> Trace:
-    """What the contraction asks of a guide that enumerates nothing: which sites it draws, and the plates they are in."""
-    guide = Trace()
+def model_alone(model_trace: Trace, max_plate_nesting: int) -> PairOfTraces:
+    """A model's enumerated trace, packed, with a guide that enumerates nothing."""
+    model_trace = prune_subsample_sites(model_trace)
+    pack_model(model_trace, max_plate_nesting)
+    guide = Trace()  # what the contraction asks of it: which sites it draws, and the plates they are in
     guide.plate_to_symbol, guide.symbol_to_dim = model_trace.plate_to_symbol, model_trace.symbol_to_dim
-    for name in drawn:
-        if name in model_trace.nodes:
+    for name, node in model_trace.nodes.items():
+        if is_latent(node) and "_enumerate_dim" not in node["infer"]:
             guide.nodes[name] = {
                 "type": "sample",
                 "infer": {},
-                "cond_indep_stack": model_trace.nodes[name]["cond_indep_stack"],
+                "cond_indep_stack": node["cond_indep_stack"],
                 "packed": {"log_prob": named(torch.zeros(()), "")},
             }
-    return guide
+    return PairOfTraces(model_trace, guide)

@@ -19,7 +19,7 @@ from pyro.util import check_model_guide_match, check_traceenum_requirements
 from torch import Tensor
 
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
-from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.nodes import is_marked_site
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
 
@@ -39,7 +39,7 @@ class Enumerate(EnumMessenger):
 
 def is_marked(*traces: Trace) -> bool:
     """Whether a latent site is marked for enumeration (``infer={'enumerate': ...}``)."""
-    return any(is_latent(node) and node["infer"].get("enumerate") for trace in traces for node in trace.nodes.values())
+    return any(is_marked_site(node) for trace in traces for node in trace.nodes.values())
 
 
 def _enumerating(model: Program, guide: Program, values: Values, max_plate_nesting: int) -> tuple[Program, Program]:
@@ -117,11 +117,16 @@ def check_enumerated(model_trace: Trace, guide_trace: Trace, max_plate_nesting: 
 
 def pack(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:
     """Compute all log densities, and name the dims of each: what Pyro's sums over products ask for."""
-    for node in model_trace.nodes.values():
-        if node["type"] == "sample":
-            log_prob(node, model_trace, max_plate_nesting)
     for node in guide_trace.nodes.values():
         if node["type"] == "sample":
             score_parts(node, guide_trace, max_plate_nesting)
     guide_trace.pack_tensors()
-    model_trace.pack_tensors(guide_trace.plate_to_symbol)
+    pack_model(model_trace, max_plate_nesting, guide_trace.plate_to_symbol)
+
+
+def pack_model(model_trace: Trace, max_plate_nesting: int, plate_to_symbol: dict[str, str] | None = None) -> None:
+    """The same of the model alone."""
+    for node in model_trace.nodes.values():
+        if node["type"] == "sample":
+            log_prob(node, model_trace, max_plate_nesting)
+    model_trace.pack_tensors(plate_to_symbol)
