@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO, compiled_log_density, diagnose, from_pyro_svi, psis_khat
 from pyro_elbo_ext.automatic.approximate import approximate
+from pyro_elbo_ext.automatic.ascent import fit_gaussian
 from pyro_elbo_ext.automatic.evaluations import Evaluations
 from pyro_elbo_ext.automatic.flow import Flow, FlowGuide, pushed
-from pyro_elbo_ext.automatic.gaussian import Gaussian, fit_gaussian, natural_step, standard_draws, taken
+from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide
 from pyro_elbo_ext.automatic.moments import Weighted
+from pyro_elbo_ext.automatic.natural_gradient import natural_step, taken
 from pyro_elbo_ext.automatic.starting import find_start
 from pyro_elbo_ext.density.log_density import LogDensity
 from pyro_elbo_ext.programs.randomness import isolated

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pyro_elbo_ext.automatic.ascent import Fit, fit_gaussian
 from pyro_elbo_ext.automatic.evaluations import LARGE, Evaluations, TooManyGradients
 from pyro_elbo_ext.automatic.flow import FlowGuide, bend, look_through
-from pyro_elbo_ext.automatic.gaussian import fit_gaussian, triangular
+from pyro_elbo_ext.automatic.gaussian import Gaussian, triangular
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
 from pyro_elbo_ext.automatic.moments import Weighted, distance_of, look, match_moments
 from pyro_elbo_ext.automatic.starting import find_start
@@ -90,12 +91,13 @@ def approximate(
     family: Literal["auto", "gaussian", "diagonal", "flow"] = "auto",
     seed: int = 0,
     max_gradients: int = 1_000_000,
+    start: Approximation | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Approximation:
     """Fit a guide to a log density.
 
-    A Gaussian on unconstrained space starts from the best Laplace approximation along several climbs (`find_start`) and
-    moves to the greatest ELBO by natural-gradient steps (`fit_gaussian`). Where the importance weights are good and say that
+    A Gaussian on unconstrained space starts from the best Laplace approximation along several climbs, or a mean-field one
+    (`find_start`), and moves to the greatest ELBO by natural-gradient and quasi-Newton steps (`fit_gaussian`). Where the importance weights are good and say that
     its means or sds are off, they are set to the weighted draws' (`match_moments`), which costs a little of the ELBO.
 
     Parameters
@@ -110,6 +112,9 @@ def approximate(
         Same seed, same guide.
     max_gradients
         Cap on gradient evaluations.
+    start
+        A Gaussian that was fitted to the same density: nothing else is looked for, and where it has converged it is left
+        as it is.
     progress
         Called after each step with its entry of the path.
 
@@ -128,6 +133,8 @@ def approximate(
         raise ValueError(f"family must be 'auto', 'gaussian', 'diagonal' or 'flow', got {family!r}")
     if max_gradients < 1:
         raise ValueError(f"max_gradients must be at least 1, got {max_gradients}")
+    if start is not None and not isinstance(start.guide, DiagonalGuide | GaussianGuide):
+        raise ValueError(f"start must be a Gaussian, got a {start.family}")
     if family == "flow" and density.dim > FULL_COVARIANCE:
         raise ValueError(f"family='flow' is for up to {FULL_COVARIANCE} coordinates, the model has {density.dim}")
     began = time.perf_counter()
@@ -135,11 +142,22 @@ def approximate(
     if not density.compiled and density.traced and not density.batched:
         density.compile()  # point by point, a graph is slow
     evaluate, rng = Evaluations(density, max_gradients), np.random.default_rng(seed)
-    try:
-        start = find_start(evaluate, rng, diagonal=diagonal)
-    except TooManyGradients:
-        raise ValueError(f"max_gradients={max_gradients} is not enough to find a starting point") from None
-    fit = fit_gaussian(evaluate, start.gaussian, rng, after_step=progress)
+    others: list[float] = []  # ELBOs of other modes, less that of the best
+    if start is None:
+        try:
+            first, *rest = find_start(evaluate, rng, diagonal=diagonal).modes
+        except TooManyGradients:
+            raise ValueError(f"max_gradients={max_gradients} is not enough to find a starting point") from None
+        beginning, others = first[0], [elbo - first[1] for _, elbo in rest]
+    else:
+        assert isinstance(start.guide, DiagonalGuide | GaussianGuide)
+        beginning = start.guide.gaussian
+        if beginning.diagonal and not diagonal:
+            beginning = Gaussian(beginning.loc, np.diag(beginning.factor))
+    if start is not None and start.converged:
+        fit = Fit(beginning, True, start.reason)
+    else:
+        fit = fit_gaussian(evaluate, beginning, rng, after_step=progress)
     check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
     count = CHECK_DRAWS if density.native is not None or density.size <= LARGE else CHECK_DRAWS // 2
     notes: list[str] = []
@@ -170,7 +188,7 @@ def approximate(
             lower = triangular(gaussian).factor
             guide = GaussianGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(lower))
     made = "diagonal" if diagonal else "flow" if family == "flow" else "gaussian"
-    rivals = [elbo - start.modes[0][1] for _, elbo in start.modes[1:] if elbo > start.modes[0][1] - MODE_RIVALS]
+    rivals = [other for other in others if other > -MODE_RIVALS]
     if rivals:
         notes.append(
             f"the posterior has other modes: {len(rivals)} more, with an ELBO "

@@ -65,6 +65,15 @@ class Evaluations:
             values[bad], gradients[bad] = -np.inf, 0.0
         return values, gradients
 
+    def penalized(self, x: Array) -> tuple[Array, Array]:
+        """The same, where points without a finite density count as worse than any other; all -inf if none has one."""
+        values, gradients = self(x)
+        bad = values == -np.inf
+        if bad.any() and not bad.all():
+            worst = values[~bad].min()
+            values = np.where(bad, worst - max(100.0, abs(worst)), values)
+        return values, gradients
+
     def constrain(self, x: Array) -> dict[str, Array]:
         """Values of the latent and deterministic sites, shape (S, *site shape), at ``x`` of shape (S, dim)."""
         density = self.density

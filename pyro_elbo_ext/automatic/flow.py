@@ -14,8 +14,9 @@ from pyro.nn import AutoRegressiveNN, PyroModule
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
+from pyro_elbo_ext.automatic.ascent import Fit
 from pyro_elbo_ext.automatic.evaluations import Evaluations, TooManyGradients
-from pyro_elbo_ext.automatic.gaussian import Fit, Gaussian, standard_draws
+from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
 from pyro_elbo_ext.automatic.guide import UnconstrainedGuide
 from pyro_elbo_ext.automatic.moments import Weighted, weigh
 from pyro_elbo_ext.density import LogDensity

@@ -16,6 +16,7 @@ from pyro.nn.module import PyroParam
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
+from pyro_elbo_ext.automatic.gaussian import Gaussian
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.programs.randomness import isolated
 
@@ -110,6 +111,11 @@ class GaussianGuide(UnconstrainedGuide):
         self.loc = nn.Parameter(loc.to(self.dtype))
         self.scale_tril = PyroParam(scale_tril.to(self.dtype), constraints.lower_cholesky)
 
+    @property
+    def gaussian(self) -> Gaussian:
+        """Its parameters as they are now."""
+        return Gaussian(*(x.detach().cpu().double().numpy() for x in (self.loc, self.scale_tril)))
+
     def get_base_dist(self) -> Any:
         return dist.Normal(torch.zeros_like(self.loc), torch.ones_like(self.loc)).to_event(1)
 
@@ -141,6 +147,11 @@ class DiagonalGuide(UnconstrainedGuide):
         super().__init__(density, loc)
         self.loc = nn.Parameter(loc.to(self.dtype))
         self.scale = PyroParam(scale.to(self.dtype), constraints.positive)
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """Its parameters as they are now."""
+        return Gaussian(*(x.detach().cpu().double().numpy() for x in (self.loc, self.scale)))
 
     def get_base_dist(self) -> Any:
         return dist.Normal(torch.zeros_like(self.loc), torch.ones_like(self.loc)).to_event(1)

@@ -1,14 +1,20 @@
-"""A first Gaussian: of several climbs of the log density, the point along them whose Laplace approximation is best."""
+"""A first Gaussian: of several climbs of the log density, the point along them whose Laplace approximation is best.
+
+Where no climb ends at a mode that is near a Gaussian, as in a hierarchical model with a centred parametrization, whose
+density has no greatest value, a mean-field Gaussian of few draws stands beside them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
 
-from pyro_elbo_ext.automatic.evaluations import Array, Evaluations
+from pyro_elbo_ext.automatic.evaluations import Array, Evaluations, TooManyGradients
 from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
+from pyro_elbo_ext.automatic.quasi_newton import raise_elbo
 from pyro_elbo_ext.mcmc.samplers import culprit
 
 RADIUS = 2.0  # of the uniform starting points, as in Stan
@@ -19,9 +25,9 @@ ALONG = 6  # points of a climb that are tried
 DRAWS = 32  # for the ELBO of a candidate
 SHRINKS = (1.0, 0.3)  # sds of a candidate, over those of the Laplace approximation
 SAME, APART = 0.5, 4.0  # sds between ends of climbs that are one mode, and that are two
-CLOSE = (
-    1.0  # nats per square root of a coordinate between the ELBO at a mode and what it would be for a Gaussian density
-)
+CLOSE = 1.0  # nats, times the root of dim, between the ELBO at a mode and what it would be for a Gaussian density
+MEAN_FIELDS = 2  # starting points of a mean-field Gaussian
+FIRST_SD, MOST_STEPS, RISE = 0.3, 200, 0.01  # of its coordinates at first; of its ascent; nats of a step that ends it
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +39,26 @@ class Start:
     gaussian : Gaussian
         Of the greatest estimated ELBO.
     modes : list of (Gaussian, float)
-        Of each separate place where climbs ended, the best Gaussian and its estimated ELBO, the best first.
+        The Gaussian to start from, and that of each other mode, with their estimated ELBOs, the best first.
     """
 
     gaussian: Gaussian
     modes: list[tuple[Gaussian, float]]
 
 
+class Candidate(NamedTuple):
+    """A Gaussian, its estimated ELBO, and whether it stands at a mode whose ELBO is near a Gaussian density's."""
+
+    gaussian: Gaussian
+    elbo: float
+    is_mode: bool
+
+
 def find_start(evaluate: Evaluations, rng: np.random.Generator, *, diagonal: bool, climbs: int = CLIMBS) -> Start:
     """Climb the log density by L-BFGS from several points, and choose the best Laplace approximation along the way.
 
     A density may have no mode, or one with no mass about it, as that of a hierarchical model with a centred
-    parametrization: then the ELBO is greatest before the end of the climb.
+    parametrization: then the ELBO is greatest before the end of the climb, or of a `mean_field` Gaussian.
 
     Parameters
     ----------
@@ -68,18 +82,38 @@ def find_start(evaluate: Evaluations, rng: np.random.Generator, *, diagonal: boo
     """
     points = starting_points(evaluate, rng, climbs)
     noise = standard_draws(rng, DRAWS, evaluate.dim, diagonal=True)
-    modes: list[tuple[Gaussian, float]] = []
+    found: list[Candidate] = []
     for point in points:
         path = climb(evaluate, point)
-        if any(_distance(path[-1], mode) < SAME for mode, _ in modes):
+        if any(_distance(path[-1], other.gaussian) < SAME for other in found):
             continue
-        found = best_along(evaluate, path, noise, diagonal)
-        if all(_distance(found[0].loc, mode) > APART for mode, _ in modes):
-            modes.append(found)
-        elif found[1] > modes[0][1]:
-            modes[0] = found
-        modes.sort(key=lambda mode: -mode[1])
-    return Start(modes[0][0], modes)
+        new = best_along(evaluate, path, noise, diagonal)
+        if all(_distance(new.gaussian.loc, other.gaussian) > APART for other in found):
+            found.append(new)
+        elif new.elbo > found[0].elbo:
+            found[0] = new
+        found.sort(key=lambda candidate: -candidate.elbo)
+    try:
+        found = _with_mean_fields(
+            evaluate, found, points, noise, standard_draws(rng, DRAWS, evaluate.dim, diagonal=True)
+        )
+    except TooManyGradients:
+        pass  # a starting point there is; the ascent meets the cap again
+    return Start(found[0].gaussian, [(mode.gaussian, mode.elbo) for mode in found])
+
+
+def _with_mean_fields(
+    evaluate: Evaluations, found: list[Candidate], points: Array, noise: Array, fresh: Array
+) -> list[Candidate]:
+    """The same, or a mean-field Gaussian before what modes there are, if its ELBO is greater by draws that chose neither."""
+    best = found[0].gaussian
+    starts = points[: 1 if found[0].is_mode else MEAN_FIELDS]
+    others = [best, *(mean_field(evaluate, point, noise, best.diagonal) for point in starts)]
+    elbos = [float(evaluate(other.at(fresh))[0].mean() + other.entropy) for other in others]
+    if not (index := int(np.argmax(elbos))):
+        return found
+    chosen = Candidate(others[index], elbos[index], False)
+    return [chosen, *(mode for mode in found if mode.is_mode and _distance(mode.gaussian.loc, chosen.gaussian) > APART)]
 
 
 def _distance(x: Array, gaussian: Gaussian) -> float:
@@ -123,9 +157,24 @@ def climb(evaluate: Evaluations, x: Array) -> list[Array]:
     return path
 
 
-def best_along(evaluate: Evaluations, path: list[Array], noise: Array, diagonal: bool) -> tuple[Gaussian, float]:
+def mean_field(evaluate: Evaluations, point: Array, noise: Array, diagonal: bool) -> Gaussian:
+    """The Gaussian of independent coordinates that has the greatest ELBO on a few draws, from a point.
+
+    Its sds keep it out of the narrow parts of a density, where a climb ends. As a full Gaussian unless ``diagonal``.
+
+    References
+    ----------
+    Giordano, Ingram, Broderick (2024), Black box variational inference with a deterministic objective.
+    """
+    start = Gaussian(point, np.full(evaluate.dim, FIRST_SD))
+    found = raise_elbo(evaluate, start, noise, tolerance=RISE, most=MOST_STEPS)[0]
+    return found if diagonal else Gaussian(found.loc, np.diag(found.factor))
+
+
+def best_along(evaluate: Evaluations, path: list[Array], noise: Array, diagonal: bool) -> Candidate:
     """The Laplace approximation of the greatest estimated ELBO at points of a climb."""
     best: tuple[Gaussian, float] | None = None
+    settled = False
     for index in np.unique(np.geomspace(1, len(path), ALONG).astype(int)):
         gaussian, is_mode, top = laplace(evaluate, path[-index], noise, diagonal)
         tried = [Gaussian(gaussian.loc, gaussian.factor * shrink) for shrink in SHRINKS]
@@ -136,10 +185,10 @@ def best_along(evaluate: Evaluations, path: list[Array], noise: Array, diagonal:
                 best = candidate, elbo
         assert best is not None
         of_gaussian = top + gaussian.log_volume + 0.5 * evaluate.dim * np.log(2 * np.pi)
-        if is_mode and best[1] > of_gaussian - CLOSE * np.sqrt(evaluate.dim):
+        if settled := is_mode and best[1] > of_gaussian - CLOSE * np.sqrt(evaluate.dim):
             break
     assert best is not None
-    return best
+    return Candidate(*best, settled)
 
 
 def laplace(evaluate: Evaluations, x: Array, noise: Array, diagonal: bool) -> tuple[Gaussian, bool, float]:

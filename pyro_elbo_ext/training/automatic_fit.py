@@ -88,7 +88,9 @@ class AutomaticFit(FitResult):
         if self.approximation.family == "flow":
             raise ValueError("this guide is a flow already; there is no next one. Use run_nuts, or write a guide.")
         with self.own_parameters():
-            return fit_automatically(self.density, "flow", (), {}, seed=seed, progress=progress, **options)
+            return fit_automatically(
+                self.density, "flow", (), {}, seed=seed, progress=progress, start=self.approximation, **options
+            )
 
     def _draws(self, count: int) -> dict[str, Tensor]:
         return complete(self.density, self.approximation.guide.get_posterior().sample((count,)))
