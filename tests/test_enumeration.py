@@ -430,6 +430,63 @@ def test_programs_that_count_on_enumeration_are_not_run_without() -> None:
     assert set(shapes) == {(2,)}
 
 
+def _lazy_autoguide() -> tuple[Program, Program]:
+    model = config_enumerate(mixture, "parallel")
+    return model, AutoNormal(poutine.block(model, hide=["z"]))
+
+
+def _random_start() -> tuple[Program, Program]:
+    """A parameter whose first value is drawn when it is first asked for; the guide's site is summed over in two runs."""
+
+    def guide() -> None:
+        at = pyro.param("at", lambda: torch.randn(2))
+        pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 1.0])))
+        pyro.sample("loc", dist.Normal(at, 0.5).to_event(1))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+
+    return config_enumerate(mixture, "parallel"), config_enumerate(guide, "sequential")
+
+
+def _running_mean() -> tuple[Program, Program]:
+    """A guide with a buffer that each run moves, and noise that it draws beside its sites."""
+    pyro.set_rng_seed(3)
+    net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(2))
+
+    def guide() -> None:
+        pyro.module("net", net)
+        pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 1.0])))
+        pyro.sample("loc", dist.Normal(net(torch.arange(6.0).reshape(3, 2)).sum(0), 0.5).to_event(1))
+
+    guide.net = net  # type: ignore[attr-defined]
+    return config_enumerate(mixture, "parallel"), guide
+
+
+@pytest.mark.parametrize("programs", [_lazy_autoguide, _random_start, _running_mean])
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_what_a_first_run_makes_is_made_once_as_by_pyro(
+    programs: Callable[[], tuple[Program, Program]], num_particles: int
+) -> None:
+    """From the same seed the same losses and parameters, for programs that no one has run before."""
+
+    def train(elbo: Any) -> tuple[list[float], dict[str, Tensor], int]:
+        pyro.clear_param_store()
+        model, guide = programs()
+        pyro.set_rng_seed(0)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
+        losses = [svi.step() for _ in range(3)]
+        found = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+        found |= dict(getattr(guide, "net", torch.nn.Module()).named_buffers())
+        return losses, found, int(torch.randint(1_000_000, ()))
+
+    pyros = train(TraceEnum_ELBO(num_particles, max_plate_nesting=1))
+    ours = train(DecomposedELBO(num_particles, max_plate_nesting=1, kl="sampled"))
+    assert ours[0] == pytest.approx(pyros[0], rel=1e-10)
+    assert ours[2] == pyros[2]
+    for name, value in pyros[1].items():
+        torch.testing.assert_close(ours[1][name], value)
+
+
 # Weights, scores, compiled steps
 
 

@@ -82,7 +82,7 @@ def estimate_bound(
             draws = _draw(call, gradient, frozenset(local_plates), enumerated=enumerated)
             return draws, _read(call, draws, bound, gradient, local_plates, reason, kl_weights, enumerated=enumerated)
 
-        draws, read = objective._by_enumeration(pair, lambda: evaluated(False), lambda: evaluated(True))
+        draws, read = objective._by_enumeration(pair, lambda: evaluated(False), lambda _: evaluated(True))
         floors: Number = 0.0
         if has_floor:
             kl_weights, floors = _with_floors(kl_weights, read, draws.num_vectorized or 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
@@ -40,6 +41,7 @@ from pyro_elbo_ext.programs.pairs import check_draws, check_pair
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
+from pyro_elbo_ext.terms.enumeration.traces import Beginnings, Begun, is_marked
 from pyro_elbo_ext.terms.kl import KLChoice, KLPrior
 from pyro_elbo_ext.terms.terms import read_sites, stack_particles
 
@@ -216,7 +218,7 @@ class DecomposedELBO(KLObjective):
         ledger, signature, particles, infos, traces = self._by_enumeration(
             pair,
             lambda: self._evaluate_plain(*given_call),
-            lambda: evaluate_enumerated(self, *given_call, differentiable=not weights.is_one),
+            lambda begun: evaluate_enumerated(self, *given_call, begun, differentiable=not weights.is_one),
         )
         repeats = len(particles)
         info: tuple[SiteInfo, ...] = ()
@@ -263,12 +265,17 @@ class DecomposedELBO(KLObjective):
         infos: list[tuple[SiteInfo, ...]] = []
         runs: list[tuple[Trace, Trace]] = []
         repeats, model, guide = self._programs(model, guide, args, kwargs)
-        model, guide = self._looking_for_marks(pair, model, guide)
+        rest: Beginnings = queue.LifoQueue()
+        model, first = self._looking_for_marks(pair, model, guide, rest)
+        begins, guide = first is not guide, first
         for _ in range(repeats):
             ledger.begin_particle()
             tracker = DependencyTracker() if self._is_tracked(pair, args, kwargs) else None
             with tracker or nullcontext():
-                model_trace, guide_trace = trace_pair(model, guide, args, kwargs, tracker and tracker.enter_model)
+                traces = trace_pair(model, guide, args, kwargs, tracker and tracker.enter_model)
+                if begins and is_marked(*traces):
+                    raise Begun(traces, rest, tracker)
+                model_trace, guide_trace = traces
                 signature = signature_of(model_trace, guide_trace, args, kwargs)
                 if is_validation_enabled() or signature not in pair.structures:
                     check_pair(model_trace, guide_trace)

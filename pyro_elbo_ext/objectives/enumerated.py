@@ -29,7 +29,7 @@ from pyro_elbo_ext.terms import Term
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
 from pyro_elbo_ext.terms.enumeration.marks import listed
 from pyro_elbo_ext.terms.enumeration.rows import JOINT, MARGINALIZED, PairOfTraces, Row, Rows, is_summed_out
-from pyro_elbo_ext.terms.enumeration.traces import check_enumerated, enumerated_pairs, pack
+from pyro_elbo_ext.terms.enumeration.traces import Begun, check_enumerated, enumerated_pairs, pack
 from pyro_elbo_ext.terms.kl import KLPrior, Structure
 from pyro_elbo_ext.terms.terms import Site, read_sites
 
@@ -166,10 +166,14 @@ def evaluate_enumerated(
     guide: Program,
     args: Args,
     kwargs: Kwargs,
+    begun: Begun | None = None,
     *,
     differentiable: bool,
 ) -> Evaluated:
-    """Particles one after the other, or all of them in Pyro's particle plate, summed over what is marked."""
+    """Particles one after the other, or all of them in Pyro's particle plate, summed over what is marked.
+
+    ``begun`` is the first run of all, if it has been made.
+    """
     ledger = Ledger()
     particles: list[Particle] = []
     infos: list[tuple[SiteInfo, ...]] = []
@@ -179,9 +183,13 @@ def evaluate_enumerated(
     for _ in range(repeats):
         ledger.begin_particle()
         branches: list[list[Entry]] = []
-        tracker = DependencyTracker() if objective._is_tracked(pair, args, kwargs) else None
+        if begun is not None:
+            tracker = begun.tracker
+        else:
+            tracker = DependencyTracker() if objective._is_tracked(pair, args, kwargs) else None
         with tracker or nullcontext():
-            for traces in enumerated_pairs(model, guide, args, kwargs, nesting, tracker and tracker.enter_model):
+            between = tracker and tracker.enter_model
+            for traces in enumerated_pairs(model, guide, args, kwargs, nesting, between, begun):
                 signature = signature_of(*traces, args, kwargs)
                 is_new = signature not in pair.structures
                 if is_validation_enabled() or is_new:
@@ -191,6 +199,7 @@ def evaluate_enumerated(
                     check_draws(traces[0])
                 runs.append(traces)
                 branches.append(_entries_of(objective, traces, structure, nesting, differentiable=differentiable))
+        begun = None
         found = added(branches)
         objective._check_sites([entry.site for entry in found])
         particles.append(enter(found, ledger, counts_latent=objective._free_bits is not None))

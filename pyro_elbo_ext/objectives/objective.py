@@ -45,7 +45,7 @@ from pyro_elbo_ext.programs.randomness import taken_down, torch_kept
 from pyro_elbo_ext.programs.running import run_pair
 from pyro_elbo_ext.terms import Terms
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
-from pyro_elbo_ext.terms.enumeration.traces import first_values
+from pyro_elbo_ext.terms.enumeration.traces import Beginnings, Begun, first_values
 from pyro_elbo_ext.terms.kl import Structure, read_structure
 from pyro_elbo_ext.terms.registration import check_registered, collects_parameters, parameters_of
 from pyro_elbo_ext.terms.terms import Site
@@ -238,29 +238,41 @@ class Objective(ELBO):
         finally:
             self.max_plate_nesting = stored
 
-    def _by_enumeration(self, pair: Pair, plain: Callable[[], Result], enumerated: Callable[[], Result]) -> Result:
-        """``enumerated`` if sites are marked for it, which the first run tells; its random numbers are then given back."""
+    def _by_enumeration(
+        self, pair: Pair, plain: Callable[[], Result], enumerated: Callable[[Begun | None], Result]
+    ) -> Result:
+        """``enumerated`` if sites are marked for it, which the first run tells.
+
+        It goes on with that run, or has its random numbers again.
+        """
         if pair.enumerates:
-            return enumerated()
+            return enumerated(None)
         put_back = taken_down() if pair.enumerates is None and self._traced is None else None
         try:
             result = plain()
+        except Begun as first:
+            begun: Begun | None = first
         except Marked:
-            pair.enumerates = True
+            begun = None
             if put_back is not None:
                 put_back()
-            return enumerated()
-        pair.enumerates = False
-        return result
+        else:
+            pair.enumerates = False
+            return result
+        pair.enumerates = True
+        return enumerated(begun)
 
-    def _looking_for_marks(self, pair: Pair, model: Program, guide: Program) -> tuple[Program, Program]:
+    def _looking_for_marks(
+        self, pair: Pair, model: Program, guide: Program, values: Beginnings | None = None
+    ) -> tuple[Program, Program]:
         """Model and guide for a first run: where it is known how many dims plates have, as enumeration would run them.
 
-        A program may count on its values' shapes under enumeration, and can then not be run without.
+        A program may count on its values' shapes under enumeration, and can then not be run without. ``values`` takes those
+        of the guide's "sequential" sites that are left to run.
         """
         if pair.enumerates is not None or self._traced is not None or math.isinf(self.max_plate_nesting):
             return model, guide
-        return first_values(model, guide, int(self.max_plate_nesting))
+        return first_values(model, guide, int(self.max_plate_nesting), values)
 
     def _plate_nesting(self, pair: Pair, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> int:
         """How many dims belong to plates, the particle plate among them: as given, or guessed in private."""

@@ -22,9 +22,10 @@ from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import is_marked_site
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import trace_guide, trace_replayed
+from pyro_elbo_ext.terms.dependencies import DependencyTracker
 
 Program = Callable[..., Any]
-Values = queue.LifoQueue[Trace]  # of sequential sites, as the beginnings of traces
+Beginnings = queue.LifoQueue[Trace]  # of sequential sites, as the beginnings of traces
 
 
 class Enumerate(EnumMessenger):
@@ -42,7 +43,7 @@ def is_marked(*traces: Trace) -> bool:
     return any(is_marked_site(node) for trace in traces for node in trace.nodes.values())
 
 
-def _enumerating(model: Program, guide: Program, values: Values, max_plate_nesting: int) -> tuple[Program, Program]:
+def _enumerating(model: Program, guide: Program, values: Beginnings, max_plate_nesting: int) -> tuple[Program, Program]:
     """Model and guide with all values of their marked sites: those of "sequential" ones by further runs, from ``values``."""
     # the model's dims come after, to the left of the guide's: Pyro's allocator is not set back in between
     guide = EnumMessenger(first_available_dim=-1 - max_plate_nesting)(guide)
@@ -50,16 +51,30 @@ def _enumerating(model: Program, guide: Program, values: Values, max_plate_nesti
     return EnumMessenger()(model), guide
 
 
-def first_values(model: Program, guide: Program, max_plate_nesting: int) -> tuple[Program, Program]:
-    """The same, of whose further runs none will be made; a guide that runs the model inside stays as it is."""
+class Begun(Exception):
+    """The first run of programs that turned out to be marked, under enumeration.
+
+    It is the first pair of traces, so that what a program makes when it is first run, such as an autoguide's parameters, is
+    made once, and random numbers are drawn as by Pyro.
+    """
+
+    def __init__(self, traces: tuple[Trace, Trace], values: Beginnings, tracker: DependencyTracker | None) -> None:
+        super().__init__()
+        self.traces, self.values, self.tracker = traces, values, tracker
+
+
+def first_values(
+    model: Program, guide: Program, max_plate_nesting: int, values: Beginnings | None = None
+) -> tuple[Program, Program]:
+    """The same, for a first run, which leaves the rest in ``values``; a guide that runs the model inside stays as it is."""
     if isinstance(poutine.unwrap(guide), Messenger):
         return model, guide
-    values: Values = queue.LifoQueue()
-    model, enumerating = _enumerating(model, guide, values, max_plate_nesting)
+    rest: Beginnings = queue.LifoQueue() if values is None else values
+    model, enumerating = _enumerating(model, guide, rest, max_plate_nesting)
 
     def first(*args: Any, **kwargs: Any) -> Any:
-        values.queue.clear()
-        values.put(Trace())
+        rest.queue.clear()
+        rest.put(Trace())
         return enumerating(*args, **kwargs)
 
     return model, first
@@ -72,6 +87,7 @@ def enumerated_pairs(
     kwargs: dict[str, Any],
     max_plate_nesting: int,
     between: Callable[[], None] | None = None,
+    begun: Begun | None = None,
 ) -> Iterator[tuple[Trace, Trace]]:
     """Traces of one draw, model's and guide's, without subsample sites, unchecked.
 
@@ -84,6 +100,8 @@ def enumerated_pairs(
         How many dims from the right belong to plates.
     between
         Called after each run of the guide and before the model's.
+    begun
+        The first run, if it has been made.
 
     Raises
     ------
@@ -95,15 +113,23 @@ def enumerated_pairs(
             f"{type(poutine.unwrap(guide)).__name__} runs guide and model in one, where nothing can be enumerated. Write "
             "the guide as a function, or remove the marks (infer={'enumerate': ...})."
         )
-    values: Values = queue.LifoQueue()
+    values: Beginnings = queue.LifoQueue() if begun is None else begun.values
     model, guide = _enumerating(model, guide, values, max_plate_nesting)
-    values.put(Trace())
+    if begun is None:
+        values.put(Trace())
+    else:
+        yield pruned(*begun.traces)
     while not values.empty():
         guide_trace = trace_guide(guide, model, args, kwargs)
         if between is not None:
             between()
         model_trace = trace_replayed(model, guide, guide_trace, args, kwargs)
-        yield prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        yield pruned(model_trace, guide_trace)
+
+
+def pruned(model_trace: Trace, guide_trace: Trace) -> tuple[Trace, Trace]:
+    """The traces without subsample sites."""
+    return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
 def check_enumerated(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None:
