@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,16 @@ from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from pyro_elbo_ext import CompiledSVI, DecomposedELBO, ImportanceWeightedELBO, RenyiELBO, evidence_bounds
+from pyro_elbo_ext import (
+    CompiledSVI,
+    DecomposedELBO,
+    ImportanceWeightedELBO,
+    RenyiELBO,
+    diagnose,
+    evidence_bounds,
+    fit,
+    run_nuts,
+)
 from pyro_elbo_ext.density.unconstrained import UnconstrainedModel
 from pyro_elbo_ext.evidence.scoring import Scorer
 from pyro_elbo_ext.programs.nodes import is_latent
@@ -485,6 +494,65 @@ def test_what_a_first_run_makes_is_made_once_as_by_pyro(
     assert ours[2] == pyros[2]
     for name, value in pyros[1].items():
         torch.testing.assert_close(ours[1][name], value)
+
+
+def _vectorized(time: Callable[..., Any]) -> Program:
+    """A chain whose steps ``time`` gives, as ``pyro.vectorized_markov`` does: the middle ones stand there twice."""
+
+    def model(y: Tensor) -> None:
+        means, table = loc(), torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+        x: Any = 0
+        for t in time(name="time", size=len(y), dim=-1):
+            x = pyro.sample(f"x_{t}", dist.Categorical(table[x]), infer={"enumerate": "parallel"})
+            pyro.sample(f"y_{t}", dist.Normal(means[x], 1.0), obs=y[t])
+
+    return model
+
+
+def _twice(name: str, size: int, dim: int) -> Iterator[Any]:
+    """What sites look like to Pyro's own handlers in such a loop, where funsor is not installed."""
+    yield 0
+    with poutine.infer_config(config_fn=lambda _: {"_do_not_score": True}):
+        yield torch.arange(size - 1)
+    yield torch.arange(1, size)
+
+
+def _time_of_funsor() -> Callable[..., Any]:
+    try:
+        funsor = pytest.importorskip("funsor", reason="funsor is not installed")
+        funsor.set_backend("torch")
+    except TypeError as error:  # releases that do not know this torch
+        pytest.skip(f"funsor does not work with this torch: {error}")
+    found: Callable[..., Any] = pytest.importorskip("pyro.contrib.funsor").vectorized_markov
+    return found
+
+
+def _at_loc(y: Tensor) -> None:
+    pyro.sample("loc", dist.Normal(pyro.param("at", torch.zeros(2)), 0.5).to_event(1))
+
+
+DOORS: dict[str, Callable[[Program, Tensor], Any]] = {
+    "DecomposedELBO": lambda model, y: SVI(model, _at_loc, pyro.optim.Adam({"lr": 0.1}), DecomposedELBO()).step(y),
+    "ImportanceWeightedELBO": lambda model, y: ImportanceWeightedELBO(2).loss(model, _at_loc, y),
+    "CompiledSVI": lambda model, y: CompiledSVI(
+        model, _at_loc, pyro.optim.Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=1)
+    ).step(y),
+    "fit": lambda model, y: fit(model, _at_loc, y, num_steps=2, progress=False),
+    "fit, auto": lambda model, y: fit(model, "auto", y, progress=False),
+    "run_nuts": lambda model, y: run_nuts(model, y, num_samples=2, warmup=2, chains=1, progress=False),
+    "diagnose": lambda model, y: diagnose(model, _at_loc, y),
+    "evidence_bounds": lambda model, y: evidence_bounds(model, _at_loc, y),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("backend", ["none", "funsor"])
+def test_a_loop_that_only_funsor_takes_apart_is_refused(door: str, backend: str) -> None:
+    """Its numbers would be wrong: the middle steps would count twice."""
+    model = _vectorized(_twice if backend == "none" else _time_of_funsor())
+    with pytest.raises(NotImplementedError, match=r"site 'x_.*vectorized_markov.*for t in pyro\.markov\(range"):
+        DOORS[door](model, torch.tensor([0.3, -1.0, 1.5]))
+    assert all(bool((value == 0).all()) for value in pyro.get_param_store().values())
 
 
 # Weights, scores, compiled steps

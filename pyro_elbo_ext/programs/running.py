@@ -129,11 +129,25 @@ def trace_program(
     try:
         traced(*args, **kwargs)
     except Exception as error:
+        _check_loops(traced.trace, where)
         better = fault_of_run(error, traced.trace, where)
         if better is None:
             raise
         raise better from error
+    _check_loops(traced.trace, where)
     return traced.trace  # as it is: get_trace would copy it
+
+
+def _check_loops(trace: Trace, where: str) -> None:
+    """Raise NotImplementedError for a loop whose sites stand there twice, as ``pyro.vectorized_markov`` has them."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and "_do_not_score" in node["infer"]:
+            raise NotImplementedError(
+                f"site '{name}' of the {where} is in a loop of vectorized_markov, which Pyro's funsor backend alone takes "
+                "apart: here, and in pyro.infer.TraceEnum_ELBO, its steps would be added up wrongly. Write the loop as for "
+                "t in pyro.markov(range(size)), with the same body; or train with pyro.contrib.funsor's SVI and its "
+                "TraceMarkovEnum_ELBO."
+            )
 
 
 def _is_batched() -> bool:
