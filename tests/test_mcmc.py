@@ -22,7 +22,7 @@ from pyro_elbo_ext.density.log_density import LogDensity, compiled_log_density
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.mcmc import samplers
 from pyro_elbo_ext.mcmc.nuts import run_nuts
-from pyro_elbo_ext.mcmc.samplers import starting_point
+from pyro_elbo_ext.mcmc.starts import starting_point
 
 NUTPIE = importlib.util.find_spec("nutpie") is not None
 BACKENDS = ["pyro", pytest.param("nutpie", marks=pytest.mark.skipif(not NUTPIE, reason="nutpie is not installed"))]

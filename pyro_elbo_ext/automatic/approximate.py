@@ -97,8 +97,9 @@ def approximate(
     """Fit a guide to a log density.
 
     A Gaussian on unconstrained space starts from the best Laplace approximation along several climbs, or a mean-field one
-    (`find_start`), and moves to the greatest ELBO by natural-gradient and quasi-Newton steps (`fit_gaussian`). Where the importance weights are good and say that
-    its means or sds are off, they are set to the weighted draws' (`match_moments`), which costs a little of the ELBO.
+    (`find_start`), and moves to the greatest ELBO by natural-gradient and quasi-Newton steps (`fit_gaussian`). Where the
+    importance weights are good and say that its means or sds are off, they are set to the weighted draws'
+    (`match_moments`), which costs a little of the ELBO.
 
     Parameters
     ----------

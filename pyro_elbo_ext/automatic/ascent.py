@@ -42,7 +42,8 @@ class Fit:
         Why it ended.
     path : list of dict
         One entry per step: ``step``, ``elbo`` (of its batch), ``gradients`` so far, ``draws`` of the batch, ``step_size``
-        (NaN where quasi-Newton steps were taken), ``gain`` (symmetrized KL of a whole step, nats), ``error`` (largest standard error of a mean or log sd, in sds).
+        (NaN where quasi-Newton steps were taken), ``gain`` (symmetrized KL of a whole step, nats), ``error`` (largest
+        standard error of a mean or log sd, in sds).
     """
 
     gaussian: Gaussian
@@ -62,9 +63,9 @@ def fit_gaussian(
     """The Gaussian of greatest ELBO from a starting one, of the same shape: full or diagonal.
 
     On one batch of draws the ELBO is a deterministic function, which steps must raise (sample average approximation). When
-    what a step would gain is as small as the batch's noise, another batch follows, as large as the errors ask for. Where each
-    step is to gain nearly what the last one was, quasi-Newton steps go on (`raise_elbo`). It ends when both the gain and the
-    Monte Carlo errors are small.
+    what a step would gain is as small as the batch's noise, another batch follows, as large as the errors ask for. Where
+    each step is to gain nearly what the last one was, quasi-Newton steps go on (`raise_elbo`). It ends when both the gain
+    and the Monte Carlo errors are small.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ density has no greatest value, a mean-field Gaussian of few draws stands beside 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from scipy.optimize import minimize
 from pyro_elbo_ext.automatic.evaluations import Array, Evaluations, TooManyGradients
 from pyro_elbo_ext.automatic.gaussian import Gaussian, standard_draws
 from pyro_elbo_ext.automatic.quasi_newton import raise_elbo
-from pyro_elbo_ext.mcmc.samplers import culprit
+from pyro_elbo_ext.mcmc.starts import culprit
 
 RADIUS = 2.0  # of the uniform starting points, as in Stan
 ATTEMPTS = 100  # random points among which a starting point with a finite density is looked for
@@ -93,12 +94,9 @@ def find_start(evaluate: Evaluations, rng: np.random.Generator, *, diagonal: boo
         elif new.elbo > found[0].elbo:
             found[0] = new
         found.sort(key=lambda candidate: -candidate.elbo)
-    try:
-        found = _with_mean_fields(
-            evaluate, found, points, noise, standard_draws(rng, DRAWS, evaluate.dim, diagonal=True)
-        )
-    except TooManyGradients:
-        pass  # a starting point there is; the ascent meets the cap again
+    with contextlib.suppress(TooManyGradients):  # a starting point there is, and the ascent meets the cap again
+        fresh = standard_draws(rng, DRAWS, evaluate.dim, diagonal=True)
+        found = _with_mean_fields(evaluate, found, points, noise, fresh)
     return Start(found[0].gaussian, [(mode.gaussian, mode.elbo) for mode in found])
 
 

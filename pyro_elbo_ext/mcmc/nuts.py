@@ -20,10 +20,12 @@ from pyro_elbo_ext.inference_data.export import to_arviz
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.mcmc.predictions import Predictions
 from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
+from pyro_elbo_ext.mcmc.starts import draws_of
 from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed
 from pyro_elbo_ext.programs.nodes import base_distribution, is_marked_site
 from pyro_elbo_ext.programs.randomness import isolated
 
+STARTED_WARMUP = 200  # of chains that start from a fit
 COMPILE_DRAWS = 1000  # warmup included, all chains: from here on compiling saves more seconds than it takes
 
 
@@ -31,7 +33,7 @@ def run_nuts(
     model: Callable[..., Any] | LogDensity,
     *args: Any,
     num_samples: int = 1000,
-    warmup: int = 1000,
+    warmup: int | None = None,
     chains: int = 4,
     seed: int = 0,
     backend: Literal["auto", "pyro", "nutpie"] = "auto",
@@ -39,6 +41,7 @@ def run_nuts(
     target_accept: float = 0.8,
     max_tree_depth: int = 10,
     init: float | Mapping[str, Any] = 2.0,
+    start: Any = None,
     compile: bool | Literal["auto"] = "auto",
     cores: int | None = None,
     log_likelihood: bool = False,
@@ -71,7 +74,7 @@ def run_nuts(
         and a chain runs in as many threads as torch was set to.
     num_samples, warmup
         Draws per chain kept, at least 1, and draws before them used for adaptation and dropped, at least 0. Without any,
-        which only Pyro can do, steps have the first size that is tried.
+        which only Pyro can do, steps have the first size that is tried. None: 1000, or 200 with ``start``.
     chains
         Number of chains.
     seed
@@ -88,6 +91,9 @@ def run_nuts(
     init
         A number r: chains start uniformly on (-r, r) in unconstrained space, as in Stan. A mapping from site name to
         value: these sites start there, the others uniformly on (-2, 2).
+    start
+        What `fit` gave for this model and data. Chains start at draws of its guide, in the midst of the posterior, so that
+        a short warmup is enough. Modes that the guide does not know the chains do not know either. ``init`` is not used.
     compile
         Whether to turn log density and gradient into machine code first, by torch's Inductor and a C++ compiler;
         "auto": if ``chains * (warmup + num_samples)`` is at least `COMPILE_DRAWS`. Where a model does not compile it
@@ -121,7 +127,7 @@ def run_nuts(
         subsampling plates, NaN in observations or parameters, or random numbers outside ``pyro.sample``; where no starting
         point with finite density and gradient is found. Each names the argument or the site, before sampling.
     TypeError
-        For arguments of a wrong type.
+        For arguments of a wrong type, ``start`` among them.
     ImportError
         For ``backend="nutpie"`` without nutpie.
     RuntimeError
@@ -139,6 +145,8 @@ def run_nuts(
             raise TypeError("the log density has been made for the model's arguments: pass no others")
     elif not callable(model):
         raise TypeError(f"model must be callable, got {type(model).__name__}")
+    if warmup is None:
+        warmup = 1000 if start is None else STARTED_WARMUP
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, number, least in (
@@ -184,7 +192,10 @@ def run_nuts(
         labels.check({name: site for name, site in sites.items() if name in reported or site["is_observed"]})
         began = time.perf_counter()
         sample = sample_nutpie if library == "nutpie" else sample_pyro
-        asked = Asked(num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores)
+        points = None if start is None else draws_of(start, density, seed)
+        asked = Asked(
+            num_samples, warmup, chains, seed, progress, float(target_accept), max_tree_depth, init, cores, points
+        )
         drawn = sample(density, asked)
         elapsed = time.perf_counter() - began
         kept, points, stats = drawn.rectangle()

@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import MCMC, NUTS
 
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.inference_data.quiet_arviz import import_arviz
+from pyro_elbo_ext.mcmc.starts import starting_point
 
 logger = logging.getLogger(__name__)
-
-INIT_TRIES = 100  # starting points tried per chain, as in Stan
 
 
 class Asked(NamedTuple):
@@ -35,6 +33,14 @@ class Asked(NamedTuple):
     max_tree_depth: int
     init: float | Mapping[str, Any]
     cores: int
+    points: np.ndarray | None  # of a fit, shape (S, dim), for chains to start from
+
+    def start(self, density: LogDensity, seed: int) -> np.ndarray:
+        """Where the chain of this seed starts."""
+        rng = np.random.default_rng(seed)
+        if self.points is None:
+            return starting_point(density, rng, self.init)
+        return np.array(self.points[rng.integers(len(self.points))])
 
 
 class Draws(NamedTuple):
@@ -61,44 +67,6 @@ class Draws(NamedTuple):
         )
 
 
-def starting_point(density: LogDensity, rng: np.random.Generator, init: float | Mapping[str, Any]) -> np.ndarray:
-    """A point with finite log density and gradient: uniform on (-init, init), or at given sites' values."""
-    radius = 2.0 if isinstance(init, Mapping) else float(init)
-    tries = INIT_TRIES if radius > 0 else 1
-    x = np.zeros(density.dim)
-    for _ in range(tries):
-        x = rng.uniform(-radius, radius, density.dim) if radius > 0 else np.zeros(density.dim)
-        if isinstance(init, Mapping):
-            density.program.place(torch.from_numpy(x), init, "init")
-        value, gradient = density.value_and_grad(x)
-        if np.isfinite(value) and np.isfinite(gradient).all():
-            return x
-    raise ValueError(
-        f"no starting point with finite log density and gradient in {tries} tries: {culprit(density, x)}. "
-        "Check the data and supports of that site, or give starting values by init={site: value}."
-    )
-
-
-def culprit(density: LogDensity, x: np.ndarray) -> str:
-    """The site to blame for a log density or gradient that is not finite at ``x``."""
-    try:
-        trace, _ = density.program.run_at(torch.from_numpy(x))
-    except torch.linalg.LinAlgError as error:
-        return f"the model itself fails, {error}"
-    with density.program.precision():
-        for name in density.program.sites:
-            single = poutine.Trace()
-            single.add_node(name, **trace.nodes[name])
-            value = float(single.log_prob_sum())
-            if not np.isfinite(value):
-                return f"the log prob of site '{name}' is {value}"
-    _, gradient = density.value_and_grad(x)
-    for name, latent in density.layout.items():
-        if not np.isfinite(gradient[latent.start : latent.stop]).all():
-            return f"the gradient with respect to site '{name}' is not finite"
-    return "the log Jacobian of the map to unconstrained space is not finite"
-
-
 def sample_nutpie(density: LogDensity, asked: Asked) -> Draws:
     """Draw with nutpie: chains of compiled kernels at the same time, others one after the other."""
     import_arviz()  # nutpie does, and would pass on its notice
@@ -113,7 +81,7 @@ def sample_nutpie(density: LogDensity, asked: Asked) -> Draws:
 
     def start(chain_seed: int) -> np.ndarray:
         with lock:
-            return starting_point(density, np.random.default_rng(chain_seed), asked.init)
+            return asked.start(density, chain_seed)
 
     start(asked.seed)  # errors come out here as they are, not through nutpie's threads
     cores, compiled = asked.cores, without_python(density, start)
@@ -235,7 +203,7 @@ def sample_pyro(density: LogDensity, asked: Asked) -> Draws:
     """Draw with Pyro, one chain after the other."""
     draws, stats, interrupted = [], [], False
     for chain_seed in np.random.SeedSequence(asked.seed).generate_state(asked.chains):
-        start = torch.from_numpy(starting_point(density, np.random.default_rng(chain_seed), asked.init))
+        start = torch.from_numpy(asked.start(density, chain_seed))
         pyro.set_rng_seed(int(chain_seed))
         rows: list[tuple[Any, ...]] = []
         points: list[np.ndarray] = []

@@ -23,8 +23,8 @@ from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
 from pyro_elbo_ext.objectives import DecomposedELBO
-from pyro_elbo_ext.programs.arguments import check_seed
-from pyro_elbo_ext.programs.randomness import isolated, seeded
+from pyro_elbo_ext.programs.arguments import check_count, check_seed
+from pyro_elbo_ext.programs.randomness import isolated, seeded, untouched
 from pyro_elbo_ext.programs.running import check_callable
 from pyro_elbo_ext.training.callbacks import CallbackList
 from pyro_elbo_ext.training.progress import Progress
@@ -93,7 +93,17 @@ class AutomaticFit(FitResult):
             )
 
     def _draws(self, count: int) -> dict[str, Tensor]:
-        return complete(self.density, self.approximation.guide.get_posterior().sample((count,)))
+        return complete(self.density, self._unconstrained(count))
+
+    def _unconstrained(self, count: int) -> Tensor:
+        return cast(Tensor, self.approximation.guide.get_posterior().sample((count,)))
+
+    def unconstrained_draws(self, num_draws: int = 1000, *, seed: int | None = None) -> NDArray[np.float64]:
+        """Draws of the guide in the coordinates of `density`, shape (num_draws, dim); see `draws`."""
+        check_count("num_draws", num_draws)
+        check_seed(seed)
+        with self.own_parameters(), untouched(seed), torch.no_grad():
+            return self._unconstrained(num_draws).double().cpu().numpy()
 
     def plot(self, axes: Any = None) -> NDArray[np.object_]:
         """ELBO and predicted gain by gradient evaluations, and the terms at the fitted guide.
