@@ -23,9 +23,11 @@ if TYPE_CHECKING:  # the table below as type checkers and editors read it; tests
     from pyro_elbo_ext.calibration import TrainGuide as TrainGuide
     from pyro_elbo_ext.calibration import simulate_calibration as simulate_calibration
     from pyro_elbo_ext.comparison import Comparison as Comparison
+    from pyro_elbo_ext.comparison import Components as Components
     from pyro_elbo_ext.comparison import PredictiveComparison as PredictiveComparison
     from pyro_elbo_ext.comparison import compare_predictive as compare_predictive
     from pyro_elbo_ext.comparison import compare_to_mcmc as compare_to_mcmc
+    from pyro_elbo_ext.comparison import exchangeable_components as exchangeable_components
     from pyro_elbo_ext.comparison import read_draws as read_draws
     from pyro_elbo_ext.compile import CompiledSVI as CompiledSVI
     from pyro_elbo_ext.density import LogDensity as LogDensity
@@ -74,7 +76,10 @@ _NAMES = {
     ),
     "bounds": ("Bound", "CyclicalWarmup", "Geco", "Gradient", "LinearWarmup"),
     "calibration": ("Calibration", "TrainGuide", "simulate_calibration"),
-    "comparison": ("Comparison", "PredictiveComparison", "compare_predictive", "compare_to_mcmc", "read_draws"),
+    "comparison": (
+        "Comparison", "Components", "PredictiveComparison", "compare_predictive", "compare_to_mcmc",
+        "exchangeable_components", "read_draws",
+    ),
     "compile": ("CompiledSVI",),
     "density": ("LogDensity", "compiled_log_density"),
     "diagnosis": ("Diagnosis", "diagnose"),

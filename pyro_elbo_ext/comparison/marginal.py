@@ -11,15 +11,19 @@ import pandas as pd
 
 from pyro_elbo_ext.comparison.alignment import SIDES, Transformed, aligned, draws_of, with_transformed
 from pyro_elbo_ext.comparison.distances import classifier_accuracy, mmd, sliced_wasserstein, spaced, whitened
+from pyro_elbo_ext.comparison.ordering import HOW, OrderedBy, as_groups, in_order
 from pyro_elbo_ext.comparison.states import are_states, compare_states, displayed, sentence
+from pyro_elbo_ext.comparison.switching import EXCHANGEABLE, of_exchangeable, of_suspects
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
 from pyro_elbo_ext.inference_data.labels import scalar_label
 from pyro_elbo_ext.inference_data.names import named_as
-from pyro_elbo_ext.programs.arguments import check_count, check_seed
+from pyro_elbo_ext.programs.arguments import check_count, check_seed, names_of
+from pyro_elbo_ext.programs.symmetry import Components
 
 GOOD = 0.1  # MCMC sds of the mean, and log sds: below in both, the marginal can stand in for MCMC's
 BAD = 0.5  # above in either, it cannot
 UNTOLD = "not enough draws to tell"
+CLEAR = 4.0  # standard errors above `BAD`, with which that is told however large they are
 REPLICATES = 50  # block bootstrap replicates behind each Monte Carlo error
 NAMED = 5  # scalars that a sentence names
 ROUNDING = 1e-6  # relative range of draws that are one number
@@ -43,6 +47,8 @@ class Comparison:
         Indexed by scalar of a discrete site, integers of at most 20 states: ``total_variation`` of the two
         distributions over them, ``total_variation_error``, ``total_variation_floor``, the number of ``states``, and
         ``verdict``. They are not in the other attributes.
+    switching : str
+        What is said of components that can trade places; empty if that changes no verdict.
     """
 
     def __init__(
@@ -52,21 +58,28 @@ class Comparison:
         mcmc: dict[str, np.ndarray],
         constant: Mapping[str, float] | None = None,
         states: pd.DataFrame | None = None,
+        switching: str = "",
     ) -> None:
         self.table, self.approx, self.mcmc, self.constant = table, approx, mcmc, dict(constant or {})
+        self.switching = switching
         self.states = pd.DataFrame() if states is None else states
 
     @property
     def verdict(self) -> str:
         """One line over all parameters."""
         counts = self.table["verdict"].value_counts()
-        worst = self.table[["mean_diff", "log_sd_ratio"]].abs().max(axis=1).idxmax()
         parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        row = self.table.loc[worst]
-        return (
-            f"{len(self.table)} parameters: {parts}. Worst: {worst}, mean off by {row['mean_diff']:+.2f} MCMC sd, "
-            f"log sd ratio {row['log_sd_ratio']:+.2f}{self._about_draws()}{self._about_constant()}{self._about_states()}"
-        )
+        judged = self.table[self.table["verdict"] != EXCHANGEABLE]
+        worst = ""
+        if len(judged):
+            name = judged[["mean_diff", "log_sd_ratio"]].abs().max(axis=1).idxmax()
+            row = judged.loc[name]
+            worst = (
+                f" Worst: {name}, mean off by {row['mean_diff']:+.2f} MCMC sd, log sd ratio {row['log_sd_ratio']:+.2f}"
+            )
+        switching = f". {self.switching}" if self.switching else ""
+        rest = f"{self._about_draws()}{self._about_constant()}{self._about_states()}{switching}"
+        return f"{len(self.table)} parameters: {parts}.{worst}{rest if worst else rest.removeprefix('.')}"
 
     def _about_states(self) -> str:
         return f". {sentence(self.states)}" if len(self.states) else ""
@@ -203,7 +216,13 @@ class Comparison:
 
 
 def compare_to_mcmc(
-    approx: Any, mcmc: Any, var_names: Iterable[str] | None = None, *, transformed: Transformed | None = None
+    approx: Any,
+    mcmc: Any,
+    var_names: Iterable[str] | None = None,
+    *,
+    transformed: Transformed | None = None,
+    components: Components | Iterable[Components] | None = None,
+    ordered_by: OrderedBy | None = None,
 ) -> Comparison:
     """Compare an approximation's marginals with MCMC's; for the joint distribution see :meth:`Comparison.joint`.
 
@@ -215,8 +234,8 @@ def compare_to_mcmc(
 
     Per parameter the verdict is "bad" where mean_diff or log_sd_ratio exceeds `BAD`, "good" where both stay below
     `GOOD`, "means only" where only the mean does, else "rough"; "not enough draws to tell" where a standard error or
-    noise floor of the two is above the threshold that decides. Discrete sites (integers of few states) are compared by
-    the probabilities of their states: the total variation, in ``states``.
+    noise floor of the two is above the threshold that decides, and the figure not far above it. Discrete sites (integers
+    of few states) are compared by the probabilities of their states: the total variation, in ``states``.
 
     Parameters
     ----------
@@ -227,7 +246,15 @@ def compare_to_mcmc(
         Variables to compare; by default all of ``mcmc``.
     transformed
         Further variables: name to a function of a Dataset of draws, that returns draws, as
-        ``{"theta": lambda draws: draws["mu"] + draws["tau"] * draws["z"]}``. Called for the sides that lack the name.
+        ``{"theta": lambda draws: draws["mu"] + draws["tau"] * draws["z"]}``. Called for the sides that lack the name, with
+        components in order where that is asked for.
+    components
+        What can trade places: :func:`~pyro_elbo_ext.exchangeable_components` of the model. A scalar of such components that
+        is not good has the verdict "exchangeable", unless it is bad with the components' entries sorted too.
+    ordered_by
+        Site of exchangeable components: on both sides, in each draw, all that these components index is put in the order of
+        this site's numbers, the smallest first, and the states of discrete sites are renumbered, before anything is
+        compared. Of a site with several numbers for each component, ``("locs", 0)`` names the one that counts.
 
     Returns
     -------
@@ -239,14 +266,26 @@ def compare_to_mcmc(
         If a variable is missing on a side.
     ValueError
         If shapes or labels differ, draws are NaN, infinite or fewer than four, or constant but not equal on both sides; the
-        parameter is named. What is constant and equal on both sides is left out, and said.
+        parameter is named. What is constant and equal on both sides is left out, and said. For ``ordered_by`` without
+        ``components``, a site that these do not index, or variables whose place in the order is not known.
     """
+    groups = as_groups(components)
     reference = draws_of(mcmc, "mcmc")
-    left, right = with_transformed(named_as(draws_of(approx, "approx"), reference), reference, transformed or {})
+    left = named_as(draws_of(approx, "approx"), reference)
+    if ordered_by is not None:
+        if groups is None:
+            raise ValueError(f"ordered_by needs to know what the components index: pass {HOW}")
+        needed = list(reference.data_vars) if var_names is None else names_of("var_names", var_names)
+        (left, _), (reference, groups) = (
+            in_order(draws, groups, ordered_by, needed, side)
+            for side, draws in zip(SIDES, (left, reference), strict=True)
+        )
+    left, right = with_transformed(left, reference, transformed or {})
     sides: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
     constant: dict[str, float] = {}
     states: dict[str, dict[str, float | str]] = {}
-    for name, (a, b) in aligned(left, right, var_names).items():
+    pairs = aligned(left, right, var_names)
+    for name, (a, b) in pairs.items():
         for index in np.ndindex(b.shape[2:]):
             label = scalar_label(name, b, index)
             ours, theirs = (
@@ -266,8 +305,9 @@ def compare_to_mcmc(
             f"nothing to compare: {', '.join(list(constant)[:NAMED])} are constant and equal on both sides"
         )
     rows = {label: _row(sides[0][label], sides[1][label]) for label in sides[1]}
+    switching = of_suspects(pairs, rows, _row) if groups is None else of_exchangeable(pairs, rows, states, groups, _row)
     tables = [pd.DataFrame.from_dict(found, orient="index").rename_axis("parameter") for found in (rows, states)]
-    return Comparison(tables[0], *sides, constant, tables[1])
+    return Comparison(tables[0], *sides, constant, tables[1], switching)
 
 
 def _is_constant(label: str, approx: np.ndarray, mcmc: np.ndarray) -> bool:
@@ -354,7 +394,8 @@ def _row(a: np.ndarray, b: np.ndarray) -> dict[str, float | str]:
 
 def _verdict(mean_diff: float, log_sd_ratio: float, noise: float) -> str:
     bad = max(mean_diff, log_sd_ratio) > BAD
-    if noise > (BAD if bad else GOOD):
+    clear = max(mean_diff, log_sd_ratio) > BAD + CLEAR * noise
+    if noise > (BAD if bad else GOOD) and not clear:
         return UNTOLD
     if bad:
         return "bad"

@@ -7,7 +7,7 @@ errors, by the influence of every draw on them (Hampel 1974).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,12 +66,12 @@ def scalars_of(values: Mapping[str, Any], nodes: Mapping[str, Any], leading: int
         names += [scalar_label(key, one, index) for index in np.ndindex(array.shape[leading:])]
         sites += [site] * flat.shape[-1]
         columns.append(flat)
-    return Scalars(names, sites, np.concatenate(columns, -1))
+    return Scalars(names, sites, np.concatenate(columns, -1) if columns else np.empty((1,) * leading + (0,)))
 
 
 def varying(draws: Array) -> NDArray[np.bool_]:
     """Which scalars are finite in every draw and more than a constant, shape ``(n,)``."""
-    flat = draws.reshape(-1, draws.shape[-1])
+    flat = draws.reshape(math.prod(draws.shape[:-1]), draws.shape[-1])
     with np.errstate(invalid="ignore"):
         spread, size = np.ptp(flat, axis=0), np.abs(flat).max(0)
     return np.isfinite(spread) & (spread > 1e-6 * size)
@@ -168,7 +168,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[*columns, "robust", "verdict"]]
 
 
-def unknown(frame: pd.DataFrame, where: NDArray[np.bool_] | bool = True) -> pd.DataFrame:
+def unknown(frame: pd.DataFrame, where: Sequence[bool] | bool = True) -> pd.DataFrame:
     """The table where chains disagree, a mask of shape ``(n,)``: what they have not shown to be bad is not known."""
     disagree = np.broadcast_to(np.asarray(where), len(frame))
     frame.loc[disagree & (frame["verdict"] != "do not use").to_numpy(), "verdict"] = NOT_KNOWN

@@ -12,8 +12,10 @@ import torch
 
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.comparison.alignment import aligned, draws_of
+from pyro_elbo_ext.comparison.ordering import OrderedBy
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.findings import VERDICTS, Finding
+from pyro_elbo_ext.diagnosis.labelling import Labelling, labelling_of
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import (
     GOOD,
@@ -66,6 +68,7 @@ def diagnose(
     *args: Any,
     mcmc: Any = None,
     history: Any = None,
+    ordered_by: OrderedBy | None = None,
     num_draws: int = 2000,
     seed: int | None = None,
     progress: bool = False,
@@ -86,6 +89,11 @@ def diagnose(
     at best. It is "do not use" where one has an R-hat above 1.12, which is chains half a posterior sd apart, or where half
     of the scalars disagree.
 
+    Where the model is the same in any order of its components, as of a mixture, or of the states of a hidden Markov model
+    (see :func:`~pyro_elbo_ext.exchangeable_components`, which is asked), a finding says so. Scalars of such components that
+    are off are then "not known", and the whole is "means only" at best, unless they are off by 0.5 with all components'
+    entries sorted too; ``ordered_by`` names the components, so that each is judged.
+
     A mode of the posterior that neither the guide nor ``mcmc`` has draws in is not seen by any of it: the verdict is then on
     the mode that is seen. Where there may be several, pass draws of chains that started in different places.
 
@@ -100,6 +108,9 @@ def diagnose(
     history
         The fit's record, a :class:`~pyro_elbo_ext.History` or an objective that has one, to see whether the ELBO was still
         rising.
+    ordered_by
+        Site by whose numbers exchangeable components are put in order, in each draw of both sides, as for
+        :func:`~pyro_elbo_ext.compare_to_mcmc`: ``"locs"``, or ``("locs", 0)`` where it has several for each component.
     num_draws
         Draws of the guide, at least 25.
     seed
@@ -118,7 +129,8 @@ def diagnose(
     ValueError
         For a discrete latent site, a plate that subsamples, and as :func:`~pyro_elbo_ext.psis_khat`: a guide that misses a
         site or is a point mass, NaN or infinite densities or draws; each names the site. For ``mcmc`` draws that have no
-        variable in common with the model, or of another shape.
+        variable in common with the model, or of another shape. For an ``ordered_by`` that is no site of exchangeable
+        components.
     TypeError
         For arguments of a wrong type.
 
@@ -141,8 +153,9 @@ def diagnose(
         for name in scorer.latents:
             if nodes[name]["fn"].support.is_discrete:
                 raise ValueError(discrete_latent(nodes[name], by_hand=True))
-        run = _Run(model, guide, args, kwargs, num_draws, seed, progress)
         sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
+        labelling = labelling_of(model, args, kwargs, sample.draws, _values(sample), ordered_by)
+        run = _Run(model, guide, args, kwargs, num_draws, seed, progress, labelling)
         found = None if mcmc is None else run.with_mcmc(mcmc, sample)
         found = found or run.with_weights(sample) or run.with_chains(sample, scorer)
     findings = findings_of(found.scalars, found.guide, found.posterior, found.evidence, sample, is_level(record))
@@ -162,6 +175,7 @@ class _Run(NamedTuple):
     num_draws: int
     seed: int
     progress: bool
+    labelling: Labelling
 
     def evidence(self, posterior: Mapping[str, Any] | None) -> EvidenceBounds:
         return evidence_bounds(
@@ -180,7 +194,9 @@ class _Run(NamedTuple):
         approx = Labels(nodes=sample.nodes).dataset(
             {name: value.cpu().numpy()[None] for name, value in _values(sample).items()}, sample.nodes
         )
-        draws = named_as(draws_of(mcmc, "mcmc"), approx)
+        given = named_as(draws_of(mcmc, "mcmc"), approx)
+        names = self.labelling
+        approx, draws = names.ordered(approx, "the guide"), names.ordered(given, "mcmc")
         shared = [str(name) for name in draws.data_vars if name in approx]
         if not shared:
             raise ValueError(
@@ -188,27 +204,22 @@ class _Run(NamedTuple):
             )
         pairs = aligned(approx, draws, shared)
         sites = {name: site_of(name, approx[name]) for name in shared}
-        left = scalars_of({sites[name]: a.values for name, (a, _) in pairs.items()}, sample.nodes, 2)
-        right = scalars_of({sites[name]: b.values for name, (_, b) in pairs.items()}, sample.nodes, 2)
-        kept = varying(left.draws) & varying(right.draws)
-        guide, posterior = left.take(kept), right.take(kept)
+        left, right = ({sites[name]: pair[side].values for name, pair in pairs.items()} for side in (0, 1))
+        guide, posterior = _in_common(left, right, sample, (2, 2))
         if not guide.names:
             raise ValueError("nothing to compare: every scalar in common with mcmc is constant or not finite")
-        comparison = compare_to_mcmc(
-            {name: guide.draws[..., i] for i, name in enumerate(guide.names)},
-            {name: posterior.draws[..., i] for i, name in enumerate(guide.names)},
-        )
-        flat = guide._replace(draws=guide.draws[0])
-        scalars = by_comparison(flat, comparison.table, sample.khat)
-        rhat = split_rhat(posterior.draws) if posterior.draws.shape[1] >= 8 else np.ones(len(guide.names))
-        unknown(scalars, ~(np.asarray(rhat) < CONVERGED))
-        findings = on_comparison(
-            scalars, dict(zip(guide.names, rhat, strict=True)), sorted(set(map(str, approx.data_vars)) - set(shared))
-        )
+        comparison, flat, scalars = _compared(guide, posterior, sample.khat)
+        rhat = _rhat(posterior)
+        unknown(scalars, [not rhat[name] < CONVERGED for name in guide.names])
+        of_sorted = _in_common(names.sorted_values(left), names.sorted_values(right), sample, (2, 2))
+        taken_back = names.taken_back(scalars, lambda: _compared(*of_sorted, sample.khat)[2])
+        rhat |= _rhat(of_sorted[1])  # chains may differ in the order alone
+        findings = on_comparison(scalars, rhat, sorted(set(map(str, approx.data_vars)) - set(shared)))
+        findings += names.findings(taken_back)
         variables = {site: name for name, site in sites.items()}
         complete = all(site in variables for site in sample.draws)
         theirs = (
-            {site: draws[variables[site]].transpose("chain", "draw", ...).values for site in sample.draws}
+            {site: given[variables[site]].transpose("chain", "draw", ...).values for site in sample.draws}
             if complete
             else None
         )
@@ -221,7 +232,9 @@ class _Run(NamedTuple):
         """None where the weights cannot be relied on."""
         if not (sample.even or sample.khat < FINITE_VARIANCE) or sample.num_zero:
             return None
-        whole = scalars_of(_values(sample), sample.nodes, 1)
+        names = self.labelling
+        values = names.ordered_values(_values(sample), 1, "the guide")
+        whole = scalars_of(values, sample.nodes, 1)
         guide = whole.take(varying(whole.draws))
         scalars = by_weights(guide, sample.log_smoothed)
         errors = scalars[["mean_shift_se", "log_sd_ratio_se"]].to_numpy()
@@ -236,11 +249,13 @@ class _Run(NamedTuple):
             guide,
             guide._replace(draws=guide.draws[index]),
             self.evidence(None),
-            on_scalars_left_out(_left_out(sample, whole, guide)),
+            [*names.findings(0), *on_scalars_left_out(_left_out(sample, whole, guide))],
         )
 
     def with_chains(self, sample: ImportanceSample, scorer: Scorer) -> _Found:
-        whole = scalars_of(_values(sample), sample.nodes, 1)
+        names, own = self.labelling, _values(sample)
+        values = names.ordered_values(own, 1, "the guide")
+        whole = scalars_of(values, sample.nodes, 1)
         try:
             drawn = draw_posterior(self.model, self.args, self.kwargs, sample.draws, self.seed, self.progress)
         except CannotSample as error:
@@ -253,22 +268,30 @@ class _Run(NamedTuple):
                 "Pass draws of the posterior, mcmc=run_nuts(...), or give the guide starting values where the model has a "
                 "finite density.",
             )
-            return _Found(scalars, "none", guide, None, self.evidence(None), [finding])
+            return _Found(scalars, "none", guide, None, self.evidence(None), [finding, *names.findings(0)])
         if scorer.looped is None:  # more draws, for smaller errors: they cost little
             with untouched(self.seed + 1):
                 more = scorer.draw(4 * self.num_draws).values
-            whole = scalars_of({name: more[name] for name in _values(sample)}, sample.nodes, 1)
-        shared = [name for name in _values(sample) if name in drawn.values]
-        of_chains = scalars_of({name: drawn.values[name] for name in shared}, sample.nodes, 2)
-        known = np.array([site in shared for site in whole.sites])
-        whole = whole.take(known)
-        kept = varying(whole.draws) & varying(of_chains.draws)
-        guide, posterior = whole.take(kept), of_chains.take(kept)
+            values = names.ordered_values({name: more[name] for name in own}, 1, "the guide")
+            whole = scalars_of(values, sample.nodes, 1)
+        agreed = names.agreed(drawn)
+        guide, posterior = _in_common(values, agreed.values, sample, (1, 2))
+        whole = whole.take(np.array([site in agreed.values for site in whole.sites]))
         scalars = by_chains(guide, posterior.draws, sample.khat)
-        if not drawn.converged:
+        of_sorted = _in_common(names.sorted_values(values), names.sorted_values(agreed.values), sample, (1, 2))
+        taken_back = names.taken_back(
+            scalars,
+            lambda: by_chains(of_sorted[0], of_sorted[1].draws, sample.khat),
+        )
+        if not agreed.converged:
             unknown(scalars)
         evidence, reason = self._with_posterior(self._for_evidence(drawn, sample))
-        findings = [*on_chains(drawn), *reason, *on_scalars_left_out(_left_out(sample, whole, guide))]
+        findings = [
+            *on_chains(agreed),
+            *names.findings(taken_back),
+            *reason,
+            *on_scalars_left_out(_left_out(sample, whole, guide)),
+        ]
         joined = posterior._replace(draws=posterior.draws.reshape(-1, len(guide.names)))
         return _Found(scalars, drawn.method, guide, joined, evidence, findings)
 
@@ -297,6 +320,33 @@ def _values(sample: ImportanceSample) -> dict[str, torch.Tensor]:
         if value[0].numel() <= ENTRIES:
             values[name] = value
     return values
+
+
+def _in_common(
+    guide: Mapping[str, Any], posterior: Mapping[str, Any], sample: ImportanceSample, leading: tuple[int, int]
+) -> tuple[Scalars, Scalars]:
+    """Scalars of both sides that vary on both."""
+    shared = [name for name in guide if name in posterior]
+    sides = (guide, posterior)
+    left, right = (
+        scalars_of({name: side[name] for name in shared}, sample.nodes, dims)
+        for side, dims in zip(sides, leading, strict=True)
+    )
+    kept = varying(left.draws) & varying(right.draws)
+    return left.take(kept), right.take(kept)
+
+
+def _compared(guide: Scalars, posterior: Scalars, khat: float) -> tuple[Comparison, Scalars, pd.DataFrame]:
+    """The comparison, the guide's draws of shape ``(S, n)``, and the figures."""
+    draws = [{name: side.draws[..., i] for i, name in enumerate(side.names)} for side in (guide, posterior)]
+    comparison, flat = compare_to_mcmc(draws[0], draws[1]), guide._replace(draws=guide.draws[0])
+    return comparison, flat, by_comparison(flat, comparison.table, khat)
+
+
+def _rhat(posterior: Scalars) -> dict[str, float]:
+    """Split R-hat by scalar; 1 where the chains are too short for it."""
+    found = split_rhat(posterior.draws) if posterior.draws.shape[1] >= 8 else np.ones(len(posterior.names))
+    return dict(zip(posterior.names, map(float, found), strict=True))
 
 
 def _left_out(sample: ImportanceSample, whole: Scalars, kept: Scalars) -> list[str]:
