@@ -19,6 +19,7 @@ MATCH_DRAWS = (16384, 49152)  # the second where the first have fewer effective 
 LEAST_EFFECTIVE, ENOUGH_EFFECTIVE = 1000, 8000  # draws with which means and sds are told to 0.03 and 0.01 sds
 OWN_DRAWS = 4096  # evenly spread ones, for the Gaussian's own moments
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
+MOST_TAILS = 3  # scalars whose squared deviations are looked at
 MOST_ENTRIES = 20_000_000  # of all sites at all draws
 
 
@@ -143,6 +144,8 @@ class Matched:
         Largest difference in a mean, in sds, or in a log sd from the posterior; NaN where the weights cannot tell.
     note : str
         What was moved, and what it cost; empty if nothing was.
+    square_khat : float
+        That of `tail_of_squares`, where it is why ``distance`` is NaN.
     """
 
     gaussian: Gaussian
@@ -150,6 +153,7 @@ class Matched:
     many: Weighted
     distance: float
     note: str = ""
+    square_khat: float = math.nan
 
 
 def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int) -> Matched:
@@ -175,7 +179,7 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     own, many = look(evaluate, gaussian, rng, count)
-    distance = distance_of(evaluate, many)
+    distance, _ = distance_of(evaluate, many)
     if distance < WORTH:
         return Matched(gaussian, own, many, distance)
     for draws in MATCH_DRAWS:
@@ -185,12 +189,11 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
         own, many = closer
         if not many.near_threshold and (many.ess > ENOUGH_EFFECTIVE or not many.good):
             break
-    if not many.reliable:  # whatever fewer draws said
-        return Matched(gaussian, own, many, np.nan)
+    distance, khat = distance_of(evaluate, many)  # whatever fewer draws said
+    if not many.reliable or many.ess < LEAST_EFFECTIVE:
+        return Matched(gaussian, own, many, distance, square_khat=khat)
     sites = _constrained(evaluate, many.draws)
-    distance = _off(sites, many)
-    if many.ess < LEAST_EFFECTIVE:
-        return Matched(gaussian, own, many, distance)
+    before = _off(sites, many)
     varying = _varies(sites)
 
     def scalars(draws: Array) -> Array:
@@ -203,25 +206,47 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
     exact = Moments.of(scalars(gaussian.at(even)), equal)
     target = Moments(exact.mean + seen.mean - drawn.mean, exact.sd * seen.sd / drawn.sd)
     best, least = move_to_moments(gaussian, even, equal, scalars, target)
-    if not least < distance - WORTH / 2:
-        return Matched(gaussian, own, many, distance)
+    if not least < before - WORTH / 2:
+        return Matched(gaussian, own, many, distance, square_khat=khat)
     own_of_best, many_of_best = look(evaluate, best, rng, count)
     if own_of_best.outside:
-        return Matched(gaussian, own, many, distance)
+        return Matched(gaussian, own, many, distance, square_khat=khat)
     note = (
         f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, "
-        f"{many.num_draws} draws): the worst mean or log sd of a site was {distance:.2f} off and is {least:.2f}; that "
+        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; that "
         f"lowers the ELBO by {own.elbo - own_of_best.elbo:.2g} ± {np.hypot(own.elbo_se, own_of_best.elbo_se):.1g} nats"
     )
-    return Matched(best, own_of_best, many_of_best, least, note)
+    # where the weights cannot tell sds, the posterior's are nearer still than the ELBO's, but by how much is not known
+    return Matched(best, own_of_best, many_of_best, distance if np.isnan(distance) else least, note, khat)
 
 
-def distance_of(evaluate: Evaluations, weighted: Weighted) -> float:
-    """Worst difference in a mean, in sds, or log sd of any entry of a site; NaN where the weights cannot tell."""
+def distance_of(evaluate: Evaluations, weighted: Weighted) -> tuple[float, float]:
+    """Worst difference in a mean, in sds, or log sd of any entry of a site, and `tail_of_squares`.
+
+    The distance is NaN where the weights cannot tell it, by their own k-hat or by that of the squares; the latter is NaN
+    where it is not looked at.
+    """
     if not weighted.reliable:
-        return np.nan
+        return np.nan, np.nan
     sites = _constrained(evaluate, weighted.draws)
-    return _off(sites, weighted)
+    if weighted.ess < EVEN * weighted.num_draws:
+        khat = tail_of_squares(sites[:, _varies(sites)], weighted.weights[: len(sites)])
+        if khat >= khat_threshold(len(sites)):
+            return np.nan, khat
+    return _off(sites, weighted), np.nan
+
+
+def tail_of_squares(values: Array, weights: Array) -> float:
+    """Largest k-hat of weight times squared deviation, of the columns to whose variance one draw contributes most.
+
+    Weights that tell means may not tell variances: what is averaged then has a heavier tail, by which sds come out too
+    small. So it is that tail which is looked at (Vehtari et al. 2024, "Pareto smoothed importance sampling", section 3.4).
+    """
+    moments = Moments.of(values, weights)
+    squares = ((values - moments.mean) / moments.sd) ** 2 * weights[:, None]
+    worst = np.argsort(squares.max(0))[-MOST_TAILS:]
+    with np.errstate(divide="ignore"):
+        return max(pareto_smoothed(np.log(squares[:, column]), 1e-9)[1] for column in worst)
 
 
 def _constrained(evaluate: Evaluations, draws: Array) -> Array:
