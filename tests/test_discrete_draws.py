@@ -331,3 +331,32 @@ def test_a_plate_that_subsamples_is_refused() -> None:
 
     with pytest.raises(ValueError, match="plate 'data' subsamples 2 of 10"):
         AtDraws(model, (), {}, {})
+
+
+def test_paths_of_chains_in_a_plate_are_exact_whatever_the_order_of_the_dims() -> None:
+    """Steps between which the dims of draws, plate and states come in several orders: opt_einsum's, by their sizes."""
+    steps, stay, seen = 7, 0.8, torch.tensor([[0.0, 1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0]])
+
+    @config_enumerate
+    def model() -> None:
+        hit = pyro.sample("hit", dist.Beta(1.0, 1.0))
+        with pyro.plate("chain", 3):
+            z = torch.tensor(1.0)
+            for t in pyro.markov(range(steps)):
+                z = pyro.sample(f"z_{t}", dist.Bernoulli(stay * z + (1 - stay) * (1 - z)))
+                pyro.sample(f"x_{t}", dist.Bernoulli(0.1 + hit * z), obs=seen[:, t])
+
+    paths = torch.tensor(list(itertools.product([0.0, 1.0], repeat=steps)))
+    before = torch.cat([torch.ones(len(paths), 1), paths[:, :-1]], 1)
+    prior = torch.where(paths == before, stay, 1 - stay).log().sum(1)
+    for count in (2, 10_000):  # fewer than chains, more than chains
+        with seeded(0):
+            drawn = draw_states(AtDraws(model, (), {}, {"hit": torch.full((count,), 0.6)}))
+        found = torch.stack([drawn[f"z_{t}"] for t in range(steps)], -1)
+        assert found.shape == (count, 3, steps)
+    for chain in range(3):
+        logits = prior + dist.Bernoulli(0.1 + 0.6 * paths).log_prob(seen[chain]).sum(1)
+        exact = logits.softmax(0)
+        frequency = torch.stack([(found[:, chain] == path).all(1) for path in paths]).double().mean(1)
+        errors = (frequency - exact) / (exact * (1 - exact) / count).sqrt()
+        assert errors[exact * count > 20].abs().max() < 4.5

@@ -9,12 +9,13 @@ import torch
 from opt_einsum import shared_intermediates
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.einsum.adjoint import require_backward
-from pyro.ops.rings import LogRing, SampleRing
+from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from pyro_elbo_ext.programs.given import run_given, values_of
 from pyro_elbo_ext.terms.enumeration.at_draws import AtDraws, Discrete, Factors
 from pyro_elbo_ext.terms.enumeration.over_draws import OverDraws
+from pyro_elbo_ext.terms.enumeration.sample_einsum import SortedSampleRing
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def _indices(model: AtDraws, factors: Factors) -> dict[str, Tensor]:
         for dim, size in zip(term._pyro_dims, term.shape, strict=True)  # type: ignore[attr-defined]
     }
     with shared_intermediates() as cache:
-        ring = SampleRing(cache=cache, dim_to_size=sizes)
+        ring = SortedSampleRing(cache=cache, dim_to_size=sizes)
         roots = [term for terms in contract_tensor_tree(tree, model.sum_dims, ring=ring).values() for term in terms]
         for root in roots:
             root._pyro_backward()
