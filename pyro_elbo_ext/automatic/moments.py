@@ -17,6 +17,7 @@ from pyro_elbo_ext.inference_data.arviz_statistics import pareto_smoothed
 WORTH = 0.05  # difference in a mean, in sds, or in a log sd, from which on it is worth a closer look
 MATCH_DRAWS = (16384, 49152)  # the second where the first have fewer effective draws than ENOUGH_EFFECTIVE
 LEAST_EFFECTIVE, ENOUGH_EFFECTIVE = 1000, 8000  # draws with which means and sds are told to 0.03 and 0.01 sds
+ROUNDS = 2  # of moving and looking again, by the better weights of what was moved
 OWN_DRAWS = 4096  # evenly spread ones, for the Gaussian's own moments
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
 MOST_TAILS = 3  # scalars whose squared deviations are looked at
@@ -179,9 +180,42 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     own, many = look(evaluate, gaussian, rng, count)
-    distance, _ = distance_of(evaluate, many)
+    distance, khat = distance_of(evaluate, many)
     if distance < WORTH:
         return Matched(gaussian, own, many, distance)
+    here, first, told, note = gaussian, own, np.nan, ""
+    for number in range(ROUNDS + 1):
+        own, many = _closer(evaluate, here, rng, own, many)
+        distance, khat = distance_of(evaluate, many)  # whatever fewer draws said
+        if np.isnan(distance):  # the draws before may have told what was moved to
+            distance, khat = told, khat if np.isnan(told) else np.nan
+        if number == 0:
+            first = own
+        if number == ROUNDS or distance < WORTH or not many.reliable or many.ess < LEAST_EFFECTIVE:
+            break
+        best, before, after = _moved(evaluate, here, many, rng)
+        if not after < before - WORTH / 2:
+            break
+        look_at_best = look(evaluate, best, rng, count)
+        if look_at_best[0].outside:
+            break
+        told = np.nan if np.isnan(distance) else after
+        note = note or (
+            f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, {many.num_draws} "
+            f"draws): the worst mean or log sd of a site was {before:.2f} off"
+        )
+        here, (own, many) = best, look_at_best
+    if note:
+        left = f" and is {distance:.2f}" if np.isfinite(distance) else ", and how far it is the weights cannot tell"
+        cost, error = first.elbo - own.elbo, np.hypot(first.elbo_se, own.elbo_se)
+        note += f"{left}; that lowers the ELBO by {cost:.2g} ± {error:.1g} nats"
+    return Matched(here, own, many, distance, note, khat)
+
+
+def _closer(
+    evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, own: Weighted, many: Weighted
+) -> tuple[Weighted, Weighted]:
+    """More draws, as many as it takes to tell; those given where some of the new ones are outside the domain."""
     for draws in MATCH_DRAWS:
         closer = look(evaluate, gaussian, rng, draws)
         if closer[1].outside:  # so rare that the first look saw none
@@ -189,11 +223,14 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
         own, many = closer
         if not many.near_threshold and (many.ess > ENOUGH_EFFECTIVE or not many.good):
             break
-    distance, khat = distance_of(evaluate, many)  # whatever fewer draws said
-    if not many.reliable or many.ess < LEAST_EFFECTIVE:
-        return Matched(gaussian, own, many, distance, square_khat=khat)
+    return own, many
+
+
+def _moved(
+    evaluate: Evaluations, gaussian: Gaussian, many: Weighted, rng: np.random.Generator
+) -> tuple[Gaussian, float, float]:
+    """A Gaussian with the means and sds that the weights tell, and the worst error before and after by these."""
     sites = _constrained(evaluate, many.draws)
-    before = _off(sites, many)
     varying = _varies(sites)
 
     def scalars(draws: Array) -> Array:
@@ -206,18 +243,7 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
     exact = Moments.of(scalars(gaussian.at(even)), equal)
     target = Moments(exact.mean + seen.mean - drawn.mean, exact.sd * seen.sd / drawn.sd)
     best, least = move_to_moments(gaussian, even, equal, scalars, target)
-    if not least < before - WORTH / 2:
-        return Matched(gaussian, own, many, distance, square_khat=khat)
-    own_of_best, many_of_best = look(evaluate, best, rng, count)
-    if own_of_best.outside:
-        return Matched(gaussian, own, many, distance, square_khat=khat)
-    note = (
-        f"means and sds are moved to the posterior's by importance weights (k-hat {many.khat:.2f}, "
-        f"{many.num_draws} draws): the worst mean or log sd of a site was {before:.2f} off and is {least:.2f}; that "
-        f"lowers the ELBO by {own.elbo - own_of_best.elbo:.2g} ± {np.hypot(own.elbo_se, own_of_best.elbo_se):.1g} nats"
-    )
-    # where the weights cannot tell sds, the posterior's are nearer still than the ELBO's, but by how much is not known
-    return Matched(best, own_of_best, many_of_best, distance if np.isnan(distance) else least, note, khat)
+    return best, _off(sites, many), least
 
 
 def distance_of(evaluate: Evaluations, weighted: Weighted) -> tuple[float, float]:
