@@ -223,6 +223,33 @@ def unscaled(svi_class: Any = DistributedSVI) -> Result:
     return {"losses": losses, "parameters": parameters(), "table": table(loss)}
 
 
+def summed_out(svi_class: Any = DistributedSVI, *, in_guide: bool = False) -> Result:
+    """A class for each datum, summed out of the model or, with its mark, in the guide."""
+    marked = {"enumerate": "parallel"}
+
+    def model(y: Tensor) -> None:
+        weights = pyro.param("weights", torch.tensor([0.3, 0.7], dtype=torch.float64), constraint=constraints.simplex)
+        locs = pyro.param("locs", torch.tensor([-1.0, 2.0], dtype=torch.float64))
+        with pyro.plate("row", N, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={} if in_guide else marked)
+            pyro.sample("y", dist.Normal(locs[z], 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        if in_guide:
+            slope = pyro.param("slope", torch.tensor(0.5, dtype=torch.float64))
+            with pyro.plate("row", N, subsample_size=len(y)):
+                pyro.sample("z", dist.Categorical(logits=torch.stack([-slope * y, slope * y], -1)), infer=marked)
+
+    loss = DecomposedELBO(max_plate_nesting=1)
+    svi = svi_class(model, guide, pyro.optim.SGD({"lr": 1e-3}), loss)
+    losses = [svi.step(part(Y[index])) for index in batches(3)]
+    return {"losses": losses, "parameters": parameters(), "table": table(loss)}
+
+
+def enumerated(svi_class: Any = DistributedSVI) -> Result:
+    return summed_out(svi_class, in_guide=True)
+
+
 def geco(svi_class: Any = DistributedSVI) -> Result:
     """A weight that follows the reconstruction of all batches together."""
     guide, loss = ready(AutoDelta(regression)), DecomposedELBO(kl_weight=Geco(-1.2, rate=0.5))
@@ -398,6 +425,8 @@ CASES: list[Callable[[], Result]] = [
     shared_plain_parameters,
     uneven,
     unscaled,
+    summed_out,
+    enumerated,
     geco,
     branches,
     own_draws,
@@ -407,7 +436,8 @@ CASES: list[Callable[[], Result]] = [
     fitted,
     helpers,
 ]
-SINGLE = {case.__name__: partial(case, SVI) for case in (vae, uneven, unscaled, geco, branches)}  # nothing is drawn
+WITHOUT_DRAWS = (vae, uneven, unscaled, summed_out, enumerated, geco, branches)
+SINGLE = {case.__name__: partial(case, SVI) for case in WITHOUT_DRAWS}
 
 
 def run(case: Callable[[], Result]) -> Result:

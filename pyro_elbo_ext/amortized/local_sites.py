@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo_ext.programs.arguments import names_of
 from pyro_elbo_ext.programs.densities import log_prob
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_marked_site
 from pyro_elbo_ext.programs.pairs import check_pair
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.terms.dependencies import DependencyTracker
@@ -127,7 +127,8 @@ def run_local(
     """
     with DependencyTracker() as tracker:
         model_trace, guide_trace = trace_pair(model, guide, args, dict(kwargs), tracker and tracker.enter_model)
-        check_pair(model_trace, guide_trace)
+        _check_not_summed_out(model_trace, guide_trace)
+        check_pair(model_trace, guide_trace, enumerated=True)  # marked sites of the guide are drawn, as any other
         structure = read_structure(model_trace, guide_trace, tracker)
     sites = read_sites(model_trace, guide_trace, structure.sites)
     frame = _find_plate(sites, _names(site), plate)
@@ -147,7 +148,7 @@ def run_local(
         if sources:
             raise ValueError(
                 f"the guide draws site '{one.name}' given {', '.join(sorted(sources))}, so it has no q(z | x_n) of its own. "
-                "Only local sites that the guide draws from the data alone can be looked at."
+                "Only local sites that the guide draws from the data alone can be looked at: name these in site=[...]."
             )
     names = {one.name for one in local}
     others = tuple([s for s in sites if s.name not in names])
@@ -166,6 +167,15 @@ def run_again(
     sites = {site.name: site for site in read_sites(model_trace, guide_trace, run.outline)}
     local, others = (tuple([sites[site.name] for site in of]) for of in (run.local, run.others))
     return replace(run, model_trace=model_trace, guide_trace=guide_trace, local=local, others=others)
+
+
+def _check_not_summed_out(model_trace: Trace, guide_trace: Trace) -> None:
+    for name, node in model_trace.nodes.items():
+        if is_marked_site(node) and name not in guide_trace:
+            raise ValueError(
+                f"site '{name}' is summed out of the model, so that p(x | z) of a datum is a sum over it, which is not "
+                f"looked at here. Give the guide pyro.sample('{name}', ...), marked or not: then it is a site as any other."
+            )
 
 
 def _names(site: str | Sequence[str] | None) -> tuple[str, ...]:

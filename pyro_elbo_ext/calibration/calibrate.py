@@ -67,7 +67,8 @@ def simulate_calibration(
     recipe
         Called as ``recipe(data, model, *args, **kwargs)``: ``data`` maps observed sites to simulated tensors, ``model`` is
         conditioned on them. An argument that holds the real data, equal to an observed site's value, holds the simulated
-        data instead. Returns a guide, which is called with the same arguments; or a mapping from parameter to
+        data instead. Returns a guide, which is called with the same arguments; sites that the model marks for enumeration
+        and the guide does not have are drawn from their exact posterior given its draws. Or a mapping from parameter to
         array of shape ``(num_draws, *shape)``; or ArviZ data with chain * draw = num_draws. Draws must be independent: thin
         those of MCMC. `TrainGuide` is such a recipe.
     num_simulations

@@ -8,11 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
+import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_elbo_ext.compile import CompiledSVI
+from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.arguments import check_count
+from pyro_elbo_ext.programs.nodes import is_marked_site
+from pyro_elbo_ext.programs.randomness import kept
+
+
+def _is_marked(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    with kept(), torch.no_grad():
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
+    return any(map(is_marked_site, nodes.values()))
 
 
 class TrainGuide:
@@ -25,7 +36,8 @@ class TrainGuide:
     optim
         Optimizer; each training starts from a copy of it.
     loss
-        Pyro loss or objective of this package; copied too. ``Trace_ELBO()`` by default.
+        Pyro loss or objective of this package; copied too. ``Trace_ELBO()`` by default, and ``DecomposedELBO()`` where the
+        model has sites that are marked for enumeration, which it sums over.
     num_steps
         Steps of training.
     compiled
@@ -54,13 +66,15 @@ class TrainGuide:
             raise TypeError(f"guide_factory must be callable, as AutoNormal is, got {type(guide_factory).__name__}")
         check_count("num_steps", num_steps)
         self.guide_factory, self.optim, self.num_steps = guide_factory, optim, num_steps
-        self.loss = Trace_ELBO() if loss is None else loss
+        self.loss, self.is_default = Trace_ELBO() if loss is None else loss, loss is None
         self.compiled = compiled
 
     def __call__(self, data: Mapping[str, Tensor], model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The guide, trained on ``model(*args, **kwargs)``, which observes the data."""
         guide = self.guide_factory(model)
         optim, loss = copy.deepcopy(self.optim), copy.deepcopy(self.loss)
+        if self.is_default and _is_marked(model, args, kwargs):
+            loss = DecomposedELBO(history=False)
         if self.compiled:
             compiled = CompiledSVI(model, guide, optim, loss)
             losses = compiled.run(self.num_steps, *args, progress=False, **kwargs).tolist()

@@ -24,7 +24,9 @@ from torch import Tensor
 from pyro_elbo_ext.inference_data.draws import Columns, to_numpy
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.inference_data.names import by_site, found_in
+from pyro_elbo_ext.inference_data.summed_out import SummedOut, draw_guide
 from pyro_elbo_ext.programs.given import check_full, data_of, run_given, values_of
+from pyro_elbo_ext.programs.nodes import is_marked_site
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 
 QUANTITIES = ("truth", "rank", "above", "mean", "sd")
@@ -202,6 +204,8 @@ def _guide_draws(job: Job, guide: Any, model: Any, args: list[Any], kwargs: dict
             found = {name: node["value"] for name, node in guide_trace.nodes.items() if node["type"] == "sample"}
             if any(name not in found for name in job.shapes):
                 trace = run_given(model, tuple(args), kwargs, found)
+                if any(is_marked_site(node) and name not in found for name, node in trace.nodes.items()):
+                    return _completed_draws(job, guide, model, tuple(args), kwargs)
                 # without draws of every latent site, a deterministic one would be partly from the prior
                 if all(name in found for name, node in trace.nodes.items() if _latent(node)):
                     found |= values_of(trace)
@@ -209,6 +213,15 @@ def _guide_draws(job: Job, guide: Any, model: Any, args: list[Any], kwargs: dict
                 if name in found:
                     columns.put(index, name, found[name])
     return {name: array[0] for name, array in columns.by_chain(1).items()}
+
+
+def _completed_draws(
+    job: Job, guide: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """Draws of the guide, and of what is summed out of the model, from its exact posterior given each of them."""
+    drawn = draw_guide(model, guide, args, kwargs, job.num_draws, False)
+    found = SummedOut(model, args, kwargs, drawn.latents, job.num_draws).posterior()
+    return {name: found[name] for name in job.shapes}
 
 
 def _latent(node: Any) -> bool:
