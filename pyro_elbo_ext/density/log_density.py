@@ -189,6 +189,11 @@ class LogDensity:
         """Numbers that are computed on the way to one density and its gradient; 0 where it is not a graph."""
         return _size(self._graph) if isinstance(self._graph, torch.fx.GraphModule) else 0
 
+    @property
+    def operations(self) -> int:
+        """Of one density and its gradient; 0 where it is not a graph."""
+        return len(self._graph.graph.nodes) if isinstance(self._graph, torch.fx.GraphModule) else 0
+
     def for_batches(self, count: int) -> Graph:
         """`value_and_grad` of tensors of shape (count, dim), float64, for many calls with the same ``count``.
 

@@ -57,6 +57,8 @@ class _Promote(TorchFunctionMode):
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
+    if isinstance(value, torch.Size):  # as a tuple, () would be a shape no more: ``tensor.new(())`` is empty
+        return value
     return tree_map_only(torch.Tensor, _widen, value) if isinstance(value, list | tuple | dict) else value
 
 

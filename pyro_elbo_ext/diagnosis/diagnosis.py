@@ -39,6 +39,9 @@ class Diagnosis(Judgement):
         What the scalars' figures rest on: "mcmc", "importance weights", "annealed importance sampling" ...
     history : History or None
         The fit's record, where there is one.
+    modes : Modes or None
+        What the search for other modes has found: ``modes.modes``, each with ``weight``, ``weight_se`` and the ``share`` of
+        the guide's draws about it; None where it was not looked for.
     """
 
     def to_dataframe(self) -> pd.DataFrame:

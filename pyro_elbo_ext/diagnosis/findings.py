@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pyro_elbo_ext.automatic.modes import Modes
     from pyro_elbo_ext.comparison import Comparison
     from pyro_elbo_ext.evidence import EvidenceBounds
     from pyro_elbo_ext.history import History
@@ -56,3 +57,4 @@ class Judgement:
     mcmc: Comparison | None
     method: str
     history: History | None = None
+    modes: Modes | None = None

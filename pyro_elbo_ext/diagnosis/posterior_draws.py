@@ -63,6 +63,7 @@ def draw_posterior(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    density: LogDensity | str,
     guide_draws: Mapping[str, Tensor],
     seed: int,
     progress: bool,
@@ -71,6 +72,8 @@ def draw_posterior(
 
     Parameters
     ----------
+    density
+        Of the model, not compiled, or why it has none.
     guide_draws
         Every latent site to draws, shape ``(S, *site)``.
 
@@ -80,14 +83,12 @@ def draw_posterior(
         If the model has no density on unconstrained space that can be traced and differentiated, or if too few of the
         guide's draws have a finite one.
     """
-    try:
-        with isolated(seed):
-            density = LogDensity(model, args, kwargs, seed)
-            at_once = density.batched
-            if density.traced and (density.size > LARGE or not at_once):
-                density = LogDensity(model, args, kwargs, seed, compile=True)
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise CannotSample(str(error)) from error
+    if isinstance(density, str):
+        raise CannotSample(density)
+    with isolated(seed):
+        at_once = density.batched
+        if density.traced and (density.size > LARGE or not at_once):
+            density.compile()
     if not (at_once or density.compiled):
         return _by_nuts(model, args, kwargs, seed, progress)
     start = _started(density, guide_draws)

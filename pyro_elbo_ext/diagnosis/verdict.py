@@ -13,12 +13,14 @@ import torch
 from pyro_elbo_ext.comparison import Comparison, compare_to_mcmc
 from pyro_elbo_ext.comparison.alignment import aligned, draws_of
 from pyro_elbo_ext.comparison.ordering import OrderedBy
+from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.diagnosis.diagnosis import Diagnosis
 from pyro_elbo_ext.diagnosis.findings import VERDICTS, Finding
 from pyro_elbo_ext.diagnosis.labelling import Labelling, labelling_of
 from pyro_elbo_ext.diagnosis.many_chains import CONVERGED, split_rhat
 from pyro_elbo_ext.diagnosis.marginals import (
     GOOD,
+    Array,
     Scalars,
     by_chains,
     by_comparison,
@@ -27,9 +29,17 @@ from pyro_elbo_ext.diagnosis.marginals import (
     unknown,
     varying,
 )
+from pyro_elbo_ext.diagnosis.other_modes import density_of, look_for_modes, on_modes
 from pyro_elbo_ext.diagnosis.posterior_draws import CannotSample, PosteriorDraws, draw_posterior
 from pyro_elbo_ext.diagnosis.reasons import findings_of
-from pyro_elbo_ext.diagnosis.reliability import is_level, on_chains, on_comparison, on_history, on_scalars_left_out
+from pyro_elbo_ext.diagnosis.reliability import (
+    is_level,
+    on_chains,
+    on_comparison,
+    on_history,
+    on_scalars_left_out,
+    on_weights,
+)
 from pyro_elbo_ext.evidence import EvidenceBounds, ImportanceSample, evidence_bounds, psis_khat
 from pyro_elbo_ext.evidence.importance import BATCH_SIZE
 from pyro_elbo_ext.evidence.intervals import LEAST_DRAWS
@@ -61,7 +71,6 @@ class _Found(NamedTuple):
     comparison: Comparison | None = None
 
 
-@handlers_are_heard()
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -94,8 +103,10 @@ def diagnose(
     are off are then "not known", and the whole is "means only" at best, unless they are off by 0.5 with all components'
     entries sorted too; ``ordered_by`` names the components, so that each is judged.
 
-    A mode of the posterior that neither the guide nor ``mcmc`` has draws in is not seen by any of it: the verdict is then on
-    the mode that is seen. Where there may be several, pass draws of chains that started in different places.
+    Other modes are looked for by climbs of the log density from dispersed points: draws of the prior, of the guide, these
+    pushed outwards, wide random ones. A mode of weight 0.05 or more, by importance sampling about it, that the guide has no
+    draws in is a finding with its place and weight, and is reckoned with in the figures of all scalars. No search finds
+    every mode: a finding says how many climbs it took, or that none was made since the model is no graph.
 
     Parameters
     ----------
@@ -139,6 +150,36 @@ def diagnose(
     Yao, Vehtari, Simpson, Gelman (2018), Yes, but Did It Work?: Evaluating Variational Inference. Dhaka, Catalina,
     Welandawe, Andersen, Huggins, Vehtari (2021), Challenges and opportunities in high dimensional variational inference.
     """
+    return judge(
+        model,
+        guide,
+        args,
+        kwargs,
+        mcmc=mcmc,
+        history=history,
+        ordered_by=ordered_by,
+        num_draws=num_draws,
+        seed=seed,
+        progress=progress,
+    )
+
+
+@handlers_are_heard()
+def judge(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    mcmc: Any = None,
+    history: Any = None,
+    ordered_by: OrderedBy | None = None,
+    num_draws: int = 2000,
+    seed: int | None = None,
+    progress: bool = False,
+    known_modes: Array | None = None,
+) -> Diagnosis:
+    """`diagnose`, for who knows modes already: unconstrained points of shape (n, dim), from which is climbed too."""
     check_count("num_draws", num_draws, LEAST_DRAWS)
     check_seed(seed)
     record = _record_of(history)
@@ -156,13 +197,28 @@ def diagnose(
         sample = psis_khat(model, guide, *args, num_draws=num_draws, seed=seed, progress=progress, **kwargs)
         labelling = labelling_of(model, args, kwargs, sample.draws, _values(sample), ordered_by)
         run = _Run(model, guide, args, kwargs, num_draws, seed, progress, labelling)
+        density = density_of(model, args, kwargs, seed)
         found = None if mcmc is None else run.with_mcmc(mcmc, sample)
-        found = found or run.with_weights(sample) or run.with_chains(sample, scorer)
+        found = found or run.with_weights(sample) or run.with_chains(sample, scorer, density)
+        modes = look_for_modes(density, sample, seed, known_modes, labelling.found)
+        scalars, on_others = on_modes(modes, density, found.scalars, found.guide, sample)
     findings = findings_of(found.scalars, found.guide, found.posterior, found.evidence, sample, is_level(record))
-    findings += [*found.findings, *on_history(record)]
+    if scalars is not found.scalars:  # what is good in the mode that was seen is not good in all
+        findings = [finding for finding in findings if finding.verdict != "good"]
+        findings += on_weights(found.evidence, sample)
+    findings = [*on_others, *findings, *found.findings, *on_history(record)]
     findings.sort(key=lambda finding: -VERDICTS.index(finding.verdict))
     verdict = findings[0].verdict if findings else "good"
-    return Diagnosis(verdict, tuple(findings), found.scalars, found.evidence, found.comparison, found.method, record)
+    return Diagnosis(
+        verdict,
+        tuple(findings),
+        scalars,
+        found.evidence,
+        found.comparison,
+        found.method,
+        record,
+        None if isinstance(modes, str) else modes,
+    )
 
 
 class _Run(NamedTuple):
@@ -252,12 +308,12 @@ class _Run(NamedTuple):
             [*names.findings(0), *on_scalars_left_out(_left_out(sample, whole, guide))],
         )
 
-    def with_chains(self, sample: ImportanceSample, scorer: Scorer) -> _Found:
+    def with_chains(self, sample: ImportanceSample, scorer: Scorer, density: LogDensity | str) -> _Found:
         names, own = self.labelling, _values(sample)
         values = names.ordered_values(own, 1, "the guide")
         whole = scalars_of(values, sample.nodes, 1)
         try:
-            drawn = draw_posterior(self.model, self.args, self.kwargs, sample.draws, self.seed, self.progress)
+            drawn = draw_posterior(self.model, self.args, self.kwargs, density, sample.draws, self.seed, self.progress)
         except CannotSample as error:
             guide = whole.take(varying(whole.draws))
             scalars = by_chains(guide, np.full((2, 4, len(guide.names)), np.nan), sample.khat)

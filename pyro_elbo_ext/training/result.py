@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.diagnosis import Diagnosis, diagnose
+from pyro_elbo_ext.diagnosis import Diagnosis
+from pyro_elbo_ext.diagnosis.verdict import judge
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.inference_data import from_pyro_svi
 from pyro_elbo_ext.objectives import DecomposedELBO
@@ -196,7 +197,11 @@ class FitResult:
         """How far the guide is from the posterior: :func:`pyro_elbo_ext.diagnose` with this fit's history."""
         options.setdefault("history", self.history if self.history is not None and len(self.history) else None)
         with self.own_parameters():
-            return diagnose(self.model, self.guide, *self.args, **options, **self.kwargs)
+            return judge(self.model, self.guide, self.args, self.kwargs, known_modes=self._known_modes(), **options)
+
+    def _known_modes(self) -> NDArray[np.float64] | None:
+        """Unconstrained points of modes that were found on the way, shape (n, dim)."""
+        return None
 
     # Files
 
