@@ -353,6 +353,32 @@ def test_enumeration_in_the_guide_is_pyros(case: str) -> None:
         torch.testing.assert_close(our_gradients[name], gradient, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kl", ["sampled", "auto"])
+def test_states_and_data_of_different_precision(kl: Any) -> None:
+    """As float32 data beside the float64 draws of an automatic guide."""
+
+    def model(dtype: torch.dtype) -> None:
+        means, table = loc(), torch.tensor([[0.75, 0.25], [0.5, 0.5]], dtype=dtype)
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Categorical(table[0]), infer={"enumerate": "parallel"})
+            w = pyro.sample("w", dist.Categorical(table[z]), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(means[w], 0.8), obs=Y)
+
+    def guide(dtype: torch.dtype) -> None:
+        at = pyro.param("at", torch.zeros(2))
+        pyro.sample("loc", dist.Normal(at, 0.5).to_event(1))
+
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        elbo = DecomposedELBO(kl=kl, max_plate_nesting=1)
+        loss = elbo.loss_and_grads(model, guide, dtype)
+        assert elbo.last is not None
+        found.append([loss, *elbo.last.to_dataframe()["kl_prior"].dropna(), *pyro.param("at").grad.tolist()])
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
+
+
 def test_rows_of_the_guides_sites_are_expectations() -> None:
     elbo = DecomposedELBO(max_plate_nesting=1, kl="sampled")
     pyro.set_rng_seed(2)

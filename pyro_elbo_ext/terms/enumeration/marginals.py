@@ -12,6 +12,7 @@ sites, chains and trees (see :func:`_splits`).
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,8 +152,10 @@ def _contract(
     """The log of the sum over the summed-out sites, by Pyro's message passing."""
     tree: OrderedDict[Ordinal, list[Tensor]] = OrderedDict()
     sizes: dict[str, int] = {}
+    dtype = functools.reduce(torch.promote_types, [density.dtype for density in densities])
     for factor, density in zip(factors, densities, strict=True):
-        tree.setdefault(factor.ordinal, []).append(density)
+        of_common_dtype = density if density.dtype == dtype else named(density.to(dtype), dims_of(density))
+        tree.setdefault(factor.ordinal, []).append(of_common_dtype)  # states of float32 and data of float64, say
         sizes.update(zip(dims_of(density), density.shape, strict=True))
     with shared_intermediates() as cache:
         contracted = contract_tensor_tree(tree, summed & set(sizes), ring=of(cache=cache, dim_to_size=sizes))
