@@ -17,7 +17,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from scipy import integrate, stats
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +26,7 @@ from pyro_elbo_ext import (
     CSVTracker,
     DecomposedELBO,
     FitResult,
+    ImportanceWeightedELBO,
     TrainGuide,
     active_units,
     amortization_gap,
@@ -282,3 +283,30 @@ def test_lightning_equals_svi() -> None:
         torch.manual_seed(streams.seed_at(step))
         svi.step(y)
     pd.testing.assert_frame_equal(loss.history.to_dataframe(), other.history.to_dataframe(), rtol=1e-5)
+
+
+# Guides that run the model inside, and many particles
+
+
+def test_a_guide_that_runs_a_model_with_hidden_sites_is_refused() -> None:
+    """Its hidden sites would be drawn from the prior, which is a looser bound and says nothing of it."""
+    guide = AutoNormalMessenger(poutine.block(clusters, hide=["z"]))
+    for objective in (DecomposedELBO(), ImportanceWeightedELBO(2)):
+        with pytest.raises(ValueError, match=r"AutoNormalMessenger runs its model with sites hidden by poutine.block"):
+            objective.loss(clusters, guide, ROWS)
+
+
+@pytest.mark.parametrize("objective", [DecomposedELBO, ImportanceWeightedELBO])
+def test_particles_by_vmap_are_those_of_the_loop(objective: Callable[..., Any]) -> None:
+    found = {}
+    guide = guide_of_clusters()
+    guide(ROWS)
+    for how in (False, "vmap"):
+        guide.zero_grad()
+        pyro.set_rng_seed(0)
+        loss = objective(num_particles=3, vectorize_particles=how, max_plate_nesting=1).loss_and_grads(
+            clusters, guide, ROWS
+        )
+        found[how] = [loss, *(p.grad.clone() for p in guide.parameters())]
+    assert found[False][0] == found["vmap"][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[False][1:], found["vmap"][1:], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
@@ -59,6 +61,7 @@ def trace_pair(
     """
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, Messenger):  # a GuideMessenger interleaves guide and model in one run
+        _check_nothing_hidden(unwrapped)
         run = trace_program(guide, args, kwargs, "guide")
         model_trace, guide_trace = unwrapped.get_traces()  # without the subsample sites
         subsamples = {name: node for name, node in run.nodes.items() if is_subsample(node)}
@@ -69,6 +72,19 @@ def trace_pair(
     if between is not None:
         between()
     return trace_replayed(model, guide, guide_trace, args, kwargs), guide_trace
+
+
+def _check_nothing_hidden(guide: Messenger) -> None:
+    """Raise ValueError if a guide runs a model of which sites are hidden: nobody would see that the prior draws them."""
+    program = getattr(guide, "model", None)
+    while isinstance(program, partial):  # of a handler and what it is around, see pyro.poutine.unwrap
+        if len(program.args) >= 2 and isinstance(program.args[0], BlockMessenger):
+            raise ValueError(
+                f"{type(guide).__name__} runs its model with sites hidden by poutine.block: they would be drawn from the "
+                "prior, and be left out of the ELBO. Give it the whole model; or, to sum the hidden ones out, take a guide "
+                "that runs apart from the model, such as AutoNormal(poutine.block(model, hide=[...]))."
+            )
+        program = program.args[1] if len(program.args) >= 2 else program.func
 
 
 def trace_replayed(
