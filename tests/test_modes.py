@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_elbo_ext import diagnose
+from pyro_elbo_ext import diagnose, fit
 from pyro_elbo_ext.automatic.climbing import climb_all
 from pyro_elbo_ext.automatic.evaluations import Evaluations
 from pyro_elbo_ext.automatic.gaussian import Gaussian
@@ -294,3 +294,36 @@ def test_the_same_in_another_order_of_components_is_no_other_mode() -> None:
     assert not any("another mode" in finding.statement for finding in found.findings)
     assert found.modes.modes[0].share == 1
     assert found.verdict == "good"
+
+
+# fit
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_automatic_guide_is_at_the_heaviest_mode_and_tells_of_the_other(seed: int) -> None:
+    """All starting points of a first guide, uniform on (-2, 2), are nearer to the lighter one."""
+    result = fit(two_gaussians(0.2, 4 * FAR), "auto", seed=seed, progress=False)
+    modes = result.modes
+    assert len(modes) == 2
+    assert modes["share"].tolist() == [1.0, 0.0]
+    assert (np.abs(modes["weight"] - [0.8, 0.2]) < 5 * modes["weight_se"] + 1e-3).all()
+    np.testing.assert_allclose(modes.loc[0, ["z[0]", "z[1]", "z[2]"]].to_numpy(float), 4 * FAR, atol=0.01)
+    assert result.elbo == pytest.approx(math.log(0.8), abs=1e-3)
+    assert "there are other modes" in repr(result)
+    assert "(missed)" in repr(result)
+    if seed == 0:
+        found = result.diagnose(seed=0)
+        assert found.verdict == "do not use"
+        assert found.modes is not None
+        assert found.modes.climbs["known"] == 2
+
+
+def test_an_automatic_guide_of_one_mode_says_that_no_other_was_found() -> None:
+    def model() -> None:
+        with pyro.plate("i", 3):
+            pyro.sample("z", dist.Normal(0.0, torch.from_numpy(SDS)))
+
+    result = fit(model, "auto", seed=0, progress=False)
+    assert result.approximation.next_guide == ""
+    assert "other modes: none of weight 0.05 or more in " in repr(result)
+    assert result.modes["weight"].tolist() == [1.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,9 @@ from pyro_elbo_ext.automatic.evaluations import LARGE, Evaluations, TooManyGradi
 from pyro_elbo_ext.automatic.flow import FlowGuide, bend, look_through
 from pyro_elbo_ext.automatic.gaussian import Gaussian, triangular
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
+from pyro_elbo_ext.automatic.modes import Modes
 from pyro_elbo_ext.automatic.moments import Weighted, distance_of, look, match_moments
+from pyro_elbo_ext.automatic.search import search_modes, told
 from pyro_elbo_ext.automatic.starting import find_start
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.evidence.importance import khat_threshold
@@ -24,7 +26,7 @@ from pyro_elbo_ext.evidence.importance import khat_threshold
 FULL_COVARIANCE = 500  # coordinates up to which the covariance is a full one
 CHECK_DRAWS = 4000  # for ELBO, k-hat and moments of the result; half of it where these are dear
 GOOD = 0.1  # distance up to which a guide is good, as `diagnose` has it
-MODE_RIVALS = 3.0  # nats of the ELBO by which another mode may be worse and still be worth a word
+SEARCH_DRAWS = 1000  # of the guide, for the search for other modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,9 @@ class Approximation:
     gain, gain_se, khat_before : float
         Of a flow: its ELBO less that of the Gaussian it starts from, in nats, with its standard error, and the Gaussian's
         k-hat; else NaN.
+    modes : Modes or str
+        The posterior's modes, with their weights and the share of the guide's draws about each; or why they were not looked
+        for.
     next_guide : str
         What to try where the family is not enough, else empty.
     """
@@ -83,6 +88,7 @@ class Approximation:
     gain: float = math.nan
     gain_se: float = math.nan
     khat_before: float = math.nan
+    modes: Modes | str = "not looked for"
 
 
 def approximate(
@@ -99,7 +105,8 @@ def approximate(
     A Gaussian on unconstrained space starts from the best Laplace approximation along several climbs, or a mean-field one
     (`find_start`), and moves to the greatest ELBO by natural-gradient and quasi-Newton steps (`fit_gaussian`). Where the
     importance weights are good and say that its means or sds are off, they are set to the weighted draws'
-    (`match_moments`), which costs a little of the ELBO.
+    (`match_moments`), which costs a little of the ELBO. Other modes are looked for (`search_modes`); where the heaviest is
+    another one, the Gaussian is fitted once more from there.
 
     Parameters
     ----------
@@ -143,22 +150,32 @@ def approximate(
     if not density.compiled and density.traced and not density.batched:
         density.compile()  # point by point, a graph is slow
     evaluate, rng = Evaluations(density, max_gradients), np.random.default_rng(seed)
-    others: list[float] = []  # ELBOs of other modes, less that of the best
+    known: list[np.ndarray] = []  # other modes, as far as they are known
     if start is None:
         try:
             first, *rest = find_start(evaluate, rng, diagonal=diagonal).modes
         except TooManyGradients:
             raise ValueError(f"max_gradients={max_gradients} is not enough to find a starting point") from None
-        beginning, others = first[0], [elbo - first[1] for _, elbo in rest]
+        beginning, known = first[0], [gaussian.loc for gaussian, _ in rest]
     else:
         assert isinstance(start.guide, DiagonalGuide | GaussianGuide)
         beginning = start.guide.gaussian
         if beginning.diagonal and not diagonal:
             beginning = Gaussian(beginning.loc, np.diag(beginning.factor))
+    if start is not None and isinstance(start.modes, Modes):
+        known = [mode.gaussian.loc for mode in start.modes.modes]
+    modes: Modes | str = ""
     if start is not None and start.converged:
         fit = Fit(beginning, True, start.reason)
     else:
         fit = fit_gaussian(evaluate, beginning, rng, after_step=progress)
+        modes = search_modes(density, *_drawn(density, fit.gaussian, rng), seed, known)
+        if isinstance(modes, Modes) and modes.modes and modes.modes[0].missed and modes.modes[0].reliable:
+            known = [mode.gaussian.loc for mode in modes.modes]  # the heaviest is another one: from there once more
+            heaviest = modes.modes[0].gaussian
+            again = Gaussian(heaviest.loc, heaviest.sd) if diagonal else heaviest
+            fit = fit_gaussian(evaluate, again, rng, after_step=progress)
+            modes = _both(modes, search_modes(density, *_drawn(density, fit.gaussian, rng), seed, known))
     check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
     count = CHECK_DRAWS if density.native is not None or density.size <= LARGE else CHECK_DRAWS // 2
     notes: list[str] = []
@@ -191,13 +208,16 @@ def approximate(
             lower = triangular(gaussian).factor
             guide = GaussianGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(lower))
     made = "diagonal" if diagonal else "flow" if family == "flow" else "gaussian"
-    rivals = [other for other in others if other > -MODE_RIVALS]
-    if rivals:
-        notes.append(
-            f"the posterior has other modes: {len(rivals)} more, with an ELBO "
-            f"{', '.join(f'{-rival:.1f}' for rival in rivals)} nats below that of the best; the guide and all figures here "
-            "are of the best one only"
-        )
+    if not modes or family == "flow":
+        posterior = guide.get_posterior()
+        with torch.no_grad():
+            drawn = posterior.sample((SEARCH_DRAWS,))
+            log_q = posterior.log_prob(drawn).double().numpy()
+        x = drawn.double().numpy()
+        again_found = search_modes(density, x, check(x)[0] - log_q, seed, known)
+        modes = _both(modes, again_found) if isinstance(modes, Modes) else again_found
+    notes.append(told(modes, check))
+    rivals = isinstance(modes, Modes) and bool(modes.missed)
     if weighted.outside:
         notes.append(f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws")
     return Approximation(
@@ -207,7 +227,7 @@ def approximate(
         elbo_se=weighted.elbo_se,
         converged=fit.converged and not weighted.outside,
         reason=fit.reason,
-        gradients=evaluate.gradients + check.gradients,
+        gradients=evaluate.gradients + check.gradients + (modes.gradients if isinstance(modes, Modes) else 0),
         seconds=time.perf_counter() - began,
         khat=weighted.khat,
         khat_threshold=khat_threshold(weighted.num_draws),
@@ -216,11 +236,25 @@ def approximate(
         distance=distance,
         path=fit.path,
         notes=notes,
-        next_guide=_advice(made, fit.converged, weighted, telling, distance, square_khat, bool(rivals)),
+        next_guide=_advice(made, fit.converged, weighted, telling, distance, square_khat, rivals),
         gain=gain,
         gain_se=gain_se,
         khat_before=khat_before,
+        modes=modes,
     )
+
+
+def _drawn(density: LogDensity, gaussian: Gaussian, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of a Gaussian with their log weights."""
+    noise = rng.standard_normal((SEARCH_DRAWS, density.dim))
+    log_q = -0.5 * (noise**2).sum(1) - 0.5 * density.dim * np.log(2 * np.pi) - gaussian.log_volume
+    draws = gaussian.at(noise)
+    return draws, Evaluations(density, 1 << 62)(draws)[0] - log_q
+
+
+def _both(first: Modes, second: Modes | str) -> Modes | str:
+    """The second search with the gradients of both."""
+    return replace(second, gradients=first.gradients + second.gradients) if isinstance(second, Modes) else second
 
 
 def _advice(
@@ -258,7 +292,12 @@ def _advice(
         )
     if reasons:
         more = {"diagonal": "guide='gaussian'", "gaussian": "result.refine() (a flow), or run_nuts", "flow": "run_nuts"}
-        return f"A {family} guide is not enough: {' and '.join(reasons)}. Try {more[family]}."
+        remedy = more[family]
+        if rivals:  # neither a flow nor a chain of NUTS crosses between them
+            remedy = (
+                "a mixture with a component for each mode, of these weights; or, for what is in this mode, " + remedy
+            )
+        return f"A {family} guide is not enough: {' and '.join(reasons)}. Try {remedy}."
     if np.isnan(distance):
         return (
             f"Whether a {family} guide is enough importance weights cannot tell, since the log density is not finite at "

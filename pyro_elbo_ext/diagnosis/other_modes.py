@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from pyro_elbo_ext.automatic.modes import LEAST, SAME_VALUE, Mode, Modes
-from pyro_elbo_ext.automatic.search import search_modes
+from pyro_elbo_ext.automatic.search import how_hard, said_weight, search_modes
 from pyro_elbo_ext.comparison import Components
 from pyro_elbo_ext.comparison.ordering import indexed_by_components, sorted_entries
 from pyro_elbo_ext.density import LogDensity
@@ -25,14 +25,6 @@ from pyro_elbo_ext.programs.randomness import isolated
 
 SAME_PLACE = 0.02  # of the distance between two modes, up to which their coordinates are the same in some order
 NAMED = 3  # scalars that tell where a mode is
-KINDS = {
-    "guide": "the guide's draws",
-    "pushed": "these pushed outwards",
-    "prior": "the prior's",
-    "wide": "wide random points",
-    "lines": "rises along lines outwards",
-    "known": "modes found before",
-}
 
 
 def density_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> LogDensity | str:
@@ -73,7 +65,7 @@ def look_for_modes(
         weights = sample.log_weights[which.numpy()]
         if any(imputation(name, sample.nodes) for name in density.layout):
             weights = np.full(len(which), -np.inf)  # the density has a factor for what is not missing
-        found = search_modes(density, points.numpy(), weights, seed, known)
+        found = search_modes(density, points.numpy(), weights, seed, () if known is None else list(known))
         return found if isinstance(found, str) or not components else _in_any_order(found, density, components)
 
 
@@ -137,7 +129,6 @@ def on_modes(
     findings = []
     for mode, place in zip(modes.missed, places, strict=True):
         at = _told_place(place, guide)
-        weight = f"{mode.weight:.2g} ± {mode.weight_se:.1g}" if mode.reliable else f"at least {mode.weight:.2g}"
         copy = (
             " It has the same density and coordinates as another mode, up to their order and signs: a copy by a symmetry of "
             "the model."
@@ -148,8 +139,9 @@ def on_modes(
             Finding(
                 "",
                 worst,
-                f"The posterior has another mode, of weight {weight}, in which the guide has {_share(mode.share)} of its "
-                f"draws: at {at}.{copy} {told} found {len(modes.modes)} modes; {mode.climbs} ended here.",
+                f"The posterior has another mode, of weight {said_weight(mode)}, in which the guide has "
+                f"{_share(mode.share)} of its draws: at {at}.{copy} {told} found {len(modes.modes)} modes; "
+                f"{mode.climbs} ended here.",
                 "A guide that has both: a mixture with a component for each mode, each fitted from there and weighted by "
                 "its evidence; or run_nuts with chains that start in each. If only one of them is meant, say so in the "
                 "model: an ordered or sign constraint, a tighter prior.",
@@ -165,13 +157,6 @@ def on_modes(
         )
     )
     return changed, findings
-
-
-def how_hard(modes: Modes) -> str:
-    """How hard it was looked, in words."""
-    kinds = ", ".join(f"{count} from {KINDS[kind]}" for kind, count in modes.climbs.items() if count)
-    elsewhere = f", {modes.elsewhere} of which ended at no maximum," if modes.elsewhere else ""
-    return f"{sum(modes.climbs.values())} climbs ({kinds}; {modes.gradients:,} gradients){elsewhere}"
 
 
 def with_missed(scalars: pd.DataFrame, guide: Scalars, missed: list[Mode], places: list[Scalars]) -> pd.DataFrame:

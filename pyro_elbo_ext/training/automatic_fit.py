@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.automatic.approximate import Approximation, approximate
+from pyro_elbo_ext.automatic.evaluations import Evaluations
 from pyro_elbo_ext.automatic.flow import Flow, FlowGuide
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, UnconstrainedGuide
+from pyro_elbo_ext.automatic.search import entries
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.density.completing import complete
 from pyro_elbo_ext.evidence.importance import about_khat
@@ -54,6 +56,39 @@ class AutomaticFit(FitResult):
     def path(self) -> pd.DataFrame:
         """One row per step: ELBO of its batch, gradients so far, draws, step size, what a whole step would gain."""
         return pd.DataFrame(self.approximation.path)
+
+    @property
+    def modes(self) -> pd.DataFrame:
+        """One row per mode that was found, the heaviest first.
+
+        Columns ``weight`` and ``weight_se``, the posterior probability and its standard error, ``khat`` of the importance
+        weights behind it (where it is not good, the weight is a lower bound; NaN where there is one mode alone), ``share``
+        of the guide's draws about it, ``climbs`` that ended there, ``copy_of`` (row of the mode that it is a symmetry's copy
+        of, or -1), and the value of each entry of each site at the maximum.
+        """
+        found = self.approximation.modes
+        if isinstance(found, str) or not found.modes:
+            return pd.DataFrame(columns=["weight", "weight_se", "khat", "share", "climbs", "copy_of"])
+        points = np.stack([mode.gaussian.loc for mode in found.modes])
+        sites = entries(Evaluations(self.density, 1 << 62), points)
+        rows = []
+        for k, mode in enumerate(found.modes):
+            row: dict[str, float] = {
+                "weight": mode.weight,
+                "weight_se": mode.weight_se,
+                "khat": mode.khat,
+                "share": mode.share,
+                "climbs": mode.climbs,
+                "copy_of": -1 if mode.copy_of is None else mode.copy_of,
+            }
+            rows.append(row | {f"{name} (site)" if name in row else name: sites[name][k] for name in sites})
+        return pd.DataFrame(rows)
+
+    def _known_modes(self) -> NDArray[np.float64] | None:
+        found = self.approximation.modes
+        if isinstance(found, str) or not found.modes:
+            return None
+        return np.stack([mode.gaussian.loc for mode in found.modes])
 
     def _mean_elbo(self) -> float:
         return self.approximation.elbo
