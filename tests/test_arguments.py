@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyro
@@ -12,7 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_elbo_ext as package
-from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed, names_of
+from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed, named_arguments, names_of
 
 Y = torch.tensor([0.3, -0.2, 1.1, 0.4])
 NAN = float("nan")
@@ -170,3 +171,28 @@ def test_the_words() -> None:
     assert names_of("site", "z") == ["z"]
     with pytest.raises(TypeError, match=r"^site must be a name or several, not \[1\]$"):
         names_of("site", [1])
+
+
+class Network(torch.nn.Module):
+    def forward(self, x: int, *rest: int, scale: int = 1) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("program", "args", "kwargs", "names"),
+    [
+        (model, (1,), {}, ["'y'"]),
+        (pyro.poutine.scale(pyro.poutine.block(model), 2.0), (1,), {}, ["'y'"]),  # type: ignore[attr-defined]
+        (partial(recipe, 1), (2, 3), {"more": 4}, ["'program'", "1", "'more'"]),
+        (Network(), (1, 2, 3), {"scale": 4}, ["'x'", "1", "2", "'scale'"]),
+        (Network().forward, (1,), {}, ["'x'"]),
+        (lambda *args: None, (1,), {}, ["0"]),
+        (type("Own", (), {"__call__": lambda self, x: None})(), (1,), {}, ["'x'"]),
+        (None, (1,), {"y": 2}, ["0", "'y'"]),
+    ],
+)
+def test_an_argument_has_the_programs_name_for_it(program: Any, args: Any, kwargs: Any, names: list[str]) -> None:
+    given = [*args, *kwargs.values()]
+    assert named_arguments(program, args, kwargs) == [
+        (f"argument {name}", value) for name, value in zip(names, given, strict=True)
+    ]

@@ -206,7 +206,7 @@ def test_memory_that_is_gone_is_an_error_that_names_the_tensor(gone: int, backen
     lose(y)
     held.untyped_storage().resize_(36)
     for call in (svi.step, svi.evaluate_loss, lambda *args: svi.run(3, *args, progress=False)):
-        with pytest.raises(ValueError, match=r"argument 0 \('y'\) has shape \(3, 3\), but its memory"):
+        with pytest.raises(ValueError, match=r"argument 'y' has shape \(3, 3\), but its memory"):
             call(y)
     for name, p in pyro.get_param_store().get_state()["params"].items():
         assert torch.equal(p, before[name])

@@ -154,7 +154,7 @@ def test_fit_in_two_processes(two: list[dict[str, Any]]) -> None:
     assert found[0]["reason"] == found[1]["reason"] == "all 10 steps were taken"
     for of in found:
         assert "process 1 of 2 at step 1: observed site 'y' has NaN in 1 of 20 observations" in of["nan"]
-        assert "argument 1" in of["nan"]
+        assert "argument 'y'" in of["nan"]
 
 
 def test_decisions_and_files_are_those_of_process_0(two: list[dict[str, Any]]) -> None:

@@ -259,7 +259,7 @@ BAD = [
         "NaN in what the means are made of",
         regression(normal),
         guide,
-        "site 'y' has no finite log density, and argument 1 has NaN in 1 of 4 elements",
+        "site 'y' has no finite log density, and argument 'x' has NaN in 1 of 4 elements",
         (WITH_NAN, Y),
     ),
     Bad(
@@ -336,7 +336,7 @@ BAD = [
         "two dtypes",
         matrix,
         vector_guide,
-        "the model puts tensors of different dtypes together after site 'w' ('w' float32, argument 1 float64, argument 2",
+        "the model puts tensors of different dtypes together after site 'w' ('w' float32, argument 'x' float64",
         (torch.ones(N, 2, dtype=torch.float64), Y),
         legal=("auto", "compiled_log_density", "run_nuts"),  # they compute in float64
     ),

@@ -451,7 +451,7 @@ def test_bad_data_changes_nothing(loss: Callable[[], Any]) -> None:
 
 def test_nan_in_a_batch_is_named() -> None:
     bad = [(X, Z), (X, Z * math.nan)]
-    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"site 'y'(.|\n)*argument 1, have NaN"):
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"site 'y'(.|\n)*argument 'y', have NaN"):
         fit(line, fresh(line), batches=bad, num_steps=5, compiled=False, progress=False, dataset_size=40)
 
 

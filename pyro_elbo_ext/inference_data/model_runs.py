@@ -17,9 +17,9 @@ from tqdm import tqdm
 from pyro_elbo_ext.inference_data.draws import Columns, by_chain, pointwise_log_likelihood, to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.inference_data.summed_out import label_likelihoods
+from pyro_elbo_ext.programs.arguments import signature_of_callable
 from pyro_elbo_ext.programs.faults import data_at_fault
 from pyro_elbo_ext.programs.given import data_of, run_given, values_of
-from pyro_elbo_ext.programs.running import signature_of_callable
 from pyro_elbo_ext.terms.enumeration.pointwise import Together
 
 _WITHOUT = "Pass log_likelihood=False to do without pointwise log likelihoods."

@@ -1,11 +1,40 @@
-"""Whether counts and seeds are what they may be, in one way for all that takes them; each error names its argument."""
+"""Whether counts and seeds are what they may be, in one way for all that takes them; what errors call arguments."""
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from pyro import poutine
+
+
+def signature_of_callable(function: Any) -> inspect.Signature | None:
+    """What a program takes; None where that is not known."""
+    function = poutine.unwrap(function)
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # some callables have none
+        return None
+
+
+def named_arguments(
+    program: Callable[..., Any] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    """Each argument of a call with what errors call it: the name that the program has for it.
+
+    Where there is none, as for those that ``*args`` takes, it is the place among the arguments by position, from 0.
+    """
+    signature = None if program is None else signature_of_callable(program)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [] if signature is None else [name for name, of in signature.parameters.items() if of.kind in kinds]
+    names = [f"argument '{known[i]}'" if i < len(known) else f"argument {i}" for i in range(len(args))]
+    return [*zip(names, args, strict=True), *((f"argument '{name}'", value) for name, value in kwargs.items())]
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:

@@ -17,6 +17,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
+from pyro_elbo_ext.programs.arguments import named_arguments
 from pyro_elbo_ext.programs.nodes import (
     PARTICLE_PLATE,
     Node,
@@ -201,23 +202,22 @@ def no_tensor(node: Node) -> str:
 
 def _argument_at_fault(node: Node, trace: Trace) -> str | None:
     """Says which argument is not finite, where the density of a site is not; None where there is none."""
-    for key, value in _given(trace):
+    for name, value in _given(trace):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         for what, elements in _not_finite_in(value):
             if bool(elements.any()):
-                name = f"'{key}'" if isinstance(key, str) else key + 1
                 return (
-                    f"site '{node['name']}' has no finite log density, and argument {name} has {what} in "
+                    f"site '{node['name']}' has no finite log density, and {name} has {what} in "
                     f"{int(elements.sum())} of {elements.numel()} elements. Drop the rows, or replace them by numbers."
                 )
     return None
 
 
-def _given(trace: Trace) -> list[tuple[int | str, Any]]:
-    """The arguments of a run, by their places and names."""
+def _given(trace: Trace) -> list[tuple[str, Any]]:
+    """The arguments of a run, with what errors call them."""
     given = trace.nodes.get("_INPUT", {"args": (), "kwargs": {}})
-    return [*enumerate(given["args"]), *given["kwargs"].items()]
+    return named_arguments(given.get("program"), given["args"], given["kwargs"])
 
 
 def _not_finite_in(value: Tensor) -> tuple[tuple[str, Tensor], ...]:
@@ -385,11 +385,7 @@ def _dtypes(trace: Trace, where: str) -> str:
     """Which dtypes have met, and after which site."""
     sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_subsample(node)}
     found = {f"'{name}' {_dtype(node['value'])}": None for name, node in sites.items() if _dtype(node["value"])}
-    arguments = [
-        f"argument {key if isinstance(key, str) else key + 1} {_dtype(value)}"
-        for key, value in _given(trace)
-        if _dtype(value)
-    ]
+    arguments = [f"{name} {_dtype(value)}" for name, value in _given(trace) if _dtype(value)]
     after = f"after site '{next(reversed(sites))}'" if sites else "before its first site"
     met = ", ".join([*found, *arguments])
     return (

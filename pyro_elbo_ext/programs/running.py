@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 
+from pyro_elbo_ext.programs.arguments import signature_of_callable
 from pyro_elbo_ext.programs.densities import check_densities, log_prob
 from pyro_elbo_ext.programs.faults import brief, cause, fault_of_run
 from pyro_elbo_ext.programs.nodes import is_subsample
@@ -143,7 +143,7 @@ def trace_program(
     """Trace of one run, with subsample sites.  ``where`` is what errors call the program."""
     traced = poutine.trace(program)
     try:
-        traced(*args, **kwargs)
+        _run(traced, args, kwargs)
     except Exception as error:
         _check_loops(traced.trace, where)
         better = fault_of_run(error, traced.trace, where)
@@ -166,6 +166,15 @@ def _check_loops(trace: Trace, where: str) -> None:
             )
 
 
+def _run(traced: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run a program under Pyro's trace, which is told of the program, so that errors can name its arguments."""
+    try:
+        traced(*args, **kwargs)
+    finally:
+        if "_INPUT" in traced.trace.nodes:
+            traced.trace.nodes["_INPUT"]["program"] = traced.fn
+
+
 def _is_batched() -> bool:
     """Whether ``torch.vmap`` runs the programs: values cannot be looked at then, and they are tried one by one after it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -181,7 +190,7 @@ def _raise_model_fault(
     traced = poutine.trace(model)
     with kept(), torch.no_grad(), store.scope(store.get_state()):
         try:
-            traced(*args, **kwargs)
+            _run(traced, args, kwargs)
         except Exception as own:
             better = fault_of_run(own, traced.trace, "model")
             if better is None:
@@ -204,9 +213,9 @@ def _raise_known_fault(
     with kept(), torch.no_grad(), store.scope(store.get_state()), pyro.validation_enabled(False):
         of_guide, of_model = poutine.trace(guide), poutine.trace(model)
         try:
-            of_guide(*args, **kwargs)
+            _run(of_guide, args, kwargs)
             of_model = poutine.trace(poutine.replay(model, trace=of_guide.trace))
-            of_model(*args, **kwargs)
+            _run(of_model, args, kwargs)
         except Exception:  # the first error is the one to report, and what has been traced is looked at
             pass
         try:
@@ -224,17 +233,6 @@ def _nan_density(trace: Trace) -> str | None:
         if node["type"] == "sample" and not is_subsample(node) and bool(log_prob(node, trace).isnan().any()):
             return f"the log density of site '{name}' in the model is NaN."
     return None
-
-
-def signature_of_callable(function: Any) -> inspect.Signature | None:
-    """What a program takes; None where that is not known."""
-    function = poutine.unwrap(function)
-    if isinstance(function, torch.nn.Module):
-        function = function.forward
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):  # some callables have none
-        return None
 
 
 def check_callable(function: Any, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

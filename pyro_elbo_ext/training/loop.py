@@ -244,7 +244,7 @@ class Loop:
 
     def _roll_back(self, error: Exception) -> None:
         """Return to the last good state with half the step size; raise where that has been tried often enough."""
-        bad = nan_arguments(self._call)
+        bad = nan_arguments(self.svi.model, self._call)
         bad = sorted({name for of_process in processes.gather_objects(bad) for name in of_process})
         assert self._good is not None
         to_step, captured = self._good

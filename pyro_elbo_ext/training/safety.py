@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.distributions import constraints
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.objectives.not_finite import NotFinite
 from pyro_elbo_ext.objectives.objective import Objective
-from pyro_elbo_ext.training.data.batches import Call, named_arguments
+from pyro_elbo_ext.programs.arguments import named_arguments
+from pyro_elbo_ext.training.data.batches import Call
 from pyro_elbo_ext.training.state.state import State
 
 _FEWEST = 20  # losses before anything is said about their level
@@ -106,10 +108,10 @@ def explain(model: Any, guide: Any, objective: Any, call: Call, loss: float, ste
     return NotFinite(f"the loss is {loss} at step {step}")
 
 
-def nan_arguments(call: Call) -> list[str]:
-    """Names of the arguments of a step that have NaN."""
+def nan_arguments(model: Callable[..., Any], call: Call) -> list[str]:
+    """What the model calls the arguments of a step that have NaN."""
     return [
         name
-        for name, value in named_arguments(call)
+        for name, value in named_arguments(model, *call)
         if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
     ]

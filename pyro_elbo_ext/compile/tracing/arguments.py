@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import SequenceKey, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from pyro_elbo_ext.compile.errors import CannotCompile
+from pyro_elbo_ext.programs.arguments import named_arguments
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -83,16 +83,10 @@ def name_of(
 ) -> str:
     """What to call the tensor at a place in :class:`Arguments`: where it stands, and the program's name for it."""
     paths = [path for path, leaf in tree_flatten_with_path((args, kwargs))[0] if isinstance(leaf, kind)]
-    (_, first, *rest) = paths[place]
-    inner = keystr(tuple(rest))
-    if paths[place][0] == SequenceKey(1):
-        return f"argument {first.key!r}{inner}"  # type: ignore[attr-defined]
-    position = first.idx  # type: ignore[attr-defined]
-    try:
-        name = list(inspect.signature(program).bind_partial(*args).arguments)[position]
-    except (TypeError, ValueError, IndexError):  # not known, or *args
-        return f"argument {position}{inner}"
-    return f"argument {position} ('{name}'){inner}"
+    (of, first, *rest) = paths[place]
+    by_name = of == SequenceKey(1)
+    name = f"argument {first.key!r}" if by_name else named_arguments(program, args, {})[first.idx][0]  # type: ignore[attr-defined]
+    return f"{name}{keystr(tuple(rest))}"
 
 
 def described(args: Args, kwargs: Kwargs, program: Callable[..., Any]) -> dict[str, object]:

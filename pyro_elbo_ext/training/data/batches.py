@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_elbo_ext.programs.arguments import named_arguments
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.state.state import State, random_state, random_state_kept, set_random_state
 
@@ -347,20 +348,15 @@ def as_call(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], what: str
     return call
 
 
-def named_arguments(call: Call) -> Iterator[tuple[str, Any]]:
-    """Every argument, with what errors call it."""
-    args, kwargs = call
-    yield from ((f"argument {i}", value) for i, value in enumerate(args))
-    yield from kwargs.items()
-
-
 def batch_length(call: Call) -> int | None:
     """Length of the first tensor among the arguments, None if there is none."""
-    return next((len(value) for _, value in named_arguments(call) if isinstance(value, Tensor) and value.dim()), None)
+    args, kwargs = call
+    tensors = (value for value in [*args, *kwargs.values()] if isinstance(value, Tensor) and value.dim())
+    return next((len(value) for value in tensors), None)
 
 
 def check_batch(call: Call, what: str) -> None:
     """Raise a ValueError if a tensor among the arguments has no rows, naming it.  Rows may be empty: no covariates."""
-    for name, value in named_arguments(call):
+    for name, value in named_arguments(None, *call):
         if isinstance(value, Tensor) and value.dim() and len(value) == 0:
             raise ValueError(f"{what}: {name} is empty, of shape {tuple(value.shape)}")

@@ -21,10 +21,10 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
-from pyro_elbo_ext.programs.arguments import check_count
+from pyro_elbo_ext.programs.arguments import check_count, named_arguments
 from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_latent
 from pyro_elbo_ext.programs.running import trace_pair
-from pyro_elbo_ext.training.data.batches import Batches, Call, Order, Rows, named_arguments
+from pyro_elbo_ext.training.data.batches import Batches, Call, Order, Rows
 
 EXACT = 1e-3  # relative error of a scale
 UNEVEN = 0.01  # relative difference of the rows' weights over an epoch
@@ -173,7 +173,8 @@ def _uneven(name: str, sizes: list[int]) -> str:
 
 def check_whole(model: Callable[..., Any], guide: Callable[..., Any], call: Call, dataset_size: int) -> None:
     """Raise a ValueError if arguments that are the same at each step do not count as ``dataset_size`` data."""
-    length = next(((name, len(v)) for name, v in named_arguments(call) if isinstance(v, Tensor) and v.dim()), None)
+    given = named_arguments(model, *call)
+    length = next(((name, len(value)) for name, value in given if isinstance(value, Tensor) and value.dim()), None)
     if length is None:
         return
     with nothing_changed((model, guide)), torch.no_grad():
