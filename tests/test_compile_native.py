@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_elbo_ext import CompiledSVI, DecomposedELBO
 from pyro_elbo_ext.compile import binding, finding, program, svi, taking
-from pyro_elbo_ext.compile.machine_code import kernel_calls, layouts
+from pyro_elbo_ext.compile.machine_code import compiler, kernel_calls, layouts
 from pyro_elbo_ext.compile.machine_code import native as native_room
 from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative, record
 from pyro_elbo_ext.compile.program import Program
@@ -50,6 +52,28 @@ def mean_of(y: Tensor, sigma: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+
+
+def test_what_is_made_of_a_graph_is_kept_for_this_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A later run takes it from Inductor's folder, with constants of its own; one on another CPU does not."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, counters = torch.linspace(0, 1, 6).reshape(2, 3).t(), torch._dynamo.utils.counters
+
+    def value(constant: float, x: Tensor) -> tuple[Tensor, ...]:
+        table = torch.full((2,), constant)
+        return compiler.inductor_code(make_fx(lambda x: ((x * table).exp().sum(0), x.expand(4, 3, 2) + 1))(x), [x])(x)
+
+    def hits(capability: str, constant: float, x: Tensor) -> int:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        for of, expected in zip(value(constant, x), ((x * constant).exp().sum(0), x.expand(4, 3, 2) + 1), strict=True):
+            torch.testing.assert_close(of, expected)
+        return int(counters["inductor"]["fxgraph_cache_hit"] - before)
+
+    assert [hits("A", 0.5, x) for _ in range(2)] == [0, 1]
+    hits("A", 0.7, x)
+    assert hits("B", 0.5, x) == 0
+    assert hits("A", 0.5, x.contiguous()) == 0
 
 
 def is_native(fit: Fit) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_elbo_ext.compile.errors import CannotCompile
@@ -105,7 +106,7 @@ def inductor_code(graph: GraphModule, inputs: list[Any], **options: Any) -> Call
     The number of threads is written into the code: as many as torch is set to at this moment, unless ``options``, which are
     Inductor's, say otherwise. Code that has no such number has memory for so many, and starts as many, as the calling
     thread is set to. What the CPU has is taken for granted where the C++ compiler knows it: to try each instruction set, as
-    torch does, takes as long as a small graph.
+    torch does, takes as long as a small graph. What is made of a graph is kept in Inductor's folder, see :func:`_kept`.
 
     Raises
     ------
@@ -122,7 +123,8 @@ def inductor_code(graph: GraphModule, inputs: list[Any], **options: Any) -> Call
     compiled: Callable[..., Any]
     if "cpp.vec_isa_ok" not in options:
         try:
-            compiled = inductor.compile(graph, inputs, {"cpp.vec_isa_ok": True, **settings})
+            with _kept(inputs) as kept:
+                compiled = inductor.compile(graph, kept, {"cpp.vec_isa_ok": True, **settings})
         except Exception as error:
             if not is_from_compiler(innermost(error)):
                 raise
@@ -131,6 +133,30 @@ def inductor_code(graph: GraphModule, inputs: list[Any], **options: Any) -> Call
             return compiled
     compiled = inductor.compile(graph, inputs, settings)
     return compiled
+
+
+@contextmanager
+def _kept(inputs: list[Any]) -> Iterator[list[Any]]:
+    """A block in which Inductor keeps what it makes of a graph in its folder, and takes it from there in another process.
+
+    It does so for ``torch.compile`` only, in whose contexts there are symbolic shapes; here all are fixed. What it keeps is
+    found by the graph, its inputs and all settings, but not by the instructions that the CPU has, which the code is for.
+    The block has the inputs as Inductor is to have them.
+    """
+    if any(not isinstance(value, Tensor) or value.device.type != "cpu" for value in inputs):
+        yield inputs
+        return
+    from torch._functorch import config as functorch  # slow to import
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    config = import_module("torch.compiler.config")
+    tag = f"{config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    # autograd's level of that cache would hide the graph from C steps
+    with tracing(TracingContext(mode)), functorch.patch(enable_autograd_cache=False), config.patch(cache_key_tag=tag):
+        yield [mode.from_tensor(value, static_shapes=True) for value in inputs]
 
 
 def check_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) -> None:
