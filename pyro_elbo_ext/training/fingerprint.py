@@ -21,7 +21,7 @@ from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
 from pyro_elbo_ext.programs.nodes import Node, base_distribution, is_subsample
 from pyro_elbo_ext.programs.randomness import seeded
 from pyro_elbo_ext.programs.running import trace_pair
-from pyro_elbo_ext.training.data.batches import Batches, Call, Whole
+from pyro_elbo_ext.training.data.batches import Batches, Whole
 from pyro_elbo_ext.training.settings import name_of
 
 Fingerprint = dict[str, Any]
@@ -29,6 +29,7 @@ Fingerprint = dict[str, Any]
 _DEPTH = 5
 _LEVEL = 0.1  # of every unconstrained parameter, where programs are compared
 _TOLERANCE = 1e-4  # of a log density, which is summed in another order on another machine
+_BATCH, _DENSITIES = "first batch", "log densities"
 _NOT_OF_THE_RESULT = ("history", "max_plate_nesting", "max_iarange_nesting", "retain_graph", "ignore_jit_warnings")
 
 
@@ -62,16 +63,14 @@ def fingerprint(
     }
 
 
-def of_programs(
-    model: Any, guide: Any, call: Call, parameters: Mapping[str, Tensor], data: Whole | Batches
-) -> dict[str, Any]:
+def of_programs(model: Any, guide: Any, parameters: Mapping[str, Tensor], data: Whole | Batches) -> dict[str, Any]:
     """What model and guide are: at each site the distribution and its plates, and what they compute.
 
     The latter is the log density of every site with all parameters at one level and under one seed, so that it does not
-    depend on how they start or how far they have come. Where the arguments are another batch in each run, it is left out,
-    and shapes are.
+    depend on how they start or how far they have come. Of batches it is the first under one seed, a digest of which is
+    kept, as only those of the same batch can be compared; shapes are left out.
     """
-    is_whole = isinstance(data, Whole)
+    is_whole, call = isinstance(data, Whole), data.seeded_first()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     found: dict[str, Any] = {}
     try:
@@ -82,11 +81,13 @@ def of_programs(
                 traces = trace_pair(model, guide, *call)
             except (ValueError, RuntimeError):  # not at this level
                 return {}
+            if not is_whole:
+                found[_BATCH] = described(call)
             for where, trace in zip(("model", "guide"), traces, strict=True):
                 sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
                 found[where] = {name: _site(node, is_whole) for name, node in sites.items() if not is_subsample(node)}
-                if is_whole and all(parameter.device.type == "cpu" for parameter in parameters.values()):
-                    found[f"log densities of the {where}"] = _densities(sites)
+                if all(parameter.device.type == "cpu" for parameter in parameters.values()):
+                    found[f"{_DENSITIES} of the {where}"] = _densities(sites)
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -124,10 +125,18 @@ def differences(then: Fingerprint, now: Fingerprint) -> dict[str, list[str]]:
             continue
         if name == "seed" and now[name] is None:  # none is asked for: the run goes on with its own random numbers
             continue
-        said = list(_differences(then.get(name), now[name], name))
+        before, after = then[name], now[name]
+        if name == "programs" and before.get(_BATCH) != after.get(_BATCH):
+            before, after = _without_densities(before), _without_densities(after)
+        said = list(_differences(before, after, name))
         if said:
             found[name] = said
     return found
+
+
+def _without_densities(programs: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not hang on a batch, which is another now, or was not kept."""
+    return {name: value for name, value in programs.items() if name != _BATCH and not name.startswith(_DENSITIES)}
 
 
 def _differences(then: Any, now: Any, path: str) -> Any:

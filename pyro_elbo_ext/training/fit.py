@@ -254,7 +254,7 @@ def fit(
         check_reaches_one(weight, most, first_step=loss.num_steps)
     described = {}
     if checkpoint is not None:
-        programs = of_programs(model, guide, call, parameters, data)
+        programs = of_programs(model, guide, parameters, data)
         described = fingerprint(optim, loss, data, stopping, validation, seed, programs)
     loop = Loop(
         what_steps(model, guide, optim, loss, compiled, distributed, call),

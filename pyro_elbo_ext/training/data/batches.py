@@ -20,6 +20,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_elbo_ext.programs.arguments import named_arguments
+from pyro_elbo_ext.programs.randomness import seeded
 from pyro_elbo_ext.training import processes
 from pyro_elbo_ext.training.state.state import State, random_state, random_state_kept, set_random_state
 
@@ -42,6 +43,10 @@ class Whole:
 
     def first(self) -> Call:
         """Arguments to look at model and guide with."""
+        return self.call
+
+    def seeded_first(self) -> Call:
+        """Those to compare programs with."""
         return self.call
 
     def next(self) -> Call:
@@ -181,6 +186,17 @@ class Batches:
         finally:
             self._set_generator_state(generator)
 
+    def seeded_first(self) -> Call:
+        """The first batch under one seed: the same in each run, as far as the order hangs on torch, NumPy and random."""
+        generator = self._generator_state()
+        try:
+            with seeded(0):
+                if generator is not None:
+                    self.source.generator.manual_seed(0)  # type: ignore[attr-defined]
+                return self._call(next(iter(self.source)))
+        finally:
+            self._set_generator_state(generator)
+
     def next(self) -> Call:
         """The next batch; after the last one the first of the next epoch."""
         for _ in range(2):
@@ -243,7 +259,11 @@ class Batches:
 
     def state_dict(self) -> State:
         """The place in the epoch, and the random state at its start."""
-        return {"epoch": self.epoch, "index": self.index, "at_start": self._at_start if self._iterator else None}
+        return {
+            "epoch": self.epoch,
+            "index": self.index,
+            "at_start": self._at_start if self._iterator is not None else None,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Go to a place; the caller sets the random state afterwards."""
