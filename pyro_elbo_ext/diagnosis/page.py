@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pyro_elbo_ext.diagnosis import report
+from pyro_elbo_ext.files.atomic import write_whole
 from pyro_elbo_ext.history.pictures import COLOURS
 
 if TYPE_CHECKING:
@@ -95,9 +96,9 @@ $body
 def write_page(
     diagnosis: Judgement, path: str | Path, *, history: Any = None, title: str = "Did the fit work?"
 ) -> Path:
-    """Write the page to ``path``; its folder must exist. Returns the path."""
+    """Write the page to ``path``, whole or not at all. Returns the path."""
     file = Path(path)
-    file.write_text(page(diagnosis, history=history, title=title), encoding="utf-8")
+    write_whole(file, page(diagnosis, history=history, title=title).encode())
     return file
 
 

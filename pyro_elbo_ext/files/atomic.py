@@ -18,17 +18,39 @@ _OLD = 3600.0  # seconds without a write after which a file is taken for left be
 
 
 @contextmanager
-def replaced(path: Path, *, locked: bool = True) -> Iterator[Path]:
+def named(path: Path) -> Iterator[None]:
+    """A block whose errors name the file, as those of opening one do and those of writing, to a full disk say, do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file by :func:`replaced`.
+
+    What libraries would write piece by piece is best made in memory: on a full disk torch and HDF5 lose the error, and HDF5
+    ends the process.
+    """
+    with replaced(path) as new:
+        new.write_bytes(content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
     """Another path in the same folder, ``.NAME.XXXXXXXX`` and the suffix, whose file takes the place of ``path`` in the end.
 
     After an error the old file stays. What runs that were killed have left beside it is removed: files of that name that no
-    process has locked. The folder is made if it is missing. HDF5 locks its files itself: they are not to be ``locked``.
+    process has locked. The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
-    descriptor, name = _locked(path) if locked else (None, _name(path))
+    descriptor, name = _locked(path)
     try:
-        yield name
+        with named(path):
+            yield name
         with name.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -36,8 +58,7 @@ def replaced(path: Path, *, locked: bool = True) -> Iterator[Path]:
         name.unlink(missing_ok=True)
         raise
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def remove_stale(path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pyro_elbo_ext.files.atomic import replaced
+from pyro_elbo_ext.files.atomic import write_whole
 from pyro_elbo_ext.files.untrusted import loaded
 from pyro_elbo_ext.history.reading import Decoded
 from pyro_elbo_ext.history.record import LABELS, SITE_WEIGHT, VALUES, SiteInfo
@@ -153,8 +154,18 @@ def write(dataset: xr.Dataset, path: Path) -> None:
     if _engine(path) == "zarr":
         dataset.to_zarr(path, mode="w", zarr_format=2)  # strings are outside the zarr 3 specification
     else:
-        with replaced(path, locked=False) as new:
-            dataset.to_netcdf(new, engine="h5netcdf")
+        write_whole(path, _netcdf(dataset))
+
+
+def _netcdf(dataset: xr.Dataset) -> memoryview:
+    """What a netCDF file of it has in it."""
+    import h5netcdf
+    from xarray.backends import H5NetCDFStore
+
+    made = io.BytesIO()
+    with h5netcdf.File(made, "w") as file:
+        dataset.dump_to_store(H5NetCDFStore(file))
+    return made.getbuffer()
 
 
 def read(path: Path) -> xr.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.files.atomic import replaced
+from pyro_elbo_ext.files.atomic import write_whole
 from pyro_elbo_ext.programs.faults import first_line
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
 
@@ -18,8 +19,9 @@ FORMAT = 1
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` to ``path`` atomically: to a file beside it, which then takes its place."""
-    with replaced(path) as new:
-        torch.save({"format": FORMAT, **content}, new)
+    made = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, made)
+    write_whole(path, made.getbuffer())
 
 
 def read(path: Path) -> dict[str, Any]:

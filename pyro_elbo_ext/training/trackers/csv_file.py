@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from pyro_elbo_ext.files.atomic import replaced
+from pyro_elbo_ext.files.atomic import named, replaced
 from pyro_elbo_ext.training.callbacks import Callback
 from pyro_elbo_ext.training.trackers.values import plain
 
@@ -70,7 +70,7 @@ class CSVTracker(Callback):
             rows = self._kept()
             self._columns += late
             self._rewrite(rows)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with named(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             _writer(file).writerow([values.get(name, "") for name in self._columns])
         self._rows, self._last = self._rows + 1, int(step)
 
