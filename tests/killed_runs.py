@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_elbo_ext import AdaptiveStopping, Callback, CSVTracker, DecomposedELBO, Patience
 from pyro_elbo_ext.bounds.weighting import LinearWarmup
+from pyro_elbo_ext.compile.machine_code.compiler import import_dynamo
 from pyro_elbo_ext.training.fit import fit
 from pyro_elbo_ext.training.state import checkpoints
 from tests.models import SIGMA, Y, schools
@@ -175,6 +176,7 @@ def compare(a: Path, b: Path) -> Iterator[str]:
 
 
 def main() -> None:
+    import_dynamo()  # once, and not in each process
     case, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     number = signal.Signals[sys.argv[5]] if len(sys.argv) > 5 else signal.SIGKILL
     whole = folder / "whole"
