@@ -137,6 +137,14 @@ def test_every_order_of_what_is_found_has_the_same_density(model: Callable[[], N
                 assert abs(log_joint(model, part) - log_joint(model, latent)) > 1e-3
 
 
+def test_many_sites_are_not_listed_one_by_one() -> None:
+    (found,) = exchangeable_components(hmm)
+    assert (
+        str(found)
+        == "3 components of start (axis -1), rows (axis -2, axis -1), locs (axis -1), z_0, z_1, ..., z_3 (their states)"
+    )
+
+
 def draws_of(model: Callable[[], None], chains: int = 2, draws: int = 30) -> Any:
     """Draws of the prior, as an export has them."""
     with isolated(0):

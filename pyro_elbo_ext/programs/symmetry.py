@@ -21,6 +21,7 @@ from pyro_elbo_ext.programs.running import check_callable
 POINTS = 3  # at which the density is compared
 TRIES = 20  # runs of the model in which these are looked for
 MOST_RUNS = 1000  # of the model for one search, after which there is no answer
+LISTED = 3  # sites with states that are named one by one
 STATES = 0  # in place of an axis, which is negative: the site's values are numbers of components
 
 
@@ -52,10 +53,13 @@ class Components:
         return [site for site, axes in self.axes.items() if axes or site in self.states]
 
     def __str__(self) -> str:
+        own = [site for site in self.indexed if self.axes[site] or len(self.states) <= LISTED]
         parts = [
             f"{site} (" + ", ".join([*(f"axis {axis}" for axis in self.axes[site]), *self._says(site)]) + ")"
-            for site in self.indexed
+            for site in own
         ]
+        rest = [site for site in self.indexed if site not in own]
+        parts += [f"{rest[0]}, {rest[1]}, ..., {rest[-1]} (their states)"] if rest else []
         return f"{self.size} components of " + ", ".join(parts)
 
     def _says(self, site: str) -> list[str]:
