@@ -185,7 +185,7 @@ def approximate(
         gaussian = triangular(fit.gaussian)
         before, _ = look(check, gaussian, rng, count)
         flow, fit = bend(evaluate, gaussian, seed, fit.path, progress)
-        weighted, gain, gain_se = look_through(check, gaussian, flow, rng, count)
+        weighted, gain, gain_se = look_through(check, gaussian, flow, rng, 4 * count)
         telling, khat_before = weighted, before.khat
         distance, square_khat = distance_of(check, weighted)
         guide = FlowGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.factor), flow)

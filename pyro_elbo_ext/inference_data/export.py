@@ -82,16 +82,26 @@ def dataset_of(data: Any, group: str = "posterior") -> xr.Dataset:
     """
     if isinstance(data, xr.Dataset):
         return data
-    if isinstance(data, xr.DataTree):
-        names = list(data.children)
-    elif callable(getattr(data, "groups", None)):  # InferenceData, also of an ArviZ that is not the installed one
-        names = list(data.groups())
-    else:
-        raise TypeError(f"data must be InferenceData, DataTree or xarray.Dataset, got {type(data).__name__}")
+    names = groups_of(data)
     if group not in names:
         raise KeyError(f"there is no group '{group}' in the data; it has {', '.join(names) or 'none'}")
     found = data[group]
     return found.to_dataset() if isinstance(found, xr.DataTree) else found
+
+
+def groups_of(data: Any) -> list[str]:
+    """Names of the groups of ArviZ data of either generation.
+
+    Raises
+    ------
+    TypeError
+        If ``data`` is neither ``arviz.InferenceData`` nor ``xarray.DataTree``.
+    """
+    if isinstance(data, xr.DataTree):
+        return list(data.children)
+    if callable(getattr(data, "groups", None)):  # InferenceData, also of an ArviZ that is not the installed one
+        return list(data.groups())
+    raise TypeError(f"data must be InferenceData, DataTree or xarray.Dataset, got {type(data).__name__}")
 
 
 def from_pyro_svi(

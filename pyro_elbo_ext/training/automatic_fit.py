@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,12 @@ from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide, Unconstr
 from pyro_elbo_ext.automatic.search import entries
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.density.completing import complete
+from pyro_elbo_ext.diagnosis import Diagnosis
 from pyro_elbo_ext.evidence.importance import about_khat
 from pyro_elbo_ext.history import History
 from pyro_elbo_ext.history.pictures import COLOURS, OTHER, TOTAL, pyplot
+from pyro_elbo_ext.inference_data.export import dataset_of, groups_of, to_arviz
+from pyro_elbo_ext.inference_data.names import by_site
 from pyro_elbo_ext.objectives import DecomposedELBO
 from pyro_elbo_ext.programs.arguments import check_count, check_seed
 from pyro_elbo_ext.programs.randomness import isolated, seeded, untouched
@@ -37,6 +40,22 @@ FAMILIES = ("auto", "gaussian", "diagonal", "flow")
 _PARTICLES, _RECORDS = 32, 50  # of the history
 
 
+class Rung(NamedTuple):
+    """What one rung of ``fit(..., accuracy=...)`` reached, and what it cost.
+
+    ``distance`` is the largest error of a mean, in sds, or of a log sd, as far as it is known, else NaN; ``says`` is why it
+    is enough, or why it is not.
+    """
+
+    rung: str
+    enough: bool
+    distance: float
+    elbo: float
+    gradients: int
+    seconds: float
+    says: str
+
+
 @dataclass(repr=False)
 class AutomaticFit(FitResult):
     """A guide that `fit` has made.
@@ -47,10 +66,22 @@ class AutomaticFit(FitResult):
         What it was fitted to.
     approximation : Approximation
         Family, gradient evaluations, k-hat, what to try next.
+    rungs : list of Rung
+        With ``accuracy``: what was tried, the last one last. Else empty.
+    chains
+        ArviZ data of `run_nuts`, where that was the last rung; `draws` are of these then. Guide, terms and ELBO are those of
+        the rung before.
     """
 
     density: LogDensity = field(default=None, repr=False)  # type: ignore[assignment]  # always given
     approximation: Approximation = field(default=None, repr=False)  # type: ignore[assignment]
+    rungs: list[Rung] = field(default_factory=list, repr=False)
+    chains: Any = field(default=None, repr=False)
+
+    @property
+    def accurate(self) -> bool | None:
+        """Whether `draws` are as near the posterior as ``accuracy`` asked for, as far as is known; None if it did not."""
+        return self.rungs[-1].enough if self.rungs else None
 
     @property
     def path(self) -> pd.DataFrame:
@@ -128,7 +159,29 @@ class AutomaticFit(FitResult):
             )
 
     def _draws(self, count: int) -> dict[str, Tensor]:
-        return complete(self.density, self._unconstrained(count))
+        if self.chains is None:
+            return complete(self.density, self._unconstrained(count))
+        sites = by_site(dataset_of(self.chains))
+        values = {name: v.transpose("chain", "draw", ...).values for name, v in sites.items()}
+        chains, length = next(iter(values.values())).shape[:2]
+        chosen = torch.randint(chains * length, (count,)).numpy()
+        return {name: torch.from_numpy(v.reshape(-1, *v.shape[2:])[chosen]) for name, v in values.items()}
+
+    def to_arviz(self, **options: Any) -> Any:
+        """The draws as ArviZ data: of the guide, see `from_pyro_svi` for the options, or `chains` where there are any."""
+        if self.chains is None:
+            return super().to_arviz(**options)
+        if options:
+            raise TypeError(
+                f"the draws are of NUTS, which has made them already: to_arviz takes no {', '.join(options)}"
+            )
+        return self.chains
+
+    def diagnose(self, **options: Any) -> Diagnosis:
+        """How far the guide is from the posterior, by `chains` where there are any; see `FitResult.diagnose`."""
+        if self.chains is not None:
+            options.setdefault("mcmc", self.chains)
+        return super().diagnose(**options)
 
     def _unconstrained(self, count: int) -> Tensor:
         return cast(Tensor, self.approximation.guide.get_posterior().sample((count,)))
@@ -171,7 +224,10 @@ class AutomaticFit(FitResult):
 
     def _content(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self.approximation).items() if name != "guide"}
-        return {**super()._content(), "automatic": fields, "history": None}
+        chains = (
+            None if self.chains is None else {group: dataset_of(self.chains, group) for group in groups_of(self.chains)}
+        )
+        return {**super()._content(), "automatic": fields, "history": None, "rungs": self.rungs, "chains": chains}
 
     @classmethod
     def _read(
@@ -203,7 +259,11 @@ class AutomaticFit(FitResult):
             made = GaussianGuide(density, loc, eye)
         made.load_state_dict(saved)
         found = Approximation(guide=made, **fields)
-        return _result(density, found, content["account"]["seconds"])
+        result = _result(density, found, content["account"]["seconds"])
+        result.rungs = content.get("rungs", [])
+        if content.get("chains") is not None:
+            result.chains = to_arviz(content["chains"])
+        return result
 
     def lines(self) -> list[str]:
         """The account in a few lines."""
@@ -214,8 +274,15 @@ class AutomaticFit(FitResult):
             f"ELBO {a.elbo:.6g} +- {a.elbo_se:.2g} nats, {about_khat(a.khat, a.ess, a.num_draws)}",
             *a.notes,
         ]
-        if a.next_guide:
+        if self.rungs:
+            found += [
+                f"{rung.rung}, {rung.seconds:.2f} s: {'enough' if rung.enough else 'not enough'}. {rung.says}"
+                for rung in self.rungs
+            ]
+        elif a.next_guide:
             found.append(a.next_guide)
+        if self.chains is not None:
+            found.append("draws are of NUTS; guide, terms and ELBO are those of the guide")
         return found + self._about_parameters()
 
 

@@ -36,6 +36,7 @@ from pyro_elbo_ext.training.data.validation import Validation, true_objective
 from pyro_elbo_ext.training.distributed.replica import start_alike
 from pyro_elbo_ext.training.fingerprint import fingerprint, of_programs
 from pyro_elbo_ext.training.flat_priors import flat_priors_have_a_start
+from pyro_elbo_ext.training.ladder import climb
 from pyro_elbo_ext.training.loop import LOOK_EVERY, Loop
 from pyro_elbo_ext.training.result import FitResult
 from pyro_elbo_ext.training.safety import explain
@@ -56,6 +57,7 @@ def fit(
     *args: Any,
     loss: Any = None,
     optim: PyroOptim | torch.optim.Optimizer | None = None,
+    accuracy: float | None = None,
     num_steps: int | Literal["auto"] = "auto",
     num_epochs: int | None = None,
     max_steps: int = 100_000,
@@ -81,8 +83,8 @@ def fit(
     With ``guide="auto"`` a Gaussian on unconstrained space, of full covariance up to 500 coordinates, is fitted to all the
     data without tuning or compilation: it starts from the best mode that several climbs find, moves to the greatest ELBO by
     natural-gradient steps, and then, where importance weights can tell, to the posterior's means and sds. Whether that is
-    enough the result says; its ``refine()`` is the next guide up. Only ``callbacks``, ``progress`` and ``seed`` go with it.
-    The model may then be a :class:`LogDensity` too, for one that is compiled already.
+    enough the result says; its ``refine()`` is the next guide up, and ``accuracy`` climbs on by itself. Only ``callbacks``,
+    ``progress`` and ``seed`` go with it. The model may then be a :class:`LogDensity` too, for one that is compiled already.
 
     With any model and guide it takes the steps that ``SVI`` takes, compiled where possible. Before anything changes, model,
     guide and data are tried once, so that NaN data, a guide that misses a site or a wrongly scaled batch is an error that
@@ -101,6 +103,12 @@ def fit(
         Optimizer of ``pyro.optim`` or of torch; Adam by default, with a learning rate of 0.02 where
         :class:`AdaptiveStopping` lowers it, else 0.01. Schedulers of ``pyro.optim`` go on at the end of each epoch, without
         ``batches`` after each step, ``ReduceLROnPlateau`` after each validation.
+    accuracy
+        With ``guide="auto"``: the largest error of a mean, in posterior sds, or of a log sd that the draws are to have, such
+        as 0.1. Where the Gaussian is not known to be that near, hierarchies are centred in part as the data ask for
+        (``result.model`` is the model in these coordinates); then NUTS follows from the guide's draws, whose chains must
+        agree, and where they do not a normalizing flow. The result's ``rungs`` say what each gave and took, ``accurate``
+        whether the last is enough; ``draws`` are of that one. Callbacks are told of the first.
     num_steps
         How many steps, or "auto": until ``stopping`` says so.
     num_epochs
@@ -222,9 +230,17 @@ def fit(
         }
         _refuse(guide, {name: value for name, value in given.items() if value is not None})
         settings = describe_run(model, guide, DecomposedELBO, None, None, seed=seed) if listeners else None
+        if accuracy is not None:
+            if guide != "auto":
+                raise TypeError(f"accuracy goes with guide='auto', which chooses the guide, not with guide='{guide}'")
+            return climb(
+                model, args, kwargs, accuracy, seed=seed, progress=progress, callbacks=listeners, settings=settings
+            )
         return fit_automatically(
             model, guide, args, kwargs, seed=seed, progress=progress, callbacks=listeners, settings=settings
         )
+    if accuracy is not None:
+        raise TypeError("accuracy goes with guide='auto', which chooses the guide: leave it out, or give no guide")
     if seed is not None:
         pyro.set_rng_seed(seed)
     data, args = _data(args, kwargs, batches)

@@ -1,0 +1,143 @@
+"""`fit` with ``accuracy``: from the Gaussian up, rung by rung, until draws are as near the posterior as was asked for."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pyro_elbo_ext.automatic.centering import centred_in_part, centredness
+from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide
+from pyro_elbo_ext.density import LogDensity
+from pyro_elbo_ext.diagnosis.many_chains import split_rhat
+from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
+from pyro_elbo_ext.inference_data.export import dataset_of
+from pyro_elbo_ext.mcmc import run_nuts
+from pyro_elbo_ext.programs.arguments import check_fraction
+from pyro_elbo_ext.training.automatic_fit import AutomaticFit, Rung, fit_automatically
+from pyro_elbo_ext.training.callbacks import CallbackList
+
+FLOW = 100  # coordinates up to which a flow is tried
+CHAINS, DRAWS = 4, 1000
+SEVERAL = 8  # chains, from all over the place, where there are other modes than the guide's
+RHAT, DIVERGING = 1.01, 0.001  # of the chains, at most: a share of divergences that small is no place left out
+ATTEMPTS: tuple[dict[str, Any], ...] = ({}, {"target_accept": 0.97, "warmup": 1000, "num_samples": 2 * DRAWS})
+
+
+def climb(
+    model: Callable[..., Any] | LogDensity,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    accuracy: float,
+    *,
+    seed: int | None,
+    progress: bool,
+    callbacks: CallbackList | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AutomaticFit:
+    """A Gaussian; where that is not enough NUTS from its draws; where that is not, a flow on top of the Gaussian.
+
+    NUTS comes before the flow since it takes less time where it does, and shows where it does not. The result has the draws
+    of the rung that is enough, or those of NUTS, and says which; see `fit`.
+    """
+    check_fraction("accuracy", accuracy)
+    result = fit_automatically(
+        model, "auto", args, kwargs, seed=seed, progress=progress, callbacks=callbacks, settings=settings
+    )
+    rungs = [_of_guide(result, accuracy)]
+    several = any("other modes" in note for note in result.approximation.notes)
+    if not rungs[-1].enough and not several:
+        other = _centred_in_part(result, seed, progress)
+        if other is not None:
+            rungs.append(_of_guide(other, accuracy)._replace(rung=f"{other.approximation.family}, centred in part"))
+            if other.elbo > result.elbo:
+                result = other
+    if not rungs[-1].enough:
+        chains, rung = _by_nuts(result, accuracy, several, seed, progress)
+        rungs.append(rung)
+        if not rung.enough and not several and result.converged and result.density.dim <= FLOW:
+            flow = result.refine(seed=seed, progress=progress)
+            rungs.append(_of_guide(flow, accuracy))
+            if rungs[-1].enough:
+                result = flow
+        if not rungs[-1].enough or rung.enough:
+            result.chains = chains
+    result.rungs = rungs
+    return result
+
+
+def _centred_in_part(result: AutomaticFit, seed: int | None, progress: bool) -> AutomaticFit | None:
+    """The Gaussian of the same model in better coordinates, where there are any."""
+    guide = result.approximation.guide
+    assert isinstance(guide, DiagonalGuide | GaussianGuide)
+    if not (shares := centredness(result.density, guide.gaussian)):
+        return None
+    return fit_automatically(
+        centred_in_part(result.model, shares), "auto", result.args, result.kwargs, seed=seed, progress=progress
+    )
+
+
+def _of_guide(result: AutomaticFit, accuracy: float) -> Rung:
+    found = result.approximation
+    # what the weights say is known to that of their effective draws
+    most = found.distance + 2 / math.sqrt(found.ess)
+    says = found.next_guide
+    if not says:
+        says = f"means and log sds are {found.distance:.2f} off, {most:.2f} at most, by importance weights"
+    enough = found.converged and not found.next_guide and most <= accuracy
+    return Rung(found.family, enough, found.distance, found.elbo, found.gradients, result.seconds, says)
+
+
+def _by_nuts(
+    result: AutomaticFit, accuracy: float, several: bool, seed: int | None, progress: bool
+) -> tuple[Any, Rung]:
+    """Chains that start at the guide's draws; where there are other modes, from all over, so that they can disagree."""
+    began, density = time.monotonic(), result.density
+    density.compile(one_thread=True)
+    start: dict[str, Any] = {"chains": SEVERAL} if several else {"chains": CHAINS, "start": result}
+    gradients = 0
+    problems: list[str] = []
+    for attempt in ATTEMPTS:
+        options = {"num_samples": DRAWS, "seed": 0 if seed is None else seed, "progress": progress, **start, **attempt}
+        chains = run_nuts(density, **options)
+        statistics = dataset_of(chains, "sample_stats")
+        gradients += int(statistics["n_steps"].sum())
+        rhat, ess = _agreement(dataset_of(chains))
+        diverging = float(statistics["diverging"].mean())
+        problems = [
+            *([f"R-hat {rhat:.3f} is not below {RHAT}"] if not rhat < RHAT else []),
+            *([f"{ess:.0f} effective draws are fewer than {_needed(accuracy):.0f}"] if ess < _needed(accuracy) else []),
+            *([f"{diverging:.1%} of the draws diverged"] if diverging > DIVERGING else []),
+        ]
+        if not problems:
+            break
+    distance = 1 / math.sqrt(ess) if not problems else math.nan
+    says = (
+        f"R-hat {rhat:.3f}, {ess:.0f} effective draws"
+        if not problems
+        else f"{'; '.join(problems)}. Write the model in another parameterization"
+        + (", or with its modes told apart." if several else ".")
+    )
+    return chains, Rung("nuts", not problems, distance, math.nan, gradients, time.monotonic() - began, says)
+
+
+def _needed(accuracy: float) -> float:
+    """Effective draws with which means and log sds are told to half of the accuracy."""
+    return (2 / accuracy) ** 2
+
+
+def _agreement(posterior: xr.Dataset) -> tuple[float, float]:
+    """Largest R-hat and fewest effective draws of all scalars that vary."""
+    rhat, ess = 1.0, math.inf
+    for variable in posterior.data_vars.values():
+        draws = variable.transpose("chain", "draw", ...).values.astype(float)
+        draws = draws.reshape(*draws.shape[:2], -1)
+        draws = draws[..., draws.std((0, 1)) > 1e-12 * np.abs(draws).max((0, 1), initial=0.0)]
+        if draws.shape[-1]:
+            rhat = max(rhat, float(np.max(np.nan_to_num(split_rhat(draws), nan=np.inf))))
+            ess = min(ess, min(effective_size(column) for column in np.moveaxis(draws, -1, 0)))
+    return rhat, ess
