@@ -27,6 +27,7 @@ from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.programs.arguments import check_count, check_number, check_seed
 from pyro_elbo_ext.programs.densities import log_prob
 from pyro_elbo_ext.programs.given import run_given
+from pyro_elbo_ext.programs.nodes import is_deterministic
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import trace_program
 from pyro_elbo_ext.terms.terms import latent_values
@@ -302,7 +303,7 @@ class _PerDatum:
         inside: Tensor = torch.zeros(run.plate.size, device=next(iter(values.values())).device)
         outside: list[Tensor] = []
         for node in model_trace.nodes.values():
-            if node["type"] != "sample" or node["infer"].get("_deterministic"):
+            if node["type"] != "sample" or is_deterministic(node):
                 continue
             log_p = log_prob(node, model_trace)
             if run.has_plate(node):

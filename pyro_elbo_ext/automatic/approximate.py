@@ -187,7 +187,7 @@ def approximate(
         flow, fit = bend(evaluate, gaussian, seed, fit.path, progress)
         weighted, gain, gain_se = look_through(check, gaussian, flow, rng, 4 * count)
         telling, khat_before = weighted, before.khat
-        distance, square_khat = distance_of(check, weighted)
+        distance, square_khat = distance_of(check, weighted, weighted)
         guide = FlowGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.factor), flow)
         notes.append(
             f"the flow's ELBO is {gain:.3g} ± {gain_se:.1g} nats above the Gaussian's; k-hat was {khat_before:.2f} and is "

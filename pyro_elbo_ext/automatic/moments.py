@@ -180,13 +180,13 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     own, many = look(evaluate, gaussian, rng, count)
-    distance, khat = distance_of(evaluate, many)
+    distance, khat = distance_of(evaluate, many, own)
     if distance < WORTH:
         return Matched(gaussian, own, many, distance)
     here, first, told, note = gaussian, own, np.nan, ""
     for number in range(ROUNDS + 1):
         own, many = _closer(evaluate, here, rng, own, many)
-        distance, khat = distance_of(evaluate, many)  # whatever fewer draws said
+        distance, khat = distance_of(evaluate, many, own)  # whatever fewer draws said
         if np.isnan(distance):  # the draws before may have told what was moved to
             distance, khat = told, khat if np.isnan(told) else np.nan
         if number == 0:
@@ -246,16 +246,16 @@ def _moved(
     return best, _off(sites, many), least
 
 
-def distance_of(evaluate: Evaluations, weighted: Weighted) -> tuple[float, float]:
+def distance_of(evaluate: Evaluations, weighted: Weighted, own: Weighted) -> tuple[float, float]:
     """Worst difference in a mean, in sds, or log sd of any entry of a site, and `tail_of_squares`.
 
     The distance is NaN where the weights cannot tell it, by their own k-hat or by that of the squares; the latter is NaN
-    where it is not looked at.
+    where it is not looked at, as where the weights of the guide's ``own`` draws are even, whatever an sd is made of.
     """
     if not weighted.reliable:
         return np.nan, np.nan
     sites = _constrained(evaluate, weighted.draws)
-    if weighted.ess < EVEN * weighted.num_draws:
+    if own.ess < EVEN * own.num_draws:
         khat = tail_of_squares(sites[:, _varies(sites)], weighted.weights[: len(sites)])
         if khat >= khat_threshold(len(sites)):
             return np.nan, khat

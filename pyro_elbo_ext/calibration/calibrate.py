@@ -22,6 +22,7 @@ from pyro_elbo_ext.inference_data.draws import to_numpy
 from pyro_elbo_ext.inference_data.labels import Labels
 from pyro_elbo_ext.programs.arguments import check_count, names_of
 from pyro_elbo_ext.programs.given import data_of
+from pyro_elbo_ext.programs.nodes import is_deterministic
 from pyro_elbo_ext.programs.randomness import untouched
 from pyro_elbo_ext.programs.running import check_callable
 
@@ -203,7 +204,7 @@ def _data_arguments(data: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapp
 
 def _parameters(truth: Mapping[str, Any], nodes: Mapping[str, Any], var_names: Iterable[str] | None) -> list[str]:
     if var_names is None:
-        names = [name for name in truth if not nodes[name]["infer"].get("_deterministic")]
+        names = [name for name in truth if not is_deterministic(nodes[name])]
     else:
         names = names_of("var_names", var_names)
         for name in names:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from pyro_elbo_ext.programs.densities import check_densities
 from pyro_elbo_ext.programs.faults import NO_LATENT, cause, check_data, discrete_latent, first_line, nan_parameter
 from pyro_elbo_ext.programs.interrupts import handlers_are_heard
-from pyro_elbo_ext.programs.nodes import plate_nesting, tensor_options
+from pyro_elbo_ext.programs.nodes import is_deterministic, plate_nesting, tensor_options
 from pyro_elbo_ext.programs.running import trace_program
 from pyro_elbo_ext.terms.enumeration.rows import log_density
 from pyro_elbo_ext.terms.enumeration.traces import is_marked
@@ -174,8 +174,7 @@ class UnconstrainedModel:
         self.names = [
             name
             for name, site in self.sites.items()
-            if (name in self.layout and not _imputes(site))
-            or (site["infer"].get("_deterministic") and not self.has_discrete)
+            if (name in self.layout and not _imputes(site)) or (is_deterministic(site) and not self.has_discrete)
         ]
 
     @contextmanager

@@ -22,7 +22,7 @@ from pyro_elbo_ext.mcmc.predictions import Predictions
 from pyro_elbo_ext.mcmc.samplers import Asked, sample_nutpie, sample_pyro
 from pyro_elbo_ext.mcmc.starts import draws_of
 from pyro_elbo_ext.programs.arguments import check_count, check_fraction, check_seed
-from pyro_elbo_ext.programs.nodes import base_distribution, is_marked_site
+from pyro_elbo_ext.programs.nodes import is_data, is_marked_site
 from pyro_elbo_ext.programs.randomness import isolated
 
 STARTED_WARMUP = 200  # of chains that start from a fit
@@ -224,7 +224,7 @@ def run_nuts(
     observed = {
         name: site["value"].detach().cpu().numpy()
         for name, site in sites.items()
-        if site["is_observed"] and not site["infer"].get("_deterministic") and base_distribution(site["fn"]) != "Unit"
+        if site["type"] == "sample" and is_data(site)
     }
     groups = {
         "posterior": labels.dataset({name: values[name] for name in reported}, sites, attrs=attrs),

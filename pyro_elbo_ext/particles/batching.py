@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook
 from pyro_elbo_ext.particles.supply import CannotBatch, Supply, subsamples
 from pyro_elbo_ext.particles.vmap_draws import DrawMode, samplers_for
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_deterministic
 from pyro_elbo_ext.programs.running import trace_pair
 
 Program = Callable[..., Any]
@@ -242,7 +242,7 @@ class _Particle:
             laid_out["scale"] = add_batched(node["scale"])
             laid_out["mask"] = add_batched(node["mask"])
             depth = max([-frame.dim for frame in stack if frame.dim is not None], default=0)
-            if not node["infer"].get("_deterministic"):
+            if not is_deterministic(node):
                 self._scored = name
                 density = log_prob(node, trace) if where == "model" else score_parts(node, trace).log_prob
                 depth = max(depth, density.dim())

@@ -12,7 +12,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_elbo_ext.programs.nodes import Node, is_data
+from pyro_elbo_ext.programs.nodes import Node, is_data, is_deterministic
 from pyro_elbo_ext.programs.running import trace_program
 
 
@@ -95,7 +95,7 @@ def values_of(trace: Trace) -> dict[str, Tensor]:
     """Values of the latent and deterministic sites of a model's trace, in the model's order."""
     found = {}
     for name, node in sample_sites(trace):
-        if node["infer"].get("_deterministic") or (not node["is_observed"] and not imputation(name, trace)):
+        if is_deterministic(node) or (not node["is_observed"] and not imputation(name, trace)):
             found[name] = node["value"]
     return found
 

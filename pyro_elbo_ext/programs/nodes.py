@@ -41,9 +41,25 @@ def enumerated_dims(node: Node) -> frozenset[int]:
     return frozenset(node["infer"].get("_dim_to_id", ()))
 
 
+def is_deterministic(node: Node) -> bool:
+    """Whether a site is a value that the program has computed: of ``pyro.deterministic``, or of a reparameterized site.
+
+    ``poutine.reparam`` leaves an observed point mass that counts for nothing in the place of the site, without the mark.
+    """
+    if node["type"] != "sample":
+        return False
+    fn = node["fn"]
+    return bool(node["infer"].get("_deterministic")) or (
+        node["is_observed"]
+        and isinstance(fn, MaskedDistribution)
+        and fn._mask is False
+        and isinstance(innermost(fn), Delta)
+    )
+
+
 def is_data(node: Node) -> bool:
-    """Whether an observed site is data: neither ``pyro.deterministic`` nor ``pyro.factor``."""
-    return node["is_observed"] and not node["infer"].get("_deterministic") and not isinstance(node["fn"], Unit)
+    """Whether an observed site is data: neither a deterministic one nor ``pyro.factor``."""
+    return node["is_observed"] and not is_deterministic(node) and not isinstance(node["fn"], Unit)
 
 
 def is_random(node: Node) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo_ext.programs.given import run_given
-from pyro_elbo_ext.programs.nodes import is_latent
+from pyro_elbo_ext.programs.nodes import is_deterministic, is_latent
 from pyro_elbo_ext.programs.randomness import seeded, untouched
 from pyro_elbo_ext.programs.running import check_callable
 
@@ -197,7 +197,7 @@ class _Search:
             trace.compute_log_prob()
         self.runs += 1
         for name, node in trace.nodes.items():
-            if node["type"] != "sample" or node["infer"].get("_deterministic"):
+            if node["type"] != "sample" or is_deterministic(node):
                 continue
             log_prob = node["log_prob"].detach()
             terms = log_prob.double()
@@ -327,7 +327,7 @@ class _Search:
         return {
             name: torch.as_tensor(node["value"]).detach()
             for name, node in trace.nodes.items()
-            if node["type"] == "sample" and node["infer"].get("_deterministic")
+            if node["type"] == "sample" and is_deterministic(node)
         }
 
 

@@ -24,7 +24,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_point_mass
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_deterministic, is_point_mass
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def outline(model_trace: Trace, guide_trace: Trace, densities: Mapping[str, tupl
 
 
 def _has_density(node: Node) -> bool:
-    return node["type"] == "sample" and not node["infer"].get("_deterministic") and not site_is_subsample(node)
+    return node["type"] == "sample" and not is_deterministic(node) and not site_is_subsample(node)
 
 
 def read_sites(model_trace: Trace, guide_trace: Trace, sites: Outline | None = None) -> list[Site]:

@@ -54,7 +54,7 @@ def climb(
         other = _centred_in_part(result, seed, progress)
         if other is not None:
             rungs.append(_of_guide(other, accuracy)._replace(rung=f"{other.approximation.family}, centred in part"))
-            if other.elbo > result.elbo:
+            if rungs[-1].enough or other.elbo > result.elbo:
                 result = other
     if not rungs[-1].enough:
         chains, rung = _by_nuts(result, accuracy, several, seed, progress)
@@ -76,9 +76,8 @@ def _centred_in_part(result: AutomaticFit, seed: int | None, progress: bool) -> 
     assert isinstance(guide, DiagonalGuide | GaussianGuide)
     if not (shares := centredness(result.density, guide.gaussian)):
         return None
-    return fit_automatically(
-        centred_in_part(result.model, shares), "auto", result.args, result.kwargs, seed=seed, progress=progress
-    )
+    model = centred_in_part(result.model, shares)
+    return fit_automatically(model, "auto", result.args, result.kwargs, seed=seed, progress=progress)
 
 
 def _of_guide(result: AutomaticFit, accuracy: float) -> Rung:

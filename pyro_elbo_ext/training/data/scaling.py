@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.compile.tracing.static_check import nothing_changed
 from pyro_elbo_ext.programs.arguments import check_count, named_arguments
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_latent
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, Node, is_deterministic, is_latent
 from pyro_elbo_ext.programs.running import trace_pair
 from pyro_elbo_ext.training.data.batches import Batches, Call, Order, Rows
 
@@ -108,7 +108,7 @@ def scales_of(model_trace: Trace, rows: Rows) -> list[tuple[str, _Scale]]:
     latents = {name: node for name, node in nodes.items() if is_latent(node) and not name.startswith("_")}
     found = []
     for name, node in nodes.items():
-        if not node["is_observed"] or node["infer"].get("_deterministic"):
+        if not node["is_observed"] or is_deterministic(node):
             continue
         batch = _batch_of(node, rows)
         if batch is None:

@@ -32,7 +32,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE
+from pyro_elbo_ext.programs.nodes import PARTICLE_PLATE, is_deterministic
 from pyro_elbo_ext.training.distributed.random_streams import is_split
 
 Floats = NDArray[np.float64]
@@ -64,7 +64,7 @@ class Survey(Messenger):
         self.shared: set[str] | None = None
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+        if site_is_subsample(msg) or is_deterministic(msg):
             return
         around = {frame.name for frame in msg["cond_indep_stack"]} - {PARTICLE_PLATE}
         self.shared = around if self.shared is None else self.shared & around
