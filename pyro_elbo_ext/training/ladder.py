@@ -12,6 +12,7 @@ import xarray as xr
 
 from pyro_elbo_ext.automatic.centering import centred_in_part, centredness
 from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide
+from pyro_elbo_ext.automatic.modes import Modes
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.diagnosis.many_chains import split_rhat
 from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
@@ -49,7 +50,8 @@ def climb(
         model, "auto", args, kwargs, seed=seed, progress=progress, callbacks=callbacks, settings=settings
     )
     rungs = [_of_guide(result, accuracy)]
-    several = any("other modes" in note for note in result.approximation.notes)
+    modes = result.approximation.modes
+    several = isinstance(modes, Modes) and bool(modes.missed)
     if not rungs[-1].enough and not several:
         other = _centred_in_part(result, seed, progress)
         if other is not None:
