@@ -7,7 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_elbo_ext.compile.binding import Binding
+from pyro_elbo_ext.compile.errors import CannotCompile
 from pyro_elbo_ext.compile.machine_code.compiler import failures_are_reasons
 from pyro_elbo_ext.compile.machine_code.kernel_calls import NotKnown, NotNative
 from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, comparable_in_c, look_of
@@ -29,6 +30,7 @@ from pyro_elbo_ext.compile.tracing.guards import Guards, all_of
 from pyro_elbo_ext.compile.tracing.losses import TracedLoss
 from pyro_elbo_ext.compile.tracing.numbers import NeedsNumber
 from pyro_elbo_ext.compile.tracing.reads import Recorder
+from pyro_elbo_ext.compile.tracing.sharing import Sharing
 from pyro_elbo_ext.compile.tracing.static_check import check_graph, check_structure, nothing_changed
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives.evaluation import Program as PyroProgram
@@ -46,6 +48,9 @@ _NOT_IN_GRAPH = frozenset(
         *("tail_adaptive_beta", "max_plate_nesting"),
     ]
 )
+# Of Inductor: what is computed for each state is written down before it is used for each datum; else it would be computed
+# again for each of these.
+_FOR_SUMS = {"realize_opcount_threshold": 12, "realize_reads_threshold": 2}
 _OTHER_VALUES = (0.97, 0.99)  # times a float that is an input of the graph: where it must be right too
 
 
@@ -112,9 +117,18 @@ class Program:
 
     def _trace(self, evaluation: Evaluation, inputs: list[Tensor]) -> None:
         """Make the graph, and compare it with the programs."""
+        if self._loss.enumerates(*self._programs):
+            sharing = Sharing()
+            with suppress(CannotCompile):  # without it the same comes again, if that is not why
+                self._trace_with(sharing, evaluation, inputs)
+                if sharing.is_kept:
+                    return
+        self._trace_with(None, evaluation, inputs)
+
+    def _trace_with(self, sharing: Sharing | None, evaluation: Evaluation, inputs: list[Tensor]) -> None:
         recorder = Recorder()
         evaluation.watched, evaluation.needed = recorder.recording, []
-        self._capture = capture(evaluation, inputs, self._programs)
+        self._capture = capture(evaluation, inputs, self._programs, sharing)
         needed, evaluation.watched, evaluation.needed = evaluation.needed, nullcontext, None
         if needed:
             raise NeedsNumber(needed[0])
@@ -341,7 +355,10 @@ class Program:
         start = time.perf_counter()
         settings = self._settings
         logger.info("compiling %s with backend='%s' ...", what, settings.backend)
-        compiled = compile_function(function, inputs, settings.backend, settings.same_draws, settings.options)
+        options = settings.options
+        if settings.backend == "inductor" and self._loss.enumerates(*self._programs):
+            options = {**_FOR_SUMS, **options}
+        compiled = compile_function(function, inputs, settings.backend, settings.same_draws, options)
         seconds = time.perf_counter() - start
         self.compile_time += seconds
         logger.info("compiled %s in %.1f s", what, seconds)

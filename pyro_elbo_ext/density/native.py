@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.compile.machine_code.kernel_calls import LINEAR_ALGEBRA, NotNative, record
+from pyro_elbo_ext.compile.machine_code.kernel_calls import NotNative, record
+from pyro_elbo_ext.compile.machine_code.own_kernels import SOURCE as OWN_KERNELS
 
 ALIGN = 64  # bytes: a cache line, so that threads do not share one
 SPARE_SLOTS = 2  # scratch memories beyond one per core: a thread put off between two calls still finds one free
@@ -119,7 +120,7 @@ class NativeDensity:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(
-            LINEAR_ALGEBRA + source
+            OWN_KERNELS + source
         )  # on disk, by a hash of the source, which therefore holds no address
         slots = (os.cpu_count() or 1) + SPARE_SLOTS
         scratch = np.zeros(slots * stride + ALIGN, np.uint8)

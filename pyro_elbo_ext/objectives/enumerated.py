@@ -119,8 +119,9 @@ def enter(found: Sequence[Entry], ledger: Ledger, *, counts_latent: bool) -> Par
             count = num_observations(with_mask_of_plates(node, log_p), log_p, ledger)
         of_site = None if kl is None else site.name
         sign = 1.0 if kl_value is None else None
-        p_at = None if log_p is None else ledger.add(log_p, sign, of_site)
-        q_at = tuple([ledger.add(part, None if sign is None else -1.0, of_site) for part in log_q])
+        p_at = None if log_p is None else ledger.add(log_p, sign, of_site, entry.row.log_p_sum)
+        q_sign = None if sign is None else -1.0
+        q_at = tuple([ledger.add(part, q_sign, of_site, entry.row.log_q_sum) for part in log_q])
         kl_at = None if kl_value is None else ledger.add(kl_value, -1.0, of_site)
         slots.append(Slots(p_at, q_at, kl_at, scale, count))
         terms.append(

@@ -77,8 +77,9 @@ class Ledger:
         """What follows belongs to the next looped particle."""
         self.starts.append((len(self.scalars), len(self.extra)))
 
-    def add(self, density: Tensor, sign: float | None, site: str | None = None) -> int:
-        self.scalars.append(density.sum() if density.dim() else density)
+    def add(self, density: Tensor, sign: float | None, site: str | None = None, known_sum: Tensor | None = None) -> int:
+        """Enter a density, of which the sum may be known, and return its place."""
+        self.scalars.append(known_sum if known_sum is not None else density.sum() if density.dim() else density)
         self.signs.append(None if sign is None else (sign, site))
         return len(self.scalars) - 1
 

@@ -46,7 +46,9 @@ def log_prob(node: Node, trace: Trace, max_plate_nesting: float = math.inf) -> T
         if not isinstance(node["value"], Tensor):
             raise TypeError(no_tensor(node))
         try:
-            unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
+            unscaled = node.get("unscaled_log_prob")
+            if unscaled is None:
+                unscaled = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
         except (ValueError, RuntimeError) as error:
             raise _at_site(error, node, trace, of_model=True) from error
         if is_validation_enabled() and (sentence := counts_at_fault(node)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -19,33 +20,8 @@ from torch import Tensor
 _HARMLESS = ("assert_size_stride", "assert_size_stride_grouped", "assert_alignment", "reinterpret_tensor")
 _MOST_PRODUCTS = 1 << 15  # multiplications in a matrix product of ours: beyond, a library's is quicker even by Python
 
-# What Inductor leaves to libraries, for small matrices: products, c = beta * d + alpha * a @ b, and triangular systems,
-# t @ x = b. Every matrix has its strides.
-LINEAR_ALGEBRA = """
-template <typename T>
-static inline void product(const T* a, const T* b, T* c, const T* d, double alpha, double beta, long rows, long inner,
-    long columns, long a0, long a1, long b0, long b1, long c0, long c1, long d0, long d1)
-{
-    for (long i = 0; i < rows; i++) for (long j = 0; j < columns; j++) {
-        T sum = 0;
-        for (long k = 0; k < inner; k++) sum += a[i * a0 + k * a1] * b[k * b0 + j * b1];
-        c[i * c0 + j * c1] = d ? (T) (beta * d[i * d0 + j * d1] + alpha * sum) : sum;
-    }
-}
-
-template <typename T>
-static inline void solve(const T* t, const T* b, T* x, long size, long columns, bool upper, bool unit,
-    long t0, long t1, long b0, long b1, long x0, long x1)
-{
-    for (long j = 0; j < columns; j++) for (long step = 0; step < size; step++) {
-        const long i = upper ? size - 1 - step : step, first = upper ? i + 1 : 0, end = upper ? size : i;
-        T rest = b[i * b0 + j * b1];
-        for (long k = first; k < end; k++) rest -= t[i * t0 + k * t1] * x[k * x0 + j * x1];
-        x[i * x0 + j * x1] = unit ? rest : rest / t[i * t0 + i * t1];
-    }
-}
-"""
 _C_TYPES = {torch.float32: "float", torch.float64: "double"}
+_C_NUMBERS = {**_C_TYPES, torch.int64: "long", torch.int32: "int", torch.bool: "bool"}
 
 
 class NotNative(Exception):
@@ -176,6 +152,12 @@ class _Recorder:
         self.found = Calls()
         self._allocate = names.get("empty_strided_cpu")
         solve = _Only("linalg_solve_triangular", {"default": self._solve})
+        running = {name: _Only(name, {"default": partial(self._running, name)}) for name in ("cumsum", "cumprod")}
+        chain = _Only("chain", {"default": self._chain})
+        libraries = {
+            "aten": _Only("aten", {"linalg_solve_triangular": solve, **running}),
+            "pyro_elbo_ext": _Only("pyro_elbo_ext", {"chain": chain}),
+        }
         dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
         self.known: dict[str, Any] = {name: _Only(name, {}) for name in names}
         self.known |= {name: names[name] for name in _HARMLESS if name in names}
@@ -184,10 +166,7 @@ class _Recorder:
             "empty_strided_cpu": self._empty,
             "extern_kernels": _Only("extern_kernels", {"mm": self._mm, "bmm": self._mm, "addmm": self._addmm}),
             "aten": _Only("aten", {"randint": _Only("aten.randint", {"low_out": self._seeds})}),
-            "torch": _Only(
-                "torch",
-                {**dtypes, "ops": _Only("torch.ops", {"aten": _Only("aten", {"linalg_solve_triangular": solve})})},
-            ),
+            "torch": _Only("torch", {**dtypes, "ops": _Only("torch.ops", libraries)}),
         }
 
     def _kernel(self, kernel: Any) -> Callable[..., None]:
@@ -246,6 +225,39 @@ class _Recorder:
                 matrices,
             )
         return x
+
+    def _running(self, name: str, x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+        result: Tensor = getattr(torch.ops.aten, name).default(x, dim, dtype=dtype)
+        self.found.buffers.append(result)
+        if not (x.is_contiguous() and result.is_contiguous() and {x.dtype, result.dtype} <= _C_NUMBERS.keys()):
+            raise NotNative(f"it takes running sums or products of {x.dtype} that do not lie in one piece")
+        outer, size, inner = x.shape[:dim].numel(), x.shape[dim], x.shape[dim:][1:].numel()
+        given, made = _C_NUMBERS[x.dtype], _C_NUMBERS[result.dtype]
+        total = "double" if result.is_floating_point() else "long"
+        self.found.calls.append(
+            Call(
+                f"cumulate<{given}, {made}, {total}>((const {given}*) {{0}}, ({made}*) {{1}}, {outer}, {size}, {inner}, "
+                f"{str(name == 'cumprod').lower()})",
+                (x, result),
+            )
+        )
+        return result
+
+    def _chain(self, alone: Tensor, between: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.pyro_elbo_ext.chain(alone, between)
+        self.found.buffers += found
+        if not (alone.is_contiguous() and between.is_contiguous()) or alone.dtype not in _C_TYPES:
+            raise NotNative("it sums over a chain of states that does not lie in one piece")
+        layers, batch, states = alone.shape
+        kind, stride = _C_TYPES[alone.dtype], 0 if between.shape[1] < batch else states * states
+        addresses = ", ".join(
+            [f"(const {kind}*) {{{i}}}" for i in range(2)] + [f"({kind}*) {{{i}}}" for i in range(2, 5)]
+        )
+        self._own(
+            f"chain<{kind}>({addresses}, {layers}, {batch}, {states}, {stride})",
+            (alone, between, *[of.contiguous() for of in found]),
+        )
+        return found
 
     def _own(self, text: str, tensors: tuple[Tensor, ...]) -> None:
         self.found.sums.add(tensors[0].dtype)

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_elbo_ext.compile.machine_code.kernel_calls import LINEAR_ALGEBRA, Calls, NotKnown, NotNative, record
+from pyro_elbo_ext.compile.machine_code.kernel_calls import Calls, NotKnown, NotNative, record
 from pyro_elbo_ext.compile.machine_code.layouts import SOURCE as LAYOUTS
 from pyro_elbo_ext.compile.machine_code.layouts import Changed, Layouts, address_of_items, comparable_in_c
+from pyro_elbo_ext.compile.machine_code.own_kernels import SOURCE as OWN_KERNELS
 from pyro_elbo_ext.history.record import VALUES
 from pyro_elbo_ext.objectives.evaluation import Weight
 
@@ -140,7 +141,7 @@ class NativeSteps:
         from torch._inductor.codecache import CppCodeCache  # slow to import
 
         # on disk, by a hash of the source, which holds no address
-        library = CppCodeCache.load(LINEAR_ALGEBRA + LAYOUTS + source)
+        library = CppCodeCache.load(OWN_KERNELS + LAYOUTS + source)
         libraries = [ctypes.CDLL(kernel.__self__.__file__) for kernel in calls.kernels]
         pointer = ctypes.c_void_p
         self._steps = library.steps

@@ -27,6 +27,7 @@ from pyro_elbo_ext.compile.tracing.losses import TracedLoss, Value
 from pyro_elbo_ext.compile.tracing.masks import MaskedAssignment, settle_sizes
 from pyro_elbo_ext.compile.tracing.numbers import Number, NumbersAsTensors
 from pyro_elbo_ext.compile.tracing.places import line_of
+from pyro_elbo_ext.compile.tracing.sharing import Sharing
 from pyro_elbo_ext.objectives.evaluation import Program
 from pyro_elbo_ext.terms.registration import modules_of, replaced, two_of_one_name
 
@@ -84,7 +85,9 @@ class Evaluation:
         return [value.loss, value.table, *[gradient for gradient in gradients if gradient is not None]]
 
 
-def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Program, Program]) -> Capture:
+def capture(
+    evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Program, Program], sharing: Sharing | None = None
+) -> Capture:
     """Trace an evaluation.
 
     Parameters
@@ -94,6 +97,8 @@ def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Progra
         input.
     programs
         Model and guide, searched for the names of parameters.
+    sharing
+        What the program computes several times from the same, the graph computes once.
 
     Raises
     ------
@@ -102,7 +107,7 @@ def capture(evaluation: Evaluation, inputs: list[Tensor], programs: tuple[Progra
     """
     with as_traced():
         try:
-            with NumbersAsTensors(), _ScalarIndices(), MaskedAssignment():
+            with NumbersAsTensors(), _ScalarIndices(), MaskedAssignment(), sharing or nullcontext():
                 graph = make_fx(evaluation)(inputs)
         except RuntimeError as error:
             reason = _reads_a_value(error)

@@ -91,6 +91,10 @@ class TracedLoss:
         """
         raise NotImplementedError
 
+    def enumerates(self, model: Program, guide: Program) -> bool:
+        """Whether sites are summed over, as the first step has found."""
+        return False
+
     def kl_weights(self, start: int, steps: int) -> list[Weight]:
         """The weights at some steps, counted from the next one."""
         return [1.0] * steps
@@ -292,6 +296,9 @@ class _OfObjective(TracedLoss):
     def weighting(self) -> tuple[object, ...]:
         return self.of.weighting
 
+    def enumerates(self, model: Program, guide: Program) -> bool:
+        return bool(self.of._pairs(model, guide).enumerates)
+
     @property
     def one_by_one(self) -> bool:
         return isinstance(self.of, WeightedObjective) and isinstance(self.of.kl_weight, Geco)
@@ -323,3 +330,6 @@ class _OfEnumeration(TracedLoss):
         self._same._pairs(model, guide).enumerates = True
         value = self._traced(model, guide, args, kwargs, kl_weight)
         return value._replace(table=torch.zeros(0, dtype=torch.float64))
+
+    def enumerates(self, model: Program, guide: Program) -> bool:
+        return True

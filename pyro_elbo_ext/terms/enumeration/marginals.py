@@ -25,6 +25,7 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from pyro_elbo_ext.terms.enumeration import log_einsum
+from pyro_elbo_ext.terms.enumeration.chains import Alike, chain_of
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
 from pyro_elbo_ext.terms.packing import Ordinal, broadcast, connected, dims_of, named, spread, summed_to
 
@@ -34,12 +35,14 @@ class Factor:
     """A log density that depends on summed-out sites: packed, masked, not scaled.
 
     ``own`` is the symbol of the summed-out site that it is the prior of; None for what only depends on such sites.
+    ``stacked`` is a tensor that has those of several sites, not packed, along its first dim, and the place in it, if any.
     """
 
     site: str
     ordinal: Ordinal
     log_density: Tensor
     own: str | None
+    stacked: tuple[Tensor, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class Group:
     joint : dict of str to Tensor
         Of each summed-out site: the posterior weight of its values together with its parents', times the scale; packed,
         detached.
+    sums : dict of (str, str) to Tensor
+        Of ``"log_p"`` or ``"log_q"`` of some sites, where these are known together.
     """
 
     names: tuple[str, ...]
@@ -69,6 +74,7 @@ class Group:
     log_q: dict[str, Tensor] | Tensor
     ordinal: Ordinal
     joint: dict[str, Tensor]
+    sums: dict[tuple[str, str], Tensor]
 
 
 def sum_out(
@@ -95,33 +101,48 @@ def sum_out(
         envelope theorem ``r`` may be held fixed in it, and the contraction is gone through once, not twice.
     """
     densities = _with_guide_dims(factors, summed | plates)
+    owns = [factor.own for factor in factors]
+    same_plates = len({factor.ordinal for factor in factors}) == 1
+    chain = None
+    if same_plates and not differentiable:
+        chain = chain_of(densities, owns, summed, [factor.stacked for factor in factors])
     with torch.enable_grad():
-        leaves = [_leaf(density, differentiable) for density in densities]
-        ordinal, log_sum = _contract(factors, leaves, summed)
+        if chain is not None:
+            ordinal, (leaf, *posterior) = factors[0].ordinal, chain.log_sum()
+            leaves = [named(leaf.requires_grad_(), chain.batch)]
+            log_sum = leaves[0]
+        else:
+            leaves = [_leaf(density, differentiable) for density in densities]
+            ordinal, log_sum = _contract(factors, leaves, summed)
         log_sum = packed.scale_and_mask(log_sum, scale=scale)
         (expected,) = guide.expected(ordinal, [log_sum])
         weights = torch.autograd.grad(expected.sum(), leaves, create_graph=differentiable)
         if not differentiable:  # what remains of its gradient is that of the guide's weights
             (expected,) = guide.expected(ordinal, [named(log_sum.detach(), dims_of(log_sum))])
+        stacks = _alike(factors, densities, weights) if chain is None else chain.alike(*posterior, *weights)
 
     log_p: dict[str, Tensor] = {}
     log_q: dict[str, Tensor] = {}
-    for like in _alike(factors, densities):
-        of_p, of_q = _expected(*[[of[at] for at in like] for of in (factors, densities, weights)])  # type: ignore[arg-type]
+    joint: dict[str, Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    for stack in stacks:
+        of_p, of_q = _expected([factors[at] for at in stack.places], stack, sums)
         log_p.update(of_p)
         log_q.update(of_q)
-    of_factors = zip(factors, densities, weights, strict=True)
-    joint = {of.site: named(weight.detach(), dims_of(density)) for of, density, weight in of_factors if of.own}
-    names = tuple(joint)
+        for at, dims, weight in zip(stack.places, stack.dims, stack.weight.detach().unbind(), strict=True):
+            if owns[at]:
+                joint[factors[at].site] = named(weight, dims)
+    names = tuple([factor.site for factor in factors if factor.own])
     if not _splits(factors, summed):
         shares = broadcast(expected, *[summed_to(term, ordinal) for term in log_p.values()])
         whole = torch.stack(shares[1:]).sum(0)
         total = named((whole if differentiable else whole.detach()) - shares[0], dims_of(shares[0]))
-        return Group(names, log_p, total, ordinal, joint)
+        return Group(names, log_p, total, ordinal, joint, sums)
     if not differentiable and expected.requires_grad:
         of_first, value = log_q[names[0]], expected.sum()
+        sums.pop(("log_q", names[0]))
         log_q[names[0]] = named(of_first - (value - value.detach()) / of_first.numel(), dims_of(of_first))
-    return Group(names, log_p, log_q, ordinal, joint)
+    return Group(names, log_p, log_q, ordinal, joint, sums)
 
 
 def _with_guide_dims(factors: Sequence[Factor], others: set[str]) -> list[Tensor]:
@@ -163,37 +184,48 @@ def _contract(
     return ordinal, log_sum
 
 
-def _alike(factors: Sequence[Factor], densities: Sequence[Tensor]) -> list[list[int]]:
-    """The places of factors that differ in nothing but their names, as the steps of a chain do."""
+def _alike(factors: Sequence[Factor], densities: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Alike]:
+    """Factors that differ in nothing but their names, as the steps of a chain do, together."""
     places: dict[object, list[int]] = {}
     for at, (factor, density) in enumerate(zip(factors, densities, strict=True)):
         dims = dims_of(density)
         own = None if factor.own is None else dims.index(factor.own)
         plates = tuple([(i, dim) for i, dim in enumerate(dims) if dim in factor.ordinal])
         places.setdefault((density.shape, density.dtype, density.device, own, plates), []).append(at)
-    return list(places.values())
+    return [
+        Alike(
+            like,
+            [dims_of(densities[at]) for at in like],
+            *[torch.stack([of[at] for at in like]) for of in (densities, weights)],
+        )
+        for like in places.values()
+    ]
 
 
 def _expected(
-    factors: Sequence[Factor], densities: Sequence[Tensor], weights: Sequence[Tensor]
+    factors: Sequence[Factor], stack: Alike, known: dict[tuple[str, str], Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Expected log factors, and log posteriors given the parents, of factors that are alike: all of them at once."""
-    weight, density = torch.stack(list(weights)), torch.stack(list(densities))
-    dims = dims_of(densities[0])
+    """Expected log factors, and log posteriors given the parents, of factors that are alike: all of them at once.
+
+    Their sums are entered into ``known``.
+    """
+    weight, density, dims = stack.weight, stack.density, stack.dims[0]
     ordinal, own = factors[0].ordinal, factors[0].own
     others = [at for at, dim in enumerate(dims, 1) if dim not in ordinal]
     plates = "".join([dim for dim in dims if dim in ordinal])
 
-    def by_site(product: Tensor) -> dict[str, Tensor]:
+    def by_site(what: str, product: Tensor) -> dict[str, Tensor]:
         sums = product.sum(others) if others else product
+        totals = sums.flatten(1).sum(1) if sums.dim() > 1 else sums
+        known.update(zip([(what, factor.site) for factor in factors], totals.unbind(), strict=True))
         return {factor.site: named(of, plates) for factor, of in zip(factors, sums.unbind(), strict=True)}
 
     # what has no weight does not count, though its density may be 0
-    log_p = by_site(weight * density.masked_fill(weight.detach() == 0, 0.0))
+    log_p = by_site("log_p", weight * density.masked_fill(weight.detach() == 0, 0.0))
     if own is None:
         return log_p, {}
     given_parents = weight.sum(dims.index(own) + 1, keepdim=True)
-    return log_p, by_site(weight * (_log(weight) - _log(given_parents)))
+    return log_p, by_site("log_q", weight * (_log(weight) - _log(given_parents)))
 
 
 def _log(weight: Tensor) -> Tensor:

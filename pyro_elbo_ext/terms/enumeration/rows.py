@@ -37,6 +37,8 @@ class Row:
     log_p: Tensor | None = None
     log_q: tuple[Tensor, ...] = ()
     kl_prior: Tensor | None = None  # where it is analytic
+    log_p_sum: Tensor | None = None  # where it is known beforehand
+    log_q_sum: Tensor | None = None
     states: States | None = None  # of a site that is summed over
 
 
@@ -157,7 +159,8 @@ class PairOfTraces:
             if density is not None:
                 summed = not node["is_observed"] and name not in self.guide_trace.nodes
                 own = node["infer"].get("_enumerate_symbol") if summed else None
-                factors.append(Factor(name, self._ordering[name], density, own))
+                stacked = node.get("stacked") if density is node["packed"].get("unscaled_log_prob") else None
+                factors.append(Factor(name, self._ordering[name], density, own, stacked))
         return factors
 
     def enter_sums(self, rows: Rows, guide: GuideWeights, *, differentiable: bool) -> None:
@@ -169,6 +172,7 @@ class PairOfTraces:
     def _enter(self, group: Group, rows: Rows) -> None:
         for name, value in group.log_p.items():
             rows.by_site[name].log_p = unpacked(value, self._symbols)
+            rows.by_site[name].log_p_sum = group.sums.get(("log_p", name))
         for name, joint in group.joint.items():
             rows.by_site[name].states = self._states(self.model_trace.nodes[name], joint)
         if isinstance(group.log_q, Tensor):
@@ -176,6 +180,7 @@ class PairOfTraces:
         else:
             for name, value in group.log_q.items():
                 rows.by_site[name].log_q = (unpacked(value, self._symbols),)
+                rows.by_site[name].log_q_sum = group.sums.get(("log_q", name))
 
     def _pack(self, value: Tensor, site: Site) -> Tensor:
         dims = {}

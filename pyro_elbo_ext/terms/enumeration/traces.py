@@ -18,6 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_traceenum_requirements
 from torch import Tensor
 
+from pyro_elbo_ext.programs.alike import densities_at_once
 from pyro_elbo_ext.programs.densities import log_prob, score_parts
 from pyro_elbo_ext.programs.nodes import is_marked_site
 from pyro_elbo_ext.programs.pairs import check_pair
@@ -152,6 +153,7 @@ def pack(model_trace: Trace, guide_trace: Trace, max_plate_nesting: int) -> None
 
 def pack_model(model_trace: Trace, max_plate_nesting: int, plate_to_symbol: dict[str, str] | None = None) -> None:
     """The same of the model alone."""
+    densities_at_once(model_trace)
     for node in model_trace.nodes.values():
         if node["type"] == "sample":
             log_prob(node, model_trace, max_plate_nesting)
