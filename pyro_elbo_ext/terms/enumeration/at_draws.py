@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import opt_einsum
 import torch
-from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
@@ -26,6 +25,7 @@ from pyro_elbo_ext.programs.given import Given, check_full, run_given
 from pyro_elbo_ext.programs.nodes import Node, is_data, is_latent, plate_nesting
 from pyro_elbo_ext.programs.randomness import torch_kept
 from pyro_elbo_ext.programs.running import trace_program
+from pyro_elbo_ext.terms.enumeration.factors import model_factors
 from pyro_elbo_ext.terms.enumeration.over_draws import OverDraws
 from pyro_elbo_ext.terms.enumeration.traces import Enumerate
 
@@ -215,7 +215,7 @@ class AtDraws:
 
     def _read(self, trace: Trace) -> tuple[list[Factor], list[Tensor], Tensor]:
         """The factors of one draw, their tensors, and the log density of the rest."""
-        rest, tree, _, _, _ = _compute_model_factors(trace, Trace())
+        rest, tree, _, _, _ = model_factors(trace, Trace())
         sites = {
             id(tensor): name
             for name, node in trace.nodes.items()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops import packed
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.programs.nodes import Node, is_latent
 from pyro_elbo_ext.terms.enumeration.expectations import GuideWeights
+from pyro_elbo_ext.terms.enumeration.factors import model_factors
 from pyro_elbo_ext.terms.enumeration.marginals import Factor, Group, groups_of, log_sum_of, sum_out
 from pyro_elbo_ext.terms.enumeration.traces import pack_model
 from pyro_elbo_ext.terms.kl import KLPrior
@@ -68,7 +68,7 @@ class PairOfTraces:
 
     def __init__(self, model_trace: Trace, guide_trace: Trace) -> None:
         self.model_trace, self.guide_trace = model_trace, guide_trace
-        _, factors, ordering, summed, scale = _compute_model_factors(model_trace, guide_trace)
+        _, factors, ordering, summed, scale = model_factors(model_trace, guide_trace)
         self._in_sums = {id(factor) for of_ordinal in factors.values() for factor in of_ordinal}
         self._ordering: dict[str, Ordinal] = ordering
         self._summed: set[str] = summed
