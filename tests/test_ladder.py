@@ -21,7 +21,7 @@ from pyro_elbo_ext.automatic.centering import centred_in_part, centredness
 from pyro_elbo_ext.automatic.gaussian import Gaussian
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.inference_data.export import dataset_of
-from pyro_elbo_ext.training.automatic_fit import AutomaticFit, Rung
+from pyro_elbo_ext.training.automatic_fit import AutomaticFit
 from tests.models import SIGMA, Y, schools
 
 OPTIONS: dict[str, Any] = {"progress": False, "seed": 0}
@@ -51,9 +51,16 @@ def line(x: Tensor) -> None:
 
 
 def two_modes() -> None:
-    """Ten sds apart."""
+    """Of weights 0.7 and 0.3, eight sds apart."""
     x = pyro.sample("x", dist.ImproperUniform(constraints.real, (), ()))
-    pyro.factor("modes", torch.logaddexp(-0.5 * (x + 5) ** 2, -0.5 * (x - 5) ** 2))
+    one, other = dist.Normal(-4.0, 1.0).log_prob(x) + math.log(0.7), dist.Normal(4.0, 0.5).log_prob(x) + math.log(0.3)
+    pyro.factor("modes", torch.logaddexp(one, other))
+
+
+def spike_and_slab() -> None:
+    """Thirty-two modes that touch each other."""
+    x = pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (5,)))
+    pyro.factor("modes", torch.logaddexp(dist.Normal(0.0, 2.0).log_prob(x), dist.Normal(2.0, 0.1).log_prob(x)).sum(-1))
 
 
 def test_centredness_is_the_share_of_the_data() -> None:
@@ -148,12 +155,29 @@ def _tau_by_quadrature() -> tuple[float, float]:
     return mean_tau, math.sqrt(float(weights @ (tau - mean_tau) ** 2))
 
 
-def test_modes_that_chains_do_not_cross_are_not_called_enough() -> None:
-    result = fit(two_modes, "auto", accuracy=0.1, **OPTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_modes_have_their_weights(seed: int) -> None:
+    result = fit(two_modes, "auto", accuracy=0.1, progress=False, seed=seed)
     assert isinstance(result, AutomaticFit)
-    spread = float(result.draws(4000, seed=1)["x"].std())
-    assert result.accurate is False or abs(math.log(spread / math.sqrt(26))) < 0.1
-    assert isinstance(result.rungs[-1], Rung)
+    assert result.accurate is True
+    assert "chains in each of 2 modes" in result.rungs[-1].says
+    x = result.draws(20_000, seed=1)["x"]
+    mean, sd = -1.6, math.sqrt(0.7 * 17 + 0.3 * 16.25 - 1.6**2)
+    assert abs(float(x.mean()) - mean) < 0.1 * sd
+    assert abs(math.log(float(x.std()) / sd)) < 0.1
+    posterior = dataset_of(result.to_arviz())
+    in_each = (posterior["x"] > 0).mean("draw")  # each chain has both, by their weights
+    np.testing.assert_allclose(in_each, 0.3, atol=0.03)
+
+
+def test_modes_without_weights_are_not_called_enough() -> None:
+    result = fit(spike_and_slab, "auto", accuracy=0.1, **OPTIONS)
+    assert isinstance(result, AutomaticFit)
+    x = result.draws(20_000, seed=1)["x"]
+    sd = math.sqrt(0.5 * 4 + 0.5 * 4.01 - 1)
+    right = bool(((x.mean(0) - 1).abs() < 0.1 * sd).all() and ((x.std(0) / sd).log().abs() < 0.1).all())
+    assert result.accurate is False or right
+    assert "modes" in repr(result)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def draws_of(start: Any, density: LogDensity, seed: int) -> Array:
                 f"start has no draws of the sites {missing} of the model: it is a fit of another model. Of a model with "
                 "obs_mask pass what fit(model, 'auto') gives."
             )
-        points = _unconstrained(sites, density)
+        points = unconstrained(sites, density)
     values, gradients = density.value_and_grad(points)
     finite = np.isfinite(values) & np.isfinite(gradients).all(1)
     if finite.sum() < DRAWS // 10:
@@ -93,18 +93,23 @@ def draws_of(start: Any, density: LogDensity, seed: int) -> Array:
     return points[finite]
 
 
-def _unconstrained(sites: dict[str, Tensor], density: LogDensity) -> Array:
-    """By the bijections of the supports at one point; draw by draw where a support depends on another site."""
+def unconstrained(sites: Mapping[str, Tensor], density: LogDensity) -> Array:
+    """The points of many draws, shape (S, dim), of sites' values of shape (S, ...).
+
+    By the bijections of the supports at one point; draw by draw where a support depends on another site.
+    """
+    count = len(next(iter(sites.values())))
 
     def one(index: int) -> Array:
         return density.unconstrain({name: sites[name][index] for name in density.layout}).numpy()
 
-    first = [one(index) for index in range(CHECKED)]  # errors of shape and support come out here
-    points = np.empty((DRAWS, density.dim))
+    checked = min(CHECKED, count)
+    first = [one(index) for index in range(checked)]  # errors of shape and support come out here
+    points = np.empty((count, density.dim))
     for name, place in density.layout.items():
         transform = biject_to(density.program.sites[name]["fn"].support)
         inverse = transform.inv(sites[name].detach().cpu().to(torch.float64))
-        points[:, place.start : place.stop] = inverse.reshape(DRAWS, -1).numpy()
-    if np.allclose(first, points[:CHECKED], rtol=1e-5, atol=1e-5):
+        points[:, place.start : place.stop] = inverse.reshape(count, -1).numpy()
+    if np.allclose(first, points[:checked], rtol=1e-5, atol=1e-5):
         return points
-    return np.stack([one(index) for index in range(DRAWS)])
+    return np.stack([one(index) for index in range(count)])

@@ -21,10 +21,11 @@ from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.programs.arguments import check_fraction
 from pyro_elbo_ext.training.automatic_fit import AutomaticFit, Rung, fit_automatically
 from pyro_elbo_ext.training.callbacks import CallbackList
+from pyro_elbo_ext.training.mode_chains import CannotTell, chains_by_mode, error_by_weights, put_together
 
 FLOW = 100  # coordinates up to which a flow is tried
 CHAINS, DRAWS = 4, 1000
-SEVERAL = 8  # chains, from all over the place, where there are other modes than the guide's
+SEVERAL = 8  # chains, from all over the place, where modes have no weights that are known
 RHAT, DIVERGING = 1.01, 0.001  # of the chains, at most: a share of divergences that small is no place left out
 ATTEMPTS: tuple[dict[str, Any], ...] = ({}, {"target_accept": 0.97, "warmup": 1000, "num_samples": 2 * DRAWS})
 
@@ -51,8 +52,8 @@ def climb(
     )
     rungs = [_of_guide(result, accuracy)]
     modes = result.approximation.modes
-    several = isinstance(modes, Modes) and bool(modes.missed)
-    if not rungs[-1].enough and not several:
+    several = modes if isinstance(modes, Modes) and modes.missed else None
+    if not rungs[-1].enough and several is None:
         other = _centred_in_part(result, seed, progress)
         if other is not None:
             rungs.append(_of_guide(other, accuracy)._replace(rung=f"{other.approximation.family}, centred in part"))
@@ -61,7 +62,7 @@ def climb(
     if not rungs[-1].enough:
         chains, rung = _by_nuts(result, accuracy, several, seed, progress)
         rungs.append(rung)
-        if not rung.enough and not several and result.converged and result.density.dim <= FLOW:
+        if not rung.enough and several is None and result.converged and result.density.dim <= FLOW:
             flow = result.refine(seed=seed, progress=progress)
             rungs.append(_of_guide(flow, accuracy))
             if rungs[-1].enough:
@@ -94,41 +95,52 @@ def _of_guide(result: AutomaticFit, accuracy: float) -> Rung:
 
 
 def _by_nuts(
-    result: AutomaticFit, accuracy: float, several: bool, seed: int | None, progress: bool
+    result: AutomaticFit, accuracy: float, modes: Modes | None, seed: int | None, progress: bool
 ) -> tuple[Any, Rung]:
-    """Chains that start at the guide's draws; where there are other modes, from all over, so that they can disagree."""
+    """Chains that start at the guide's draws, or, where there are other modes than the guide's, in each of them."""
     began, density = time.monotonic(), result.density
     density.compile(one_thread=True)
-    start: dict[str, Any] = {"chains": SEVERAL} if several else {"chains": CHAINS, "start": result}
-    gradients = 0
-    problems: list[str] = []
+    gradients, chains, problems, says, distance = 0, None, list[str](), "", math.nan
     for attempt in ATTEMPTS:
-        options = {"num_samples": DRAWS, "seed": 0 if seed is None else seed, "progress": progress, **start, **attempt}
-        chains = run_nuts(density, **options)
-        statistics = dataset_of(chains, "sample_stats")
-        gradients += int(statistics["n_steps"].sum())
-        rhat, ess = _agreement(dataset_of(chains))
-        diverging = float(statistics["diverging"].mean())
+        options = {
+            "chains": CHAINS,
+            "num_samples": DRAWS,
+            "seed": 0 if seed is None else seed,
+            "progress": progress,
+            **attempt,
+        }
+        by_weights = 0.0
+        if modes is None:
+            parts = [chains := run_nuts(density, start=result, **options)]
+        else:
+            try:
+                parts, kept = chains_by_mode(density, modes, **options)
+            except CannotTell as error:
+                parts = [chains := run_nuts(density, **{**options, "chains": SEVERAL})]
+                says = f"{error}; chains from all over: "
+            else:
+                chains, by_weights = put_together(parts, kept), error_by_weights(parts, kept)
+                says = f"chains in each of {len(kept)} modes, by their weights: "
+        statistics = [dataset_of(part, "sample_stats") for part in parts]
+        gradients += sum(int(part["n_steps"].sum()) for part in statistics)
+        agreements = [_agreement(dataset_of(part)) for part in parts]
+        rhat, ess = max(rhat for rhat, _ in agreements), min(ess for _, ess in agreements)
+        diverging = max(float(part["diverging"].mean()) for part in statistics)
+        distance = math.hypot(1 / math.sqrt(ess), by_weights)
         problems = [
             *([f"R-hat {rhat:.3f} is not below {RHAT}"] if not rhat < RHAT else []),
-            *([f"{ess:.0f} effective draws are fewer than {_needed(accuracy):.0f}"] if ess < _needed(accuracy) else []),
+            *([f"{ess:.0f} effective draws are too few"] if 2 / math.sqrt(ess) > accuracy else []),
+            *([f"the weights tell means and log sds to ± {by_weights:.2f} only"] if 2 * distance > accuracy else []),
             *([f"{diverging:.1%} of the draws diverged"] if diverging > DIVERGING else []),
         ]
         if not problems:
+            says += f"R-hat {rhat:.3f}, {ess:.0f} effective draws"
             break
-    distance = 1 / math.sqrt(ess) if not problems else math.nan
-    says = (
-        f"R-hat {rhat:.3f}, {ess:.0f} effective draws"
-        if not problems
-        else f"{'; '.join(problems)}. Write the model in another parameterization"
-        + (", or with its modes told apart." if several else ".")
-    )
+    if problems:
+        says += f"{'; '.join(problems)}. Write the model in another parameterization"
+        says += ", or with its modes told apart." if modes is not None else "."
+        distance = math.nan
     return chains, Rung("nuts", not problems, distance, math.nan, gradients, time.monotonic() - began, says)
-
-
-def _needed(accuracy: float) -> float:
-    """Effective draws with which means and log sds are told to half of the accuracy."""
-    return (2 / accuracy) ** 2
 
 
 def _agreement(posterior: xr.Dataset) -> tuple[float, float]:
