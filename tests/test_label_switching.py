@@ -145,6 +145,20 @@ def test_many_sites_are_not_listed_one_by_one() -> None:
     )
 
 
+def test_a_prior_that_cannot_be_drawn_from() -> None:
+    def flat() -> None:
+        locs = pyro.sample("locs", dist.ImproperUniform(dist.constraints.real, (3,), ()))
+        with pyro.plate("data", len(Y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(locs[z], 1.0), obs=Y)
+
+    with pytest.raises(ValueError, match="'locs' cannot be drawn") as caught:
+        exchangeable_components(flat)
+    assert "pass values=" in caught.value.__notes__[-1]
+    (found,) = exchangeable_components(flat, values={"locs": torch.randn(3, 3)})
+    assert found.axes == {"locs": (-1,), "z": ()}
+
+
 def draws_of(model: Callable[[], None], chains: int = 2, draws: int = 30) -> Any:
     """Draws of the prior, as an export has them."""
     with isolated(0):

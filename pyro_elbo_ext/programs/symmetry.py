@@ -161,7 +161,12 @@ class _Search:
         for number in range(min(TRIES, count)):
             values = {name: torch.as_tensor(value[number]) for name, value in given.items()}
             with seeded((self.seed + number) % 2**32), pyro.validation_enabled(False):
-                trace = run_given(self.model, self.args, self.kwargs, values)
+                try:
+                    trace = run_given(self.model, self.args, self.kwargs, values)
+                except ValueError as error:
+                    if not given:
+                        error.add_note("The model is run from its prior: pass values={site: draws} to look at these.")
+                    raise
             point = {name: node["value"].detach() for name, node in trace.nodes.items() if is_latent(node)}
             factors = self.factors(point)
             if not all(math.isfinite(factor.value) for factor in factors.values()):
