@@ -19,6 +19,7 @@ FULL = 500  # coordinates up to which a mode has a full covariance
 SIGNS = 32  # random directions that tell a diagonal one
 UNFINISHED = 2  # ends of climbs that have not arrived which are looked at as modes nonetheless
 NEAR = 0.5  # root mean square distance in sds of a mode, below which an end is that mode's
+FAR = 5.0  # sds of a mode, beyond which an end is looked at by itself: a wide mode on the shoulder of a high one has no dip
 DIP = 0.3  # nats by which the density falls between two ends of one mode
 BETWEEN = 9  # points of a segment
 FLAT, NEARLY = 1e-4, 1e-2  # nats that a Newton step promises at a maximum; where only the diagonal is known
@@ -122,9 +123,10 @@ def find_modes(
 ) -> Modes:
     """Climb from all starts, tell apart where the climbs end, and weigh what the guide covers against what it does not.
 
-    Ends are one mode if the density hardly falls on the straight way between them. The weight of a mode is its evidence, by
-    importance sampling with Student's t about each, over that of all. What the guide covers counts with what its own
-    importance weights say, where these are good: it may be a region without a maximum, as a hierarchical model's.
+    Ends are one mode if they are close and the density hardly falls on the straight way between them. The weight of a mode
+    is its evidence, by importance sampling with Student's t about each, over that of all. What the guide covers counts with
+    what its own importance weights say, where these are good: it may be a region without a maximum, as a hierarchical
+    model's.
 
     Parameters
     ----------
@@ -200,9 +202,9 @@ def _told_apart(evaluate: Evaluations, ends: Ends, candidates: int) -> tuple[lis
         own = [top]
         if rest:
             others = points[rest]
-            distance = np.sqrt((_standard(gaussian, others) ** 2).mean(1))
-            same = (distance < NEAR) if is_mode else np.zeros(len(rest), bool)
-            apart = np.flatnonzero(~same)
+            distance = np.linalg.norm(_standard(gaussian, others), axis=1)
+            same = (distance < NEAR * np.sqrt(evaluate.dim)) if is_mode else np.zeros(len(rest), bool)
+            apart = np.flatnonzero(~same & ~(is_mode & arrived[rest] & (distance > FAR)))
             if len(apart):
                 same[apart] = _one_hill(evaluate, gaussian.loc, others[apart], np.minimum(values[rest][apart], value))
             own += [i for i, yes in zip(rest, same, strict=True) if yes]
