@@ -33,7 +33,9 @@ if TYPE_CHECKING:  # the table below as type checkers and editors read it; tests
     from pyro_elbo_ext.density import LogDensity as LogDensity
     from pyro_elbo_ext.density import compiled_log_density as compiled_log_density
     from pyro_elbo_ext.diagnosis import Diagnosis as Diagnosis
+    from pyro_elbo_ext.diagnosis import LinearResponse as LinearResponse
     from pyro_elbo_ext.diagnosis import diagnose as diagnose
+    from pyro_elbo_ext.diagnosis import linear_response as linear_response
     from pyro_elbo_ext.evidence import EvidenceBounds as EvidenceBounds
     from pyro_elbo_ext.evidence import ImportanceSample as ImportanceSample
     from pyro_elbo_ext.evidence import evidence_bounds as evidence_bounds
@@ -82,7 +84,7 @@ _NAMES = {
     ),
     "compile": ("CompiledSVI",),
     "density": ("LogDensity", "compiled_log_density"),
-    "diagnosis": ("Diagnosis", "diagnose"),
+    "diagnosis": ("Diagnosis", "LinearResponse", "diagnose", "linear_response"),
     "evidence": ("EvidenceBounds", "ImportanceSample", "evidence_bounds", "psis_khat"),
     "history": ("History",),
     "inference_data": ("from_pyro_mcmc", "from_pyro_svi"),

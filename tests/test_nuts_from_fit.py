@@ -84,7 +84,7 @@ def test_points_are_the_draws_of_the_guide() -> None:
     points = draws_of(Result(), own, 1)
     expected = Result().draws(DRAWS, seed=1)
     for name, value in own.constrain(points).items():
-        np.testing.assert_allclose(value, expected[name].numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(value, expected[name][: len(points)].numpy(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

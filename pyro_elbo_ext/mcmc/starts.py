@@ -10,15 +10,14 @@ import torch
 from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_elbo_ext.density import LogDensity
+from pyro_elbo_ext.density.points import guide_points
 
 Array = NDArray[np.float64]
 
 INIT_TRIES = 100  # starting points tried per chain, as in Stan
 DRAWS = 400  # of a fit, among which chains choose
-CHECKED = 5  # of them, one by one
 
 
 def starting_point(density: LogDensity, rng: np.random.Generator, init: float | Mapping[str, Any]) -> np.ndarray:
@@ -82,7 +81,14 @@ def draws_of(start: Any, density: LogDensity, seed: int) -> Array:
                 f"start has no draws of the sites {missing} of the model: it is a fit of another model. Of a model with "
                 "obs_mask pass what fit(model, 'auto') gives."
             )
-        points = unconstrained(sites, density)
+        for name in density.layout:
+            expected = density.program.sites[name]["value"].shape
+            if sites[name].shape[1:] != expected:
+                raise ValueError(
+                    f"start has draws of shape {tuple(sites[name].shape[1:])} of site '{name}', the model's has "
+                    f"{tuple(expected)}: it is a fit of other data"
+                )
+        points = guide_points(density, sites)[0].numpy()
     values, gradients = density.value_and_grad(points)
     finite = np.isfinite(values) & np.isfinite(gradients).all(1)
     if finite.sum() < DRAWS // 10:
@@ -91,25 +97,3 @@ def draws_of(start: Any, density: LogDensity, seed: int) -> Array:
             "of other data"
         )
     return points[finite]
-
-
-def unconstrained(sites: Mapping[str, Tensor], density: LogDensity) -> Array:
-    """The points of many draws, shape (S, dim), of sites' values of shape (S, ...).
-
-    By the bijections of the supports at one point; draw by draw where a support depends on another site.
-    """
-    count = len(next(iter(sites.values())))
-
-    def one(index: int) -> Array:
-        return density.unconstrain({name: sites[name][index] for name in density.layout}).numpy()
-
-    checked = min(CHECKED, count)
-    first = [one(index) for index in range(checked)]  # errors of shape and support come out here
-    points = np.empty((count, density.dim))
-    for name, place in density.layout.items():
-        transform = biject_to(density.program.sites[name]["fn"].support)
-        inverse = transform.inv(sites[name].detach().cpu().to(torch.float64))
-        points[:, place.start : place.stop] = inverse.reshape(count, -1).numpy()
-    if np.allclose(first, points[:checked], rtol=1e-5, atol=1e-5):
-        return points
-    return np.stack([one(index) for index in range(count)])

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from pyro_elbo_ext.automatic.modes import Mode, Modes
 from pyro_elbo_ext.density import LogDensity
+from pyro_elbo_ext.density.points import guide_points
 from pyro_elbo_ext.inference_data.export import dataset_of, groups_of, to_arviz
 from pyro_elbo_ext.inference_data.names import by_site
 from pyro_elbo_ext.mcmc import run_nuts
-from pyro_elbo_ext.mcmc.starts import unconstrained
 
 LEAST = 0.01  # weight of a mode that counts
 MOST = 12  # modes
@@ -65,10 +65,11 @@ def chains_by_mode(density: LogDensity, modes: Modes, **options: Any) -> tuple[l
             for name, variable in by_site(dataset_of(data)).items()
             if name in density.layout
         }
-        points = unconstrained(sites, density)
-        distances = [_distance(other, points) for other in kept]
         lengths = dataset_of(data).sizes
-        strayed = (np.argmin(distances, 0) != number).reshape(lengths["chain"], lengths["draw"]).mean(1)
+        points, which = guide_points(density, sites)
+        away = np.zeros(lengths["chain"] * lengths["draw"])
+        away[which.numpy()] = np.argmin([_distance(other, points.numpy()) for other in kept], 0) != number
+        strayed = away.reshape(lengths["chain"], lengths["draw"]).mean(1)
         stayed = np.flatnonzero(strayed <= STRAYED)  # the others left while they looked for a step size
         if len(stayed) < FEWEST:
             raise CannotTell(f"{strayed.mean():.1%} of the draws of the chains in one mode are in another")
