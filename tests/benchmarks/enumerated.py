@@ -172,7 +172,7 @@ def measure(build: Callable[[], Built], nesting: int, blocks: int, *, compiled: 
 def growth() -> None:
     """Print seconds of compilation of the hidden Markov model by its length."""
     print("| times | compilation s |\n|---|---|")
-    for length in (10, 25, 50, 100):
+    for length in (25, 50, 100, 300):
         pyro.clear_param_store()
         model, guide, data = hmm(length=length)
         svi = CompiledSVI(model, guide, Adam({"lr": 0.01}), DecomposedELBO(max_plate_nesting=1))

@@ -58,6 +58,7 @@ def numpyro_model(problem: str) -> Callable[..., None]:
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
+    from numpyro.contrib.control_flow import scan
 
     def eight_schools(effect: Any, error: Any) -> None:
         mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -72,17 +73,44 @@ def numpyro_model(problem: str) -> Callable[..., None]:
         with numpyro.plate("row", 1000):
             numpyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
 
-    return {"eight_schools": eight_schools, "logistic_regression": logistic_regression}[problem]
+    def mixture(data: Any) -> None:
+        weights = numpyro.sample("weights", dist.Dirichlet(jnp.ones(5)))
+        with numpyro.plate("components", 5):
+            locs = numpyro.sample("locs", dist.Normal(6.0, 5.0))
+            scales = numpyro.sample("scales", dist.LogNormal(0.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            z = numpyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(locs[z], scales[z]), obs=data)
+
+    def hmm(data: Any) -> None:
+        prior = dist.Dirichlet(jnp.ones((16, 16)) + 16 * jnp.eye(16)).to_event(1)
+        rows = numpyro.sample("rows", prior)
+        locs = numpyro.sample("locs", dist.Normal(jnp.linspace(-8.0, 8.0, 16), 2.0).to_event(1))
+
+        def step(x: Any, y: Any) -> tuple[Any, None]:
+            with numpyro.plate("sequences", data.shape[1], dim=-1):
+                x = numpyro.sample("x", dist.Categorical(rows[x]), infer={"enumerate": "parallel"})
+                numpyro.sample("y", dist.Normal(locs[x], 1.0), obs=y)
+            return x, None
+
+        scan(step, jnp.zeros(data.shape[1], dtype=jnp.int32), data)
+
+    models = (eight_schools, logistic_regression, mixture, hmm)
+    return {model.__name__: model for model in models}[problem]
 
 
 def numpyro_svi(problem: str, guide: str, data: tuple[Any, ...]) -> Commands:
     """SVI with Adam: ``scan`` and ``update`` take steps by compiled functions made once, ``run`` is ``svi.run``."""
     import jax
     from numpyro import optim
-    from numpyro.infer import SVI, Trace_ELBO, autoguide
+    from numpyro.handlers import block
+    from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, autoguide
 
     model = numpyro_model(problem)
-    svi = SVI(model, getattr(autoguide, guide)(model), optim.Adam(0.01), Trace_ELBO())
+    loss, of = Trace_ELBO(), model
+    if problem in ("mixture", "hmm"):
+        loss, of = TraceEnum_ELBO(max_plate_nesting=1), block(model, hide=["x", "z"])
+    svi = SVI(model, getattr(autoguide, guide)(of), optim.Adam(0.01), loss)
     state = svi.init(jax.random.PRNGKey(0), *data)
     compiled: dict[int, Any] = {}
     update = jax.jit(svi.update)

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.peers --python /path/to/python [--blocks B] [--draws N] [--only NAME] [--skip svi|nuts]
 
-The interpreter (or the environment variable ``PEERS_PYTHON``) is one with ``pip install "jax[cpu]" numpyro`` and, for PyMC,
-``pymc nutpie numba``. Without it nothing is measured. Each contestant is a process that takes one command after the other,
-and they take turns in short blocks, so that a change in the machine's speed hits all; a ratio is taken within a block. The
-models, data and dtype (float32; but ours and PyMC's NUTS are in float64, as they are by default) are the same. SVI has
-one thread each, NUTS the whole machine. Nothing is asserted.
+The interpreter (or the environment variable ``PEERS_PYTHON``) is one with ``pip install "jax[cpu]" numpyro funsor`` and, for
+PyMC, ``pymc nutpie numba``. Without it nothing is measured. Each contestant is a process that takes one command after
+the other, and they take turns in short blocks, so that a change in the machine's speed hits all; a ratio is taken within
+a block. The models, data and dtype (float32; but ours and PyMC's NUTS are in float64, as they are by default) are the same.
+SVI has one thread each, NUTS the whole machine. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ import arviz
 import numpy as np
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, autoguide
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, autoguide
 from pyro.optim import Adam  # type: ignore[attr-defined]  # Pyro defines it at run time
 
 from pyro_elbo_ext import CompiledSVI, LogDensity, compiled_log_density, run_nuts
+from tests.benchmarks.enumerated import PROBLEMS as SUMMED
 from tests.benchmarks.measuring import one_thread
 from tests.benchmarks.peer_workers import CHAINS, DRAWS, Commands, saved, serve, timed
 from tests.benchmarks.problems import PROBLEMS
 
 NAMES = ("eight_schools", "logistic_regression")
+ENUMERATED = {
+    "mixture": "Gaussian mixture",
+    "hmm": "HMM",
+}  # with sites that are summed out: SVI alone, under AutoNormal
 GUIDES = ("AutoNormal", "AutoMultivariateNormal")
 STEPS, UPDATES = 4000, 500  # of a block: within a graph, and called from Python
 RUNS = (10_000, 210_000)  # lengths of svi.run, whose difference leaves its compilation out
@@ -43,7 +49,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen
 FOUR_DEVICES = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={CHAINS}"}
 
 MISSING = """Skipped: no peers. Make an environment for them and name its interpreter:
-    python -m venv peers && peers/bin/pip install "jax[cpu]" numpyro pymc nutpie numba
+    python -m venv peers && peers/bin/pip install "jax[cpu]" numpyro funsor pymc nutpie numba
     PEERS_PYTHON=peers/bin/python python -m tests.benchmarks.peers"""
 
 
@@ -54,14 +60,23 @@ MISSING = """Skipped: no peers. Make an environment for them and name its interp
 def build(name: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
     """Model and data, the same in every process."""
     pyro.set_rng_seed(0)
-    model, _, data = PROBLEMS[name].build()
+    if name in ENUMERATED:
+        model, _, data = SUMMED[ENUMERATED[name]][0]()
+    else:
+        model, _, data = PROBLEMS[name].build()
     return model, data
 
 
 def our_svi(name: str, guide: str, options: str) -> Commands:
     """``run`` and ``step`` of CompiledSVI."""
     model, data = build(name)
-    svi = CompiledSVI(model, getattr(autoguide, guide)(model), Adam({"lr": 0.01}), Trace_ELBO(), **json.loads(options))
+    loss, of = Trace_ELBO(), model
+    if name in ENUMERATED:
+        loss, of = (
+            TraceEnum_ELBO(max_plate_nesting=1),
+            poutine.block(model, hide_fn=lambda site: site["name"][0] in "xz"),
+        )
+    svi = CompiledSVI(model, getattr(autoguide, guide)(of), Adam({"lr": 0.01}), loss, **json.loads(options))
 
     def run(steps: int) -> tuple[float, float, float]:
         seconds, cpu, losses = timed(lambda: svi.run(steps, *data, progress=False))
@@ -178,8 +193,9 @@ def svi(python: str, name: str, guide: str, blocks: int, options: str) -> None:
             for way, (worker, command, steps) in ways.items():
                 seconds, cpu, loss = worker.ask(command, steps)
                 taken[way].append((1e6 * seconds / steps, cpu / seconds, loss))
-        short, long = (min(them.ask("run", steps)[0] for _ in range(2)) for steps in RUNS)
-        ours_whole = us.ask("run", RUNS[1])[0]
+        if name not in ENUMERATED:
+            short, long = (min(them.ask("run", steps)[0] for _ in range(2)) for steps in RUNS)
+            ours_whole = us.ask("run", RUNS[1])[0]
     per_step = {way: [row[0] for row in rows] for way, rows in taken.items()}
     for way, rows in taken.items():
         reference = "NumPyro, compiled `update`" if way.endswith(("update`", ".step`")) else next(iter(ways))
@@ -190,6 +206,8 @@ def svi(python: str, name: str, guide: str, blocks: int, options: str) -> None:
             f"| {rows[-1][2]:.3f} | {max(row[1] for row in rows):.2f} |",
             flush=True,
         )
+    if name in ENUMERATED:
+        return
     difference = (long - short) / (RUNS[1] - RUNS[0])
     print(
         f"| {name}, {guide} | NumPyro, `svi.run`: {RUNS[0]} steps take {short:.2f} s, {RUNS[1]} take {long:.2f} s "
@@ -266,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", default=os.environ.get("PEERS_PYTHON"), help="an interpreter with NumPyro")
     parser.add_argument("--blocks", type=int, default=15, help="blocks of SVI (default: 15)")
     parser.add_argument("--draws", type=int, default=3, help="runs of NUTS after the one that compiles (default: 3)")
-    parser.add_argument("--only", choices=NAMES, help="measure this problem alone")
+    parser.add_argument("--only", choices=(*NAMES, *ENUMERATED), help="measure this problem alone")
     parser.add_argument("--skip", choices=("svi", "nuts"), help="leave this out")
     parser.add_argument("--options", default="{}", help='of CompiledSVI, as JSON, e.g. {"steps_per_call": 8}')
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
@@ -280,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not found:
         print(MISSING)
         return
-    names = [name for name in NAMES if arguments.only in (None, name)]
+    names = [name for name in (*NAMES, *ENUMERATED) if arguments.only in (None, name)]
     with one_thread():
         print(", ".join(f"{name} {version}" for name, version in found.items()), end="; ")
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
@@ -289,13 +307,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             columns += ["µs (least)", "first block, s", "mean loss of the last block", "CPU over wall time"]
             print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
             for name in names:
-                for guide in GUIDES:
+                for guide in GUIDES[:1] if name in ENUMERATED else GUIDES:
                     svi(arguments.python, name, guide, arguments.blocks, arguments.options)
         if arguments.skip != "nuts":
             columns = ["problem", "sampler", "bulk ESS", "s, compiled before", "ESS/s", "least to greatest"]
             columns += ["over the best of NumPyro", "s, cold", "ESS/s, cold", "over the best of NumPyro, cold"]
             print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-            for name in names:
+            for name in [name for name in names if name in NAMES]:
                 nuts(arguments.python, name, arguments.draws, {"pymc", "nutpie"} <= set(found))
     print(f"load at the end {os.getloadavg()[0]:.1f}")
 
