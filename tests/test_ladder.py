@@ -170,6 +170,21 @@ def test_modes_have_their_weights(seed: int) -> None:
     np.testing.assert_allclose(in_each, 0.3, atol=0.03)
 
 
+def test_tails_that_draws_do_not_tell() -> None:
+    """Student's t with 3 degrees of freedom has an sd, whose estimate from draws has none."""
+
+    def heavy() -> None:
+        pyro.sample("x", dist.StudentT(torch.tensor(3.0)))
+
+    result = fit(heavy, "auto", accuracy=0.1, **OPTIONS)
+    assert isinstance(result, AutomaticFit)
+    nuts = next(rung for rung in result.rungs if rung.rung == "nuts")
+    assert not nuts.enough
+    assert "tails" in nuts.says
+    sd = float(result.draws(50_000, seed=1)["x"].std())
+    assert not result.accurate or abs(math.log(sd / math.sqrt(3))) < 0.15
+
+
 def test_modes_without_weights_are_not_called_enough() -> None:
     result = fit(spike_and_slab, "auto", accuracy=0.1, **OPTIONS)
     assert isinstance(result, AutomaticFit)

@@ -179,7 +179,8 @@ def approximate(
     check = Evaluations(density, 1 << 62)  # the cap is the fit's: the result is always looked at
     count = CHECK_DRAWS if density.native is not None or density.size <= LARGE else CHECK_DRAWS // 2
     notes: list[str] = []
-    gain = gain_se = khat_before = square_khat = np.nan
+    gain = gain_se = khat_before = np.nan
+    why = ""  # the weights do not tell the distance
     guide: UnconstrainedGuide
     if family == "flow":
         gaussian = triangular(fit.gaussian)
@@ -187,7 +188,7 @@ def approximate(
         flow, fit = bend(evaluate, gaussian, seed, fit.path, progress)
         weighted, gain, gain_se = look_through(check, gaussian, flow, rng, 4 * count)
         telling, khat_before = weighted, before.khat
-        distance, square_khat = distance_of(check, weighted, weighted)
+        distance, why = distance_of(check, weighted, weighted)
         guide = FlowGuide(density, torch.from_numpy(gaussian.loc), torch.from_numpy(gaussian.factor), flow)
         notes.append(
             f"the flow's ELBO is {gain:.3g} ± {gain_se:.1g} nats above the Gaussian's; k-hat was {khat_before:.2f} and is "
@@ -198,7 +199,7 @@ def approximate(
         if fit.converged:
             matched = match_moments(check, gaussian, rng, count)
             gaussian, weighted, telling = matched.gaussian, matched.own, matched.many
-            distance, square_khat = matched.distance, matched.square_khat
+            distance, why = matched.distance, matched.why
             notes += [matched.note] if matched.note else []
         else:
             weighted, telling = look(check, gaussian, rng, count)
@@ -236,7 +237,7 @@ def approximate(
         distance=distance,
         path=fit.path,
         notes=notes,
-        next_guide=_advice(made, fit.converged, weighted, telling, distance, square_khat, rivals),
+        next_guide=_advice(made, fit.converged, weighted, telling, distance, why, rivals),
         gain=gain,
         gain_se=gain_se,
         khat_before=khat_before,
@@ -263,7 +264,7 @@ def _advice(
     own: Weighted,
     telling: Weighted,
     distance: float,
-    square_khat: float,
+    why: str,
     rivals: bool,
 ) -> str:
     """What to try where a family is not enough, by its own draws and those whose weights tell the distance, if any do.
@@ -281,9 +282,8 @@ def _advice(
     elif np.isnan(distance) and not telling.good:
         limit = khat_threshold(telling.num_draws)
         reasons.append(f"k-hat of draws spread wider, {telling.khat:.2f}, is not below {limit:.2f}")
-    elif np.isnan(distance) and not np.isnan(square_khat):
-        limit = khat_threshold(telling.num_draws)
-        reasons.append(f"k-hat of the squares that an sd is made of, {square_khat:.2f}, is not below {limit:.2f}")
+    elif np.isnan(distance) and why and not telling.outside:
+        reasons.append(why)
     if not converged:  # so that it does not tell what the family can do
         reasons.insert(0, "it has not converged")
         return (

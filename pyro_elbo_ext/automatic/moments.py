@@ -20,6 +20,7 @@ LEAST_EFFECTIVE, ENOUGH_EFFECTIVE = 1000, 8000  # draws with which means and sds
 ROUNDS = 2  # of moving and looking again, by the better weights of what was moved
 OWN_DRAWS = 4096  # evenly spread ones, for the Gaussian's own moments
 WIDER = 0.3  # by which half of the draws of a closer look are wider, so that the weights of the tails are bounded
+TELLING = 0.65  # k-hat below which weights tell means and sds: from there on to the threshold, 0.2 sd were missing
 MOST_TAILS = 3  # scalars whose squared deviations are looked at
 MOST_ENTRIES = 20_000_000  # of all sites at all draws
 
@@ -145,8 +146,8 @@ class Matched:
         Largest difference in a mean, in sds, or in a log sd from the posterior; NaN where the weights cannot tell.
     note : str
         What was moved, and what it cost; empty if nothing was.
-    square_khat : float
-        That of `tail_of_squares`, where it is why ``distance`` is NaN.
+    why : str
+        Why ``distance`` is NaN, if it is.
     """
 
     gaussian: Gaussian
@@ -154,7 +155,7 @@ class Matched:
     many: Weighted
     distance: float
     note: str = ""
-    square_khat: float = math.nan
+    why: str = ""
 
 
 def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Generator, count: int) -> Matched:
@@ -180,15 +181,15 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
     Paananen, Piironen, Bürkner, Vehtari (2021), Implicitly adaptive importance sampling.
     """
     own, many = look(evaluate, gaussian, rng, count)
-    distance, khat = distance_of(evaluate, many, own)
+    distance, why = distance_of(evaluate, many, own)
     if distance < WORTH:
         return Matched(gaussian, own, many, distance)
     here, first, told, note = gaussian, own, np.nan, ""
     for number in range(ROUNDS + 1):
         own, many = _closer(evaluate, here, rng, own, many)
-        distance, khat = distance_of(evaluate, many, own)  # whatever fewer draws said
-        if np.isnan(distance):  # the draws before may have told what was moved to
-            distance, khat = told, khat if np.isnan(told) else np.nan
+        distance, why = distance_of(evaluate, many, own)  # whatever fewer draws said
+        if np.isnan(distance) and not np.isnan(told):  # the draws before told what was moved to
+            distance, why = told, ""
         if number == 0:
             first = own
         if number == ROUNDS or distance < WORTH or not many.reliable or many.ess < LEAST_EFFECTIVE:
@@ -209,7 +210,7 @@ def match_moments(evaluate: Evaluations, gaussian: Gaussian, rng: np.random.Gene
         left = f" and is {distance:.2f}" if np.isfinite(distance) else ", and how far it is the weights cannot tell"
         cost, error = first.elbo - own.elbo, np.hypot(first.elbo_se, own.elbo_se)
         note += f"{left}; that lowers the ELBO by {cost:.2g} ± {error:.1g} nats"
-    return Matched(here, own, many, distance, note, khat)
+    return Matched(here, own, many, distance, note, why)
 
 
 def _closer(
@@ -246,20 +247,26 @@ def _moved(
     return best, _off(sites, many), least
 
 
-def distance_of(evaluate: Evaluations, weighted: Weighted, own: Weighted) -> tuple[float, float]:
-    """Worst difference in a mean, in sds, or log sd of any entry of a site, and `tail_of_squares`.
+def distance_of(evaluate: Evaluations, weighted: Weighted, own: Weighted) -> tuple[float, str]:
+    """Worst difference in a mean, in sds, or log sd of any entry of a site; NaN where the weights cannot tell, and why.
 
-    The distance is NaN where the weights cannot tell it, by their own k-hat or by that of the squares; the latter is NaN
-    where it is not looked at, as where the weights of the guide's ``own`` draws are even, whatever an sd is made of.
+    What is told of moments asks for more than k-hat's threshold: near it, and where the squares that an sd is made of have
+    a heavier tail, what the draws have not met is missing in silence. Where the weights of the guide's ``own`` draws are
+    even there is nothing to miss.
     """
-    if not weighted.reliable:
-        return np.nan, np.nan
+    if weighted.outside:
+        return np.nan, f"the log density is not finite at {weighted.outside} of {weighted.num_draws} draws"
+    if not weighted.good:
+        return np.nan, f"k-hat {weighted.khat:.2f} is not below {khat_threshold(weighted.num_draws):.2f}"
     sites = _constrained(evaluate, weighted.draws)
     if own.ess < EVEN * own.num_draws:
+        if weighted.khat >= TELLING:
+            return np.nan, f"k-hat {weighted.khat:.2f} is not below {TELLING}, which means and sds ask for"
         khat = tail_of_squares(sites[:, _varies(sites)], weighted.weights[: len(sites)])
-        if khat >= khat_threshold(len(sites)):
-            return np.nan, khat
-    return _off(sites, weighted), np.nan
+        limit = khat_threshold(len(sites))
+        if khat >= limit:
+            return np.nan, f"k-hat of the squares that an sd is made of, {khat:.2f}, is not below {limit:.2f}"
+    return _off(sites, weighted), ""
 
 
 def tail_of_squares(values: Array, weights: Array) -> float:

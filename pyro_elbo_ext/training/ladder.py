@@ -15,7 +15,7 @@ from pyro_elbo_ext.automatic.guide import DiagonalGuide, GaussianGuide
 from pyro_elbo_ext.automatic.modes import Modes
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.diagnosis.many_chains import split_rhat
-from pyro_elbo_ext.inference_data.arviz_statistics import effective_size
+from pyro_elbo_ext.inference_data.arviz_statistics import effective_size, pareto_smoothed
 from pyro_elbo_ext.inference_data.export import dataset_of
 from pyro_elbo_ext.mcmc import run_nuts
 from pyro_elbo_ext.programs.arguments import check_fraction
@@ -27,6 +27,7 @@ FLOW = 100  # coordinates up to which a flow is tried
 CHAINS, DRAWS = 4, 1000
 SEVERAL = 8  # chains, from all over the place, where modes have no weights that are known
 RHAT, DIVERGING = 1.01, 0.001  # of the chains, at most: a share of divergences that small is no place left out
+HEAVY, FINITE_VARIANCE = 2.2, 0.5  # sd of a scalar's squares from which on their k-hat is looked at, and its limit
 ATTEMPTS: tuple[dict[str, Any], ...] = ({}, {"target_accept": 0.97, "warmup": 1000, "num_samples": 2 * DRAWS})
 
 
@@ -124,13 +125,14 @@ def _by_nuts(
         statistics = [dataset_of(part, "sample_stats") for part in parts]
         gradients += sum(int(part["n_steps"].sum()) for part in statistics)
         agreements = [_agreement(dataset_of(part)) for part in parts]
-        rhat, ess = max(rhat for rhat, _ in agreements), min(ess for _, ess in agreements)
+        rhat, ess = max(one[0] for one in agreements), min(one[1] for one in agreements)
+        by_chains = max(one[2] for one in agreements)
         diverging = max(float(part["diverging"].mean()) for part in statistics)
-        distance = math.hypot(1 / math.sqrt(ess), by_weights)
+        distance = math.hypot(by_chains, by_weights)
         problems = [
             *([f"R-hat {rhat:.3f} is not below {RHAT}"] if not rhat < RHAT else []),
-            *([f"{ess:.0f} effective draws are too few"] if 2 / math.sqrt(ess) > accuracy else []),
-            *([f"the weights tell means and log sds to ± {by_weights:.2f} only"] if 2 * distance > accuracy else []),
+            *(["a scalar has so heavy tails that draws do not tell its sd"] if distance == math.inf else []),
+            *([f"means and log sds are known to ± {distance:.2f} only"] if accuracy < 2 * distance < math.inf else []),
             *([f"{diverging:.1%} of the draws diverged"] if diverging > DIVERGING else []),
         ]
         if not problems:
@@ -143,14 +145,25 @@ def _by_nuts(
     return chains, Rung("nuts", not problems, distance, math.nan, gradients, time.monotonic() - began, says)
 
 
-def _agreement(posterior: xr.Dataset) -> tuple[float, float]:
-    """Largest R-hat and fewest effective draws of all scalars that vary."""
-    rhat, ess = 1.0, math.inf
+def _agreement(posterior: xr.Dataset) -> tuple[float, float, float]:
+    """Largest R-hat, fewest effective draws, and largest standard error of a mean, in sds, or log sd, of what varies.
+
+    Squared deviations have effective draws of their own, and a spread that heavy tails make large; infinite where these are
+    so heavy that draws do not tell an sd.
+    """
+    rhat, ess, error = 1.0, math.inf, 0.0
     for variable in posterior.data_vars.values():
         draws = variable.transpose("chain", "draw", ...).values.astype(float)
         draws = draws.reshape(*draws.shape[:2], -1)
         draws = draws[..., draws.std((0, 1)) > 1e-12 * np.abs(draws).max((0, 1), initial=0.0)]
-        if draws.shape[-1]:
-            rhat = max(rhat, float(np.max(np.nan_to_num(split_rhat(draws), nan=np.inf))))
-            ess = min(ess, min(effective_size(column) for column in np.moveaxis(draws, -1, 0)))
-    return rhat, ess
+        if not draws.shape[-1]:
+            continue
+        rhat = max(rhat, float(np.max(np.nan_to_num(split_rhat(draws), nan=np.inf))))
+        squares = ((draws - draws.mean((0, 1))) / draws.std((0, 1))) ** 2
+        for column, square in zip(np.moveaxis(draws, -1, 0), np.moveaxis(squares, -1, 0), strict=True):
+            own = effective_size(column)
+            of_log_sd = 0.5 * float(square.std()) / math.sqrt(effective_size(square)) if square.std() > 0 else 0.0
+            if square.std() > HEAVY and pareto_smoothed(np.log(square.ravel() + 1e-300))[1] >= FINITE_VARIANCE:
+                of_log_sd = math.inf
+            ess, error = min(ess, own), max(error, 1 / math.sqrt(own), of_log_sd)
+    return rhat, ess, error
