@@ -25,6 +25,7 @@ class Ends(NamedTuple):
     arrived: NDArray[np.bool_]
 
 
+@np.errstate(over="ignore")  # where a climb begins far out
 def climb_all(evaluate: Evaluations, points: Array, scale: Gaussian, most: int = 200) -> Ends:
     """Climb the log density from each of the points by L-BFGS, with one batch of gradients for a step of all of them.
 
@@ -49,7 +50,7 @@ def climb_all(evaluate: Evaluations, points: Array, scale: Gaussian, most: int =
     g = scale.whitened(raw)
     steps, changes = np.zeros((2, MEMORY, count, dim))
     inverse = np.zeros((MEMORY, count))  # 1 / step . change, zero where there is none
-    gamma = 1 / np.maximum(np.linalg.norm(g, axis=1), 1e-300)  # a first step of one sd
+    gamma = 1 / _lengths(g)  # a first step of one sd
     direction, size = gamma[:, None] * g, np.ones(count)
     failures, rise = np.zeros(count, int), np.full(count, np.inf)
     active, arrived = np.isfinite(f), np.zeros(count, bool)
@@ -72,7 +73,7 @@ def climb_all(evaluate: Evaluations, points: Array, scale: Gaussian, most: int =
         lost = bad[failures[bad] > FAILURES]
         again = lost[inverse[:, lost].any(0)]  # once more along the gradient, if it was not
         inverse[:, again], failures[again], size[again] = 0.0, 0, 1.0
-        gamma[again] = 1 / np.maximum(np.linalg.norm(g[again], axis=1), 1e-300)
+        gamma[again] = 1 / _lengths(g[again])
         direction[again] = gamma[again, None] * g[again]
         active[np.setdiff1d(lost, again)] = False
         # steps that do
@@ -80,7 +81,7 @@ def climb_all(evaluate: Evaluations, points: Array, scale: Gaussian, most: int =
         gradient = scale.whitened(raw[good])
         change = g[kept] - gradient
         product = (move * change).sum(1)
-        concave = product > 1e-10 * np.linalg.norm(move, axis=1) * np.linalg.norm(change, axis=1)
+        concave = product > 1e-10 * _lengths(move) * _lengths(change)
         pushed = kept[concave]
         for array, new in ((steps, move[concave]), (changes, change[concave])):
             array[:-1, pushed] = array[1:, pushed]
@@ -90,7 +91,7 @@ def climb_all(evaluate: Evaluations, points: Array, scale: Gaussian, most: int =
         gamma[pushed] = product[concave] / (change[concave] ** 2).sum(1)
         convex = kept[~concave]
         inverse[:, convex] = 0.0
-        length = np.linalg.norm(move[~concave], axis=1) / np.maximum(np.linalg.norm(gradient[~concave], axis=1), 1e-300)
+        length = _lengths(move[~concave]) / _lengths(gradient[~concave])
         gamma[convex] = LONGER * length
         rise[kept] = value - f[kept]
         x[kept], f[kept], g[kept] = there[good], value, gradient
@@ -113,3 +114,9 @@ def _two_loops(g: Array, steps: Array, changes: Array, inverse: Array, gamma: Ar
     for i in used:
         q += (along[i] - inverse[i] * (changes[i] * q).sum(1))[:, None] * steps[i]
     return q
+
+
+def _lengths(rows: Array) -> Array:
+    """Of vectors whose squares may be too large for a number."""
+    largest = np.maximum(np.abs(rows).max(1, initial=0.0), 1e-300)
+    return np.maximum(largest * np.linalg.norm(rows / largest[:, None], axis=1), 1e-300)

@@ -156,12 +156,15 @@ def pareto_smoothed(log_weights: NDArray[np.float64], noise: float = 0.0) -> tup
         return log_weights - logsumexp(log_weights), -np.inf
     arviz = import_arviz()
 
-    if hasattr(arviz, "psislw"):
-        smoothed, khat = arviz.psislw(log_weights)
-    else:
-        from arviz_stats.base import array_stats
+    with np.errstate(over="ignore"):  # of candidates that have no part in what it finds
+        if hasattr(arviz, "psislw"):
+            smoothed, khat = arviz.psislw(log_weights)
+        else:
+            from arviz_stats.base import array_stats
 
-        smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods, whose inverses are the weights
+            smoothed, khat = array_stats.psislw(
+                -log_weights
+            )  # it takes log likelihoods, whose inverses are the weights
     if np.isnan(khat):  # ArviZ 1.x, where the tail spans more than floating point: nothing could be heavier
         return log_weights - logsumexp(log_weights), np.inf
     smoothed = np.asarray(smoothed, dtype=np.float64)
