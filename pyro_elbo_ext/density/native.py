@@ -106,7 +106,7 @@ class NativeDensity:
             at = tensor.data_ptr()
             for start, size, text in spans:
                 if start <= at < start + size:
-                    return f"{text} + {at - start}"
+                    return f"({text} + {at - start})"  # a cast before it is of all of it
             if at not in addresses:
                 addresses.append(at)
             return f"a[{addresses.index(at)}]"
