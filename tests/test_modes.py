@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
 
 from pyro_elbo_ext import diagnose, fit
 from pyro_elbo_ext.automatic.climbing import climb_all
@@ -343,3 +344,24 @@ def test_an_automatic_guide_of_one_mode_says_that_no_other_was_found() -> None:
     assert result.approximation.next_guide == ""
     assert "other modes: none of weight 0.05 or more in " in repr(result)
     assert result.modes["weight"].tolist() == [1.0]
+
+
+def test_sites_below_summed_out_ones() -> None:
+    """One coordinate for each element, whatever the states above it are: the prior's draws have one for each state."""
+    data = torch.tensor([-2.0, -1.5, 2.2, 1.9])
+
+    @config_enumerate
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 2.0]), 0.5).to_event(1))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            x = pyro.sample("x", dist.Normal(loc[z], 0.5))
+            pyro.sample("y", dist.Normal(x, 0.5), obs=data)
+
+    density = LogDensity(model, (), {}, 0)
+    points, without = prior_points(density, 50, 0)
+    assert points.shape == (50, density.dim)
+    assert without == []
+    assert torch.isfinite(points).all()
+    found = fit(density, "auto", seed=0, progress=False)
+    assert found.converged

@@ -59,7 +59,7 @@ def centredness(density: LogDensity, gaussian: Gaussian) -> dict[str, Tensor]:
     found = {}
     for name, place in density.layout.items():
         bases = [_location_scale(trace.nodes[name]["fn"]) for trace in traces]
-        if None in bases:
+        if None in bases or any(base.batch_shape != place.shape for base in bases):  # as below a summed-out site
             continue
         loc, log_scale = (
             torch.stack([value.detach().cpu().double().expand(place.shape) for value in values])
