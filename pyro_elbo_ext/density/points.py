@@ -44,7 +44,8 @@ def prior_points(density: LogDensity, count: int, seed: int) -> tuple[Tensor, li
         u = torch.empty(place.shape, dtype=torch.float64).uniform_(-RADIUS, RADIUS).to(place.device)
         try:
             drawn = transform.inv(msg["fn"].sample()).to(u)
-            drawn = drawn.reshape(-1, *u.shape)[0]  # below a summed-out site there is one for each of its states
+            if drawn.numel() != u.numel():  # below a summed-out site there is one for each of its states
+                drawn = drawn.reshape(-1, *u.shape)[0]
             u = torch.where(drawn.isfinite(), drawn, u)
         except NotImplementedError:
             without.add(name)
