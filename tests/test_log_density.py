@@ -176,7 +176,6 @@ def test_c_function_has_the_bits_of_the_compiled_graph(regression: LogDensity) -
 @pytest.mark.parametrize("name", ["density", "regression"])
 def test_threads_do_not_share_memory(name: str, request: pytest.FixtureRequest) -> None:
     shared: LogDensity = request.getfixturevalue(name)
-    assert shared.native is not None
     rows = np.random.default_rng(1).normal(size=(400, shared.dim))
     alone = [shared.value_and_grad(row) for row in rows]
     with ThreadPoolExecutor(16) as pool:

@@ -28,7 +28,7 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file by :func:`replaced`.
 
     What libraries would write piece by piece is best made in memory: on a full disk torch and HDF5 lose the error, and HDF5

@@ -157,7 +157,7 @@ def write(dataset: xr.Dataset, path: Path) -> None:
         write_whole(path, _netcdf(dataset))
 
 
-def _netcdf(dataset: xr.Dataset) -> memoryview:
+def _netcdf(dataset: xr.Dataset) -> bytes:
     """What a netCDF file of it has in it."""
     import h5netcdf
     from xarray.backends import H5NetCDFStore
@@ -165,7 +165,7 @@ def _netcdf(dataset: xr.Dataset) -> memoryview:
     made = io.BytesIO()
     with h5netcdf.File(made, "w") as file:
         dataset.dump_to_store(H5NetCDFStore(file))
-    return made.getbuffer()
+    return made.getvalue()
 
 
 def read(path: Path) -> xr.Dataset:

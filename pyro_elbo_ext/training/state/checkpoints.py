@@ -21,7 +21,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` to ``path`` atomically: to a file beside it, which then takes its place."""
     made = io.BytesIO()
     torch.save({"format": FORMAT, **content}, made)
-    write_whole(path, made.getbuffer())
+    write_whole(path, made.getvalue())
 
 
 def read(path: Path) -> dict[str, Any]:
