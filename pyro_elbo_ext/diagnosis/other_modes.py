@@ -17,7 +17,7 @@ from pyro_elbo_ext.comparison import Components
 from pyro_elbo_ext.comparison.ordering import indexed_by_components, sorted_entries
 from pyro_elbo_ext.density import LogDensity
 from pyro_elbo_ext.density.points import guide_points
-from pyro_elbo_ext.diagnosis.findings import Finding, worst_of
+from pyro_elbo_ext.diagnosis.findings import NOT_KNOWN, Finding, worst_of
 from pyro_elbo_ext.diagnosis.marginals import Array, Scalars, judged, scalars_of
 from pyro_elbo_ext.evidence import ImportanceSample
 from pyro_elbo_ext.programs.given import imputation
@@ -196,7 +196,10 @@ def with_missed(scalars: pd.DataFrame, guide: Scalars, missed: list[Mode], place
     frame["mean_shift"], frame["mean_shift_se"] = shift, np.sqrt(variance_shift)
     frame["log_sd_ratio"], frame["log_sd_ratio_se"] = ratio, np.sqrt(variance_ratio)
     judgement = judged(frame.copy())["verdict"]
-    frame["verdict"] = [worst_of([before, after]) for before, after in zip(scalars["verdict"], judgement, strict=True)]
+    frame["verdict"] = [
+        NOT_KNOWN if before == NOT_KNOWN and after != "do not use" else worst_of([before, after])
+        for before, after in zip(scalars["verdict"], judgement, strict=True)
+    ]
     return frame
 
 

@@ -406,6 +406,8 @@ def is_library(cls: type) -> bool:
 
 def _is_kept_by_library(cls: type, of: Any, key: str) -> bool:
     """Whether torch or Pyro keep their own books by that name."""
+    if isinstance(of, Messenger) and str(cls.__module__).partition(".")[0] == __name__.partition(".")[0]:
+        return True  # made anew for each run
     if key in _MEMBERS:
         return cls is nn.Module or str(cls.__module__).startswith(("pyro.infer.autoguide", "pyro.nn"))
     if key in _OF_GUIDES and is_library(cls):
